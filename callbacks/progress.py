@@ -1,0 +1,81 @@
+"""One progress bar over rounds and units; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tcaq_lightning.reconstruction import BlockReconstruction
+
+
+class Progress(pl.Callback):
+    """The run's progress, counted in optimisation steps over all rounds and units.
+
+    Args:
+        console: where to draw.
+        steps_by_round: optimisation steps of one unit in each round.
+        num_units: units in a round.
+    """
+
+    def __init__(self, console: Console, steps_by_round: list[int], num_units: int) -> None:
+        self.console = console
+        self.steps_by_round = steps_by_round
+        self.num_units = num_units
+        self.done = 0
+        self.started = time.monotonic()
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        # a unit without optimisation still counts one step: it is observed, set and propagated
+        self.weights = [max(1, steps) for steps in steps_by_round]
+        self.task = self.bar.add_task("calibrating", total=sum(self.weights) * num_units)
+        self._base = 0
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def unit_started(self, round_index: int, position: int, name: str) -> None:
+        """Show the unit."""
+        self._base = sum(self.weights[:round_index]) * self.num_units + self.weights[round_index] * position
+        label = f"round {round_index + 1}/{len(self.weights)}  unit {position + 1}/{self.num_units}  {name}"
+        self.bar.update(self.task, completed=self._base, description=label)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Advance by a step; a unit's phases follow each other."""
+        assert isinstance(pl_module, BlockReconstruction)
+        self.bar.update(self.task, completed=min(self._base + pl_module.steps_before + trainer.global_step, self.total))
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights) * self.num_units
+
+    def unit_finished(self, round_index: int, position: int, record: dict[str, Any]) -> None:
+        """Advance to the unit's end, and write a line where there is no terminal."""
+        completed = self._base + self.weights[round_index]
+        self.bar.update(self.task, completed=completed)
+        if not self.console.is_terminal:
+            elapsed = time.monotonic() - self.started
+            left = elapsed / completed * (self.total - completed)
+            self.console.print(
+                f"round {round_index + 1}/{len(self.weights)} unit {position + 1}/{self.num_units} {record['unit']}: "
+                f"held-out error {record['before']:.4g} -> {record['after']:.4g}"
+                f"{'' if record['kept'] else ' (kept as before)'}, {elapsed:.0f} s, about {left:.0f} s left",
+                soft_wrap=True,
+            )

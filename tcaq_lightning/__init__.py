@@ -1,0 +1,20 @@
+"""Post-training quantization of diffusion models: TCAQ-DM as a PyTorch Lightning reconstruction trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tcaq_lightning.artifact import load_quantized
+
+__version__ = "0.1.0"
+__all__ = ["load_quantized"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch and diffusers only when it is asked for."""
+    if name == "load_quantized":
+        from tcaq_lightning.artifact import load_quantized
+
+        return load_quantized
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,265 @@
+"""The quantized model on disk: a diffusers directory whose denoiser holds packed integers.
+
+model_index.json, scheduler/, ...                   as diffusers writes them
+DENOISER/config.json                                the denoiser's config with a `quantization_config`
+DENOISER/diffusion_pytorch_model.safetensors        a few fused tensors, see `fused`
+checksums.json                                      SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from tcaq_lightning import __version__
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
+from tcaq_lightning.fused import fuse, restore, stored_tensors
+from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, quiet_diffusers
+
+__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "write_checksums"]
+
+QUANT_METHOD = "tcaq"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_FILE = "model_index.json"
+CHECKSUMS_FILE = "checksums.json"
+
+
+def save_artifact(
+    pipeline: DiffusionPipeline,
+    denoiser_name: str,
+    denoiser: nn.Module,
+    directory: str | Path,
+    metadata: dict[str, Any],
+) -> None:
+    """Write a frozen denoiser and the rest of its pipeline as a directory that appears whole or not at all.
+
+    Args:
+        pipeline: gives model_index.json and all components but the denoiser.
+        denoiser_name: component name of the denoiser, such as `unet`.
+        denoiser: quantized and frozen.
+        directory: where to; an artifact that is already there is replaced.
+        metadata: further JSON values for `quantization_config`.
+
+    Raises:
+        UserError: `directory` holds something else than an artifact.
+        ValueError: the denoiser is not frozen, or holds NaN.
+    """
+    target = Path(directory).resolve()
+    if target.exists() and not (target / CHECKSUMS_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{directory} exists and is not an artifact; give another directory or remove it")
+    incoming, outgoing = (target.with_name(f".{target.name}.{state}") for state in ("incoming", "outgoing"))
+    shutil.rmtree(incoming, ignore_errors=True)
+    try:
+        incoming.mkdir(parents=True)
+        _write_components(pipeline, denoiser_name, incoming)
+        _write_denoiser(denoiser, incoming / denoiser_name, metadata)
+        write_checksums(incoming)
+        shutil.rmtree(outgoing, ignore_errors=True)
+        if target.exists():
+            target.rename(outgoing)
+        incoming.rename(target)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+    shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def _write_components(pipeline: Any, denoiser_name: str, directory: Path) -> None:
+    index = json.loads(pipeline.to_json_string())
+    index.pop("_name_or_path", None)  # where the model lay on this machine
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, component in pipeline.components.items():
+        if name != denoiser_name and hasattr(component, "save_pretrained"):
+            component.save_pretrained(directory / name)
+        if isinstance(component, SchedulerMixin):
+            _omit_defaults(component, directory / name / SCHEDULER_CONFIG_NAME)
+
+
+def _omit_defaults(scheduler: Any, file: Path) -> None:
+    """Take settings that nobody chose out of a saved scheduler's config.
+
+    diffusers writes them as if they were chosen, and a scheduler of another class that is made from the saved one would
+    then take them over instead of its own defaults, unlike one that is made from the original.
+    """
+    unset = scheduler.config.get("_use_default_values", [])
+    config = {key: value for key, value in _read_json(file).items() if key not in unset}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any]) -> None:
+    structure = describe(denoiser)
+    weights = save(fuse(stored_tensors(denoiser, structure.layers)), metadata={"format": "pt"})
+    config = json.loads(denoiser.to_json_string())
+    config.pop("_name_or_path", None)
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "tcaq_lightning": __version__,
+        **structure.to_dict(),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "metadata": metadata,
+    }
+    folder.mkdir()
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    (folder / CONFIG_FILE).write_text(_readable_json(config) + "\n", encoding="utf-8")
+
+
+def load_quantized(path: str | Path, device: torch.device | str | None = None) -> DiffusionPipeline:
+    """Open an artifact as an ordinary diffusers pipeline with an integer denoiser.
+
+    It computes the same bits as the denoiser that was saved. Nothing is unpickled and no network is used.
+
+    Args:
+        path: the artifact's directory, such as RUN_DIR/quantized.
+        device: where to; the CPU by default.
+
+    Returns:
+        The pipeline, its denoiser without gradients and in evaluation mode.
+
+    Raises:
+        UserError: no artifact there, another format version, or a missing or damaged file.
+    """
+    quiet_diffusers()
+    directory = Path(path)
+    name, config, quantization = _read_config(directory)
+    _verify_checksums(directory)
+    denoiser = _build(directory / name, config, quantization)
+    opener: Any = DiffusionPipeline
+    try:
+        pipeline = opener.from_pretrained(
+            str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **{name: denoiser}
+        )
+    except Exception as error:  # whatever diffusers' loaders raise is about these files
+        raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    loaded: DiffusionPipeline = pipeline if device is None else pipeline.to(device)
+    return loaded
+
+
+def artifact_sizes(directory: str | Path) -> int:
+    """Bytes on disk of the denoiser's files, of an artifact or of a full-precision model in diffusers layout."""
+    root = Path(directory)
+    folder = root / _denoiser_name(root)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def write_checksums(directory: Path) -> None:
+    """Write checksums.json: the SHA-256 of every other file, and of this list itself."""
+    files = {f.relative_to(directory).as_posix(): _sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
+    files.pop(CHECKSUMS_FILE, None)
+    (directory / CHECKSUMS_FILE).write_text(_checksums_text(files), encoding="utf-8")
+
+
+def _read_config(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name and config of the denoiser, and the quantization_config taken out of it."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected an artifact such as RUN_DIR/quantized")
+    name = _denoiser_name(directory)
+    file = directory / name / CONFIG_FILE
+    config = _read_json(file)
+    quantization = config.pop("quantization_config", None)
+    if not isinstance(quantization, dict):
+        raise UserError(f"{file} has no quantization_config; expected a quantized artifact, got a full-precision model")
+    expected = (QUANT_METHOD, FORMAT_VERSION)
+    got = (quantization.get("quant_method"), quantization.get("version"))
+    if got != expected:
+        raise UserError(
+            f"{file}: expected quant_method and version {expected}, got {got}; use the release of tcaq-lightning "
+            f"({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
+        )
+    return name, config, quantization
+
+
+def _denoiser_name(directory: Path) -> str:
+    index = _read_json(directory / INDEX_FILE)
+    for name in DENOISER_NAMES:
+        if index.get(name):
+            return name
+    raise UserError(f"{directory / INDEX_FILE} names no denoiser; expected a component {' or '.join(DENOISER_NAMES)}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} is missing or unreadable; expected a file of a diffusers directory") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: expected JSON, got {one_line(error)}; copy or write it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _verify_checksums(directory: Path) -> None:
+    own = directory / CHECKSUMS_FILE
+    files = _read_json(own).get("files")
+    if not isinstance(files, dict) or own.read_bytes() != _checksums_text(files).encode():
+        raise UserError(f"{own} is damaged: expected a list of checksums that fits its own; copy or write it again")
+    for name, expected in files.items():
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {CHECKSUMS_FILE} lists it; copy or write the artifact again")
+        if (got := _sha256(file)) != expected:
+            raise UserError(
+                f"{file} is damaged: expected SHA-256 {expected} ({CHECKSUMS_FILE}), got {got}; "
+                f"copy or write the artifact again"
+            )
+
+
+def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> nn.Module:
+    """The frozen denoiser: its architecture from the config, its tensors from the safetensors file."""
+    file = folder / CONFIG_FILE
+    class_name = str(config.get("_class_name"))
+    denoiser_class = getattr(diffusers, class_name, None)
+    if denoiser_class is None:
+        raise UserError(f"{file}: the denoiser is a {class_name}, which diffusers {diffusers.__version__} lacks")
+    try:
+        with torch.random.fork_rng(devices=[]):  # the random weights are thrown away
+            denoiser: nn.Module = denoiser_class.from_config(config)
+        structure = Structure.from_dict(quantization)
+        rebuild(denoiser, structure)
+    except Exception as error:  # diffusers' configs and the tables raise each in its own way
+        raise UserError(f"{file}: its tables do not fit a {class_name}: {one_line(error)}") from error
+    weights = folder / WEIGHTS_FILE
+    try:
+        restore(stored_tensors(denoiser, structure.layers), load_file(weights))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{weights} does not fit {file}: {one_line(error)}; write the artifact again") from error
+    return denoiser.requires_grad_(False).eval()
+
+
+def _readable_json(values: dict[str, Any], depth: int = 3, indent: str = "") -> str:
+    """JSON with one line for each key of the upper levels, and nothing spread beyond them."""
+    if depth == 0 or not values or not isinstance(values, dict):
+        return json.dumps(values)
+    inner = indent + " "
+    lines = [
+        f"{inner}{json.dumps(str(key))}: {_readable_json(value, depth - 1, inner)}" for key, value in values.items()
+    ]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _checksums_text(files: dict[str, str]) -> str:
+    listed = json.dumps(files, sort_keys=True)
+    return json.dumps({"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, indent=1) + "\n"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

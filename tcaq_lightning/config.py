@@ -1,0 +1,369 @@
+"""The whole configuration as typed dataclasses: every YAML key is a field here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tcaq_lightning.errors import UserError
+
+
+def _require(ok: bool, key: str, expected: str, got: object) -> None:
+    if not ok:
+        raise UserError(f"{key} must be {expected}, got {got!r}")
+
+
+def _require_bits(bits: int | None, key: str) -> None:
+    _require(bits is None or 2 <= bits <= 8, key, "in 2..8", bits)
+
+
+def _require_share(value: float, key: str) -> None:
+    _require(0 <= value <= 1, key, "in [0, 1]", value)
+
+
+@dataclass
+class ModelConfig:
+    """Which pretrained model to quantize."""
+
+    path: str = "fashion-mnist-ddpm"
+    """A directory in diffusers layout (model_index.json), a hub id, or the name of a shipped model."""
+
+
+@dataclass
+class SamplerConfig:
+    """How images are sampled; any diffusers scheduler will do."""
+
+    scheduler: str | None = None
+    """Class name in diffusers, such as DDIMScheduler or UniPCMultistepScheduler; null keeps the model's own."""
+    num_steps: int = 20
+    """Sampler steps S."""
+    eta: float = 0.0
+    """DDIM's noise share: 0 is deterministic, 1 is DDPM-like."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the scheduler, such as clip_sample or timestep_spacing."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, "sampler.num_steps", "at least 1", self.num_steps)
+        _require_share(self.eta, "sampler.eta")
+
+
+@dataclass
+class CalibrationConfig:
+    """The model's own samples that it is calibrated on."""
+
+    num_trajectories: int = 64
+    """Trajectories to calibrate on; each gives one sample per sampler step."""
+    held_out_trajectories: int = 8
+    """Further trajectories, for the held-out losses, the gate and the mismatch."""
+    batch_size: int = 64
+    """Samples per forward pass outside of the optimisation."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Sampler of the trajectories; images are evaluated with it too, unless evaluation.sampler says otherwise."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_trajectories >= 1, "calibration.num_trajectories", "at least 1", self.num_trajectories)
+        _require(
+            self.held_out_trajectories >= 1,
+            "calibration.held_out_trajectories",
+            "at least 1",
+            self.held_out_trajectories,
+        )
+        _require(self.batch_size >= 1, "calibration.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass
+class WeightConfig:
+    """Weight quantizers: one step per output channel."""
+
+    bits: int = 4
+    """Code width, 2..8."""
+    symmetric: bool = True
+    """Constant zero point, as integer kernels want it; false searches a zero point per channel, for comparison."""
+
+    def __post_init__(self) -> None:
+        _require_bits(self.bits, "quantization.weight.bits")
+
+
+@dataclass
+class ActivationConfig:
+    """Activation quantizers: one step and zero point per tensor and timestep group."""
+
+    bits: int = 8
+    """Code width, 2..8."""
+    timestep_groups: int = 20
+    """Number of timestep intervals G with their own parameters; 1 is static."""
+
+    def __post_init__(self) -> None:
+        _require_bits(self.bits, "quantization.activation.bits")
+        _require(self.timestep_groups >= 1, "quantization.activation.timestep_groups", ">= 1", self.timestep_groups)
+
+
+@dataclass
+class SoftmaxConfig:
+    """Quantizers of post-softmax values; daq decides their kind."""
+
+    bits: int | None = None
+    """Code width, 2..8; null takes quantization.activation.bits."""
+
+    def __post_init__(self) -> None:
+        _require_bits(self.bits, "quantization.softmax.bits")
+
+
+@dataclass
+class LayerRule:
+    """What holds for the layers whose name matches; a later rule overrides an earlier one."""
+
+    pattern: str
+    """Shell-style pattern on the module's name within the denoiser, such as *.time_emb_proj."""
+    weight_bits: int | None = None
+    """Code width of the weights, null leaves it."""
+    activation_bits: int | None = None
+    """Code width of the inputs (for an attention: of q, k and v), null leaves it."""
+    softmax_bits: int | None = None
+    """Code width of an attention's probabilities, null leaves it."""
+    keep: bool = False
+    """Leave the layer in full precision."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "softmax_bits"):
+            _require_bits(getattr(self, name), f"quantization.rules[{self.pattern}].{name}")
+
+
+@dataclass
+class QuantizationConfig:
+    """Bits and granularity."""
+
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    """Weights."""
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    """Inputs of layers, and q, k, v."""
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
+    """Attention probabilities."""
+    rules: list[LayerRule] = field(default_factory=list)
+    """Layers that differ or are kept, by name pattern."""
+
+
+@dataclass
+class TCRConfig:
+    """Timestep-channel joint reparameterization (METHOD section 3)."""
+
+    enabled: bool = True
+    """Off: r = 1 everywhere."""
+    formula: Literal["searched", "profile"] = "searched"
+    """searched: the candidate of least output error; profile: the published timestep-weighted formula alone."""
+    truncation: float = 10.0
+    """r lies in [1 / truncation, truncation]."""
+    learn: bool = True
+    """Learn log r in round 0's r phase, after the search."""
+    share: float = 0.25
+    """Share of round 0's iterations that the r phase takes."""
+
+    def __post_init__(self) -> None:
+        _require(self.truncation >= 1, "tcr.truncation", "at least 1", self.truncation)
+        _require(0 < self.share < 1, "tcr.share", "between 0 and 1", self.share)
+
+
+@dataclass
+class DAQConfig:
+    """Dynamically adaptive quantization of post-softmax layers (METHOD section 4)."""
+
+    enabled: bool = True
+    """Off: every group is uniform."""
+    rule: Literal["likelihood", "error"] = "error"
+    """likelihood: the better fitting tail; error: the smaller error of the attention's output. Both are recorded."""
+    family: Literal["log2", "log_sqrt2", "adalog"] = "log2"
+    """Which logarithmic quantizer stands against the uniform one."""
+
+
+@dataclass
+class PARConfig:
+    """Progressively aligned reconstruction (METHOD section 5)."""
+
+    enabled: bool = True
+    """Off: round 0 only, with all iterations."""
+    rounds: int = 2
+    """Rounds M after round 0; round m draws a share m / M of its samples from the quantized sampler."""
+    share: float = 0.4
+    """Share of all iterations that the later rounds take together."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 1, "par.rounds", "at least 1 (par.enabled switches them off)", self.rounds)
+        _require(0 < self.share < 1, "par.share", "between 0 and 1", self.share)
+
+
+@dataclass
+class ReconstructionConfig:
+    """Optimisation of each unit against its full-precision output (METHOD section 2)."""
+
+    enabled: bool = True
+    """Off: rounding to nearest with searched ranges."""
+    iterations: int = 400
+    """Optimisation steps for each unit, over all phases and rounds together."""
+    batch_size: int = 32
+    """Samples per step."""
+    rounding_lr: float | None = None
+    """Adam's rate for the rounding logits V; null: 20 / iterations of the phase, at most 2e-2."""
+    step_lr: float = 4e-3
+    """Adam's rate for the logarithms of activation steps."""
+    r_lr: float = 1e-2
+    """Adam's rate for log r, in the r phase."""
+    scale_lr: float = 1e-3
+    """Adam's rate for the logarithms of the weights' scales; 0 keeps them where the search put them."""
+    rounding_weight: float = 0.01
+    """lambda, the weight of the rounding regulariser."""
+    warmup: float = 0.2
+    """Share of the V phase without regulariser."""
+    qdrop: float = 0.0
+    """Probability with which an element of an activation stays in full precision during optimisation (QDrop)."""
+    bias_correction: bool = True
+    """Correct the mean error of each unit's output channels, for each timestep group."""
+    gate: bool = True
+    """Keep a unit's result only if its held-out error is no worse than before."""
+
+    def __post_init__(self) -> None:
+        _require(self.iterations >= 1, "reconstruction.iterations", "at least 1", self.iterations)
+        _require(self.batch_size >= 1, "reconstruction.batch_size", "at least 1", self.batch_size)
+        for name in ("step_lr", "r_lr", "scale_lr", "rounding_weight"):
+            _require(getattr(self, name) >= 0, f"reconstruction.{name}", "at least 0", getattr(self, name))
+        if self.rounding_lr is not None:
+            _require(self.rounding_lr > 0, "reconstruction.rounding_lr", "positive or null", self.rounding_lr)
+        _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
+        _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured at the end."""
+
+    num_trajectories: int = 32
+    """Held-out full-precision trajectories for the noise error."""
+    num_images: int = 64
+    """Images sampled from the same noise by both models, for MSE and PSNR."""
+    fid_samples: int = 0
+    """Images for FID; 0 leaves it out. Needs a model that evaluation.features fits."""
+    features: str = "fashion-mnist-features"
+    """Feature extractor with reference statistics: a directory, or the name of a shipped one."""
+    batch_size: int = 64
+    """Samples per forward pass."""
+    sampler: SamplerConfig | None = None
+    """Sampler of the images; null takes calibration.sampler."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_trajectories >= 1, "evaluation.num_trajectories", "at least 1", self.num_trajectories)
+        _require(self.num_images >= 1, "evaluation.num_images", "at least 1", self.num_images)
+        _require(self.fid_samples >= 0, "evaluation.fid_samples", "at least 0", self.fid_samples)
+        _require(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how it runs; changes nothing in the result but the order of float sums."""
+
+    accelerator: str = "auto"
+    """Lightning accelerator: auto, cpu, gpu, mps."""
+    threads: int | None = None
+    """CPU threads; null leaves torch's choice. Bit-identical repeats need the same number."""
+    checkpoint_every: int = 100
+    """Optimisation steps between two checkpoints inside a unit."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads is None or self.threads >= 1, "trainer.threads", "at least 1 or null", self.threads)
+        _require(self.checkpoint_every >= 1, "trainer.checkpoint_every", "at least 1", self.checkpoint_every)
+
+
+@dataclass
+class LoggingConfig:
+    """What is written for people to look at."""
+
+    tensorboard: bool = True
+    """Write event files to RUN_DIR/tensorboard."""
+    every_n_steps: int = 20
+    """Optimisation steps between two logged losses."""
+    grid_images: int = 16
+    """Images in each full-precision-versus-quantized grid."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_n_steps >= 1, "logging.every_n_steps", "at least 1", self.every_n_steps)
+        _require(self.grid_images >= 1, "logging.grid_images", "at least 1", self.grid_images)
+
+
+@dataclass
+class Config:
+    """One calibration run."""
+
+    run_dir: Path = Path("runs/default")
+    """Directory of everything the run writes; the same command resumes there."""
+    seed: int = 0
+    """Seed of noises, sample draws and searches."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The pretrained model."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Calibration data."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """Bits and granularity."""
+    tcr: TCRConfig = field(default_factory=TCRConfig)
+    """TCR."""
+    daq: DAQConfig = field(default_factory=DAQConfig)
+    """DAQ."""
+    par: PARConfig = field(default_factory=PARConfig)
+    """PAR."""
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """Block reconstruction."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Devices and threads."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """TensorBoard and pictures."""
+
+    def __post_init__(self) -> None:
+        self.run_dir = Path(self.run_dir)
+        _require(0 <= self.seed < 2**31, "seed", "in 0 .. 2^31 - 1", self.seed)
+        _require(
+            self.quantization.activation.timestep_groups <= self.calibration.sampler.num_steps,
+            "quantization.activation.timestep_groups",
+            f"at most calibration.sampler.num_steps ({self.calibration.sampler.num_steps})",
+            self.quantization.activation.timestep_groups,
+        )
+        if self.reconstruction.enabled:
+            _require(
+                min(self.phase_iterations().values()) >= 1,
+                "reconstruction.iterations",
+                "enough for one step in every phase and round of tcr and par",
+                self.reconstruction.iterations,
+            )
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the alignment loop, round 0 included."""
+        return 1 + (self.par.rounds if self.par.enabled and self.reconstruction.enabled else 0)
+
+    def phase_iterations(self) -> dict[tuple[int, str], int]:
+        """Optimisation steps by (round, phase): the total is reconstruction.iterations whatever is switched on."""
+        total, later = self.reconstruction.iterations, {}
+        if self.num_rounds > 1:
+            each = int(total * self.par.share / self.par.rounds)
+            later = {(m, "v"): each for m in range(1, self.num_rounds)}
+        first = total - sum(later.values())
+        learned = int(first * self.tcr.share) if self.tcr.enabled and self.tcr.learn else 0
+        phases = {(0, "r"): learned} if self.tcr.enabled and self.tcr.learn else {}
+        return {**phases, (0, "v"): first - learned, **later}
+
+    def steps_by_round(self) -> list[int]:
+        """Optimisation steps of one unit in each round."""
+        if not self.reconstruction.enabled:
+            return [0]
+        phases = self.phase_iterations()
+        return [sum(n for (m, _), n in phases.items() if m == i) for i in range(self.num_rounds)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML-ready values, run_dir as a string."""
+        values = dataclasses.asdict(self)
+        values["run_dir"] = str(self.run_dir)
+        return values
+
+
+UNRELATED_TO_RESULT = ("run_dir", "trainer", "logging")
+"""Top-level keys that may change when a run is resumed."""

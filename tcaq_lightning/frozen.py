@@ -1,0 +1,193 @@
+"""The frozen denoiser: integer weights, and the tables from which its structure is rebuilt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from tcaq_lightning.layers import QuantAttnProcessor, QuantLayer
+from tcaq_lightning.quantize import LAYERS, quant_layers, set_submodule
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight
+from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer of the table.
+
+    Attributes:
+        kind: class of the full-precision layer.
+        kept: in full precision; the rest is then meaningless.
+        weight_bits, activation_bits: code widths.
+        symmetric: all weight zero points are 2^(b-1).
+        reparameterized: the input quantizer has an r other than 1.
+        bias_shift: there is a bias correction for each timestep group.
+        input_of: the layer that this one shares its input quantizer with.
+    """
+
+    kind: str
+    kept: bool = False
+    weight_bits: int = 8
+    activation_bits: int = 8
+    symmetric: bool = False
+    reparameterized: bool = False
+    bias_shift: bool = False
+    input_of: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_bits(self.weight_bits, self.activation_bits)
+
+
+@dataclass(frozen=True)
+class AttentionEntry:
+    """One attention of the table: code widths of q, k, v and of the probabilities."""
+
+    kept: bool = False
+    activation_bits: int = 8
+    softmax_bits: int = 8
+
+    def __post_init__(self) -> None:
+        _require_bits(self.activation_bits, self.softmax_bits)
+
+
+def _require_bits(*widths: int) -> None:
+    for bits in widths:
+        if bits not in range(2, 9):
+            raise ValueError(f"expected code widths in 2..8, got {bits!r}")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What of a frozen denoiser's structure its diffusers config does not say.
+
+    Attributes:
+        layers: every layer with weights, by name. attentions: every attention, by name.
+        boundaries: of the timestep groups.
+    """
+
+    layers: dict[str, LayerEntry]
+    attentions: dict[str, AttentionEntry]
+    boundaries: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; entries leave out their defaults, but never their code widths."""
+        return {
+            "timestep_boundaries": self.boundaries,
+            "layers": {name: _without_defaults(entry) for name, entry in self.layers.items()},
+            "attentions": {name: _without_defaults(entry) for name, entry in self.attentions.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Structure:
+        """Undo `to_dict`, ignoring other keys; KeyError, TypeError, AttributeError or ValueError if they do not fit."""
+        return cls(
+            {name: LayerEntry(**row) for name, row in values["layers"].items()},
+            {name: AttentionEntry(**row) for name, row in values["attentions"].items()},
+            [float(boundary) for boundary in values["timestep_boundaries"]],
+        )
+
+
+def _without_defaults(entry: LayerEntry | AttentionEntry) -> dict[str, Any]:
+    defaults = {f.name: f.default for f in fields(entry)}
+    return {
+        key: value
+        for key, value in asdict(entry).items()
+        if value != defaults[key] or (key.endswith("_bits") and not entry.kept)
+    }
+
+
+@torch.no_grad()
+def freeze(denoiser: nn.Module) -> None:
+    """Make a calibrated denoiser's weights integers, in place: full-precision weights and rounding logits are dropped.
+
+    Bias corrections are rounded to float16, in which they are stored; everything else computes the same bits as before.
+    """
+    for layer in quant_layers(denoiser).values():
+        weight = layer.weight_quantizer
+        if isinstance(weight, AdaRoundWeight):
+            layer.weight_quantizer = IntegerWeight.from_rounded(weight, layer.input_quantizer.r).train(layer.training)
+        if layer.bias_shift is not None:
+            largest = torch.finfo(torch.float16).max
+            layer.bias_shift.copy_(layer.bias_shift.clamp(-largest, largest).half())
+
+
+def describe(denoiser: nn.Module) -> Structure:
+    """Structure of a frozen denoiser; ValueError if it is not frozen."""
+    layers: dict[str, LayerEntry] = {}
+    attentions: dict[str, AttentionEntry] = {}
+    boundaries: list[float] = []
+    owner: dict[int, str] = {}  # of each input quantizer: the first layer that has it
+    for name, module in denoiser.named_modules():
+        if isinstance(module, QuantLayer):
+            first = owner.setdefault(id(module.input_quantizer), name)
+            layers[name] = _describe_layer(module, None if first == name else first)
+            boundaries = module.input_quantizer.groups.boundaries
+        elif type(module) in LAYERS:
+            layers[name] = LayerEntry(type(module).__name__, kept=True)
+        elif isinstance(module, Attention):
+            processor: Any = module.processor
+            if isinstance(processor, QuantAttnProcessor):
+                attentions[name] = AttentionEntry(False, processor.query.bits, processor.probabilities.bits)
+                boundaries = processor.query.groups.boundaries
+            else:
+                attentions[name] = AttentionEntry(kept=True)
+    return Structure(layers, attentions, boundaries)
+
+
+def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    if not isinstance(weight, IntegerWeight):
+        raise ValueError(f"{layer.name} still learns its rounding; call freeze(denoiser) before")
+    return LayerEntry(
+        kind=next(source.__name__ for source, replacement in LAYERS.items() if isinstance(layer, replacement)),
+        weight_bits=weight.bits,
+        activation_bits=inputs.bits,
+        symmetric=bool((weight.zero_point == 2 ** (weight.bits - 1)).all()),
+        reparameterized=bool((inputs.r != 1).any()),
+        bias_shift=layer.bias_shift is not None,
+        input_of=input_of,
+    )
+
+
+def rebuild(denoiser: nn.Module, structure: Structure) -> None:
+    """Give a full-precision denoiser the structure of a frozen one, in place; codes are undefined, the rest neutral.
+
+    Raises:
+        AttributeError, ValueError: the structure is of another architecture.
+    """
+    groups = TimestepGroups(structure.boundaries)
+    for name, entry in structure.layers.items():
+        module = denoiser.get_submodule(name)
+        if type(module).__name__ != entry.kind:
+            raise ValueError(f"{name} is a {type(module).__name__}, expected a {entry.kind}")
+        if not entry.kept:
+            set_submodule(denoiser, name, _frozen_layer(module, entry, groups, name))
+    for name, entry in structure.layers.items():
+        if entry.input_of is not None:
+            first: Any = denoiser.get_submodule(entry.input_of)
+            denoiser.get_submodule(name).input_quantizer = first.input_quantizer
+    for name, attention in structure.attentions.items():
+        if not attention.kept:
+            owner: Any = denoiser.get_submodule(name)
+            processor = QuantAttnProcessor(attention.activation_bits, attention.softmax_bits, groups)
+            owner.set_processor(processor.train(owner.training))
+    denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
+
+
+def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: str) -> QuantLayer:
+    replacement: Any = LAYERS[type(module)]
+    conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
+    scale = module.weight.detach().new_ones(module.weight.shape[0])
+    zero_point = torch.full_like(scale, 2 ** (entry.weight_bits - 1))
+    codes = torch.empty_like(module.weight, dtype=torch.uint8)
+    weight = IntegerWeight(codes, scale, zero_point, entry.weight_bits, conv_groups)
+    inputs = ActivationQuantizer(entry.activation_bits, groups, channels, replacement.channel_dim)
+    layer: QuantLayer = replacement(module, weight, inputs, module.bias, name)
+    if entry.bias_shift:
+        layer.allow_bias_shift()
+    return layer

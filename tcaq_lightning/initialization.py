@@ -1,0 +1,281 @@
+"""Set a unit's quantizers before anything is learned: TCR's r, DAQ's kinds, ranges, weight grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning import tcr
+from tcaq_lightning.activations import UnitData
+from tcaq_lightning.config import DAQConfig, TCRConfig
+from tcaq_lightning.daq import LogHistogram, TailFit
+from tcaq_lightning.layers import QuantConv2d, QuantLayer
+from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
+from tcaq_lightning.quantizers.range_search import search_affine, search_log, search_symmetric
+from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.quantizers.weight import column, scale_of_inputs
+from tcaq_lightning.statistics import RangeStatistics
+from tcaq_lightning.timesteps import TimestepGroups
+
+PROBES = 48
+"""Samples that the searches look at, spread evenly over the timestep groups."""
+VALUES = 4096
+"""Values per timestep group in the final range search."""
+QUICK_VALUES = 1024
+"""Values per timestep group while candidates of r are compared."""
+
+LOG_FAMILIES: dict[str, tuple[float, ...]] = {"log2": (1.0,), "log_sqrt2": (0.5,), "adalog": ADALOG_TAUS}
+"""Exponents tau that each member of the logarithmic family may take."""
+
+
+@dataclass
+class Observations:
+    """Statistics of one unit over all its calibration inputs, by quantizer name within the unit."""
+
+    ranges: dict[str, RangeStatistics] = field(default_factory=dict)
+    histograms: dict[str, LogHistogram] = field(default_factory=dict)
+    fits: dict[str, list[TailFit]] = field(default_factory=dict)
+
+
+@dataclass
+class AttentionChoice:
+    """What DAQ decided for one attention.
+
+    Attributes:
+        logarithmic: (G,) the choice made. by_likelihood, by_error: (G,) what either rule would choose.
+        uniform_error, log_error: (G,) relative error of P^ v under either quantizer.
+        fits: one fitted tail per group.
+    """
+
+    logarithmic: Tensor
+    by_likelihood: Tensor
+    by_error: Tensor
+    uniform_error: Tensor
+    log_error: Tensor
+    fits: list[TailFit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, one for each timestep group."""
+        names = ("logarithmic", "by_likelihood", "by_error", "uniform_error", "log_error")
+        values = {name: getattr(self, name).tolist() for name in names}
+        return values | {"R": [fit.R for fit in self.fits], "reliable": [fit.reliable for fit in self.fits]}
+
+
+@dataclass
+class Choices:
+    """What was set for one unit, for the log and the report.
+
+    Attributes:
+        reparameterization: by quantizer, relative output error at r = 1 and at the chosen r.
+        attention: by softmax quantizer.
+    """
+
+    reparameterization: dict[str, tuple[float, float]] = field(default_factory=dict)
+    attention: dict[str, AttentionChoice] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def initialize(
+    unit: nn.Module,
+    data: UnitData,
+    context: TimestepGroups,
+    observed: Observations,
+    tcr_config: TCRConfig,
+    daq_config: DAQConfig,
+    device: torch.device,
+) -> Choices:
+    """Set every quantizer of a unit from its quantized-stream inputs.
+
+    Args:
+        unit: quantized unit, its quantizers neutral.
+        data: the unit's calibration samples.
+        context: timestep groups of the denoiser.
+        observed: ranges and histograms over all calibration samples.
+        tcr_config, daq_config: settings.
+        device: where to compute.
+    """
+    choices = Choices()
+    probe = probe_indices(data.groups, context.num_groups)
+    groups = data.groups[probe].to(device)
+    inputs = capture_inputs(unit, data, context, probe, device)
+    readers = _readers(unit)
+    with context.using(groups):
+        for name, quantizer in quantizers(unit).items():
+            if isinstance(quantizer, SoftmaxQuantizer):
+                values = inputs[_sibling(name, "value")]
+                choice = _set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
+                choices.attention[name] = choice
+                continue
+            layers = readers.get(id(quantizer), [])
+            ranges = observed.ranges[name]
+            if layers and tcr_config.enabled:
+                before, after = _set_r(quantizer, layers, inputs[name], ranges, tcr_config)
+                choices.reparameterization[name] = before, after
+            _set_range(quantizer, inputs[name], ranges, VALUES, 16)
+            for layer in layers:
+                layer.learned_weight.search(quantizer.r)
+    return choices
+
+
+def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tensor:
+    """Samples spread evenly over the groups, the same number in each, sorted by group.
+
+    >>> probe_indices(torch.tensor([1, 0, 0, 1, 1]), num_groups=2, total=4)
+    tensor([1, 2, 0, 3])
+    """
+    smallest = int(torch.bincount(groups, minlength=num_groups).min())
+    each = min(max(1, total // num_groups), smallest)
+    order = torch.argsort(groups, stable=True)
+    starts = torch.searchsorted(groups[order], torch.arange(num_groups))
+    size = torch.bincount(groups, minlength=num_groups)
+    offsets = (torch.arange(each)[None, :] * size[:, None]) // each  # spread within the group
+    return order[(starts[:, None] + offsets).flatten()]
+
+
+def capture_inputs(
+    unit: nn.Module, data: UnitData, context: TimestepGroups, probe: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """Inputs of every quantizer while the unit runs in full precision on the probes."""
+    captured: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _module, args: captured.__setitem__(name, args[0])
+
+    handles = [q.register_forward_pre_hook(hook(n)) for n, q in quantizers(unit).items()]
+    try:
+        with full_precision(unit):
+            data.run(unit, context, probe, device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def _readers(unit: nn.Module) -> dict[int, list[QuantLayer]]:
+    """Layers by the id of the input quantizer that they read."""
+    readers: dict[int, list[QuantLayer]] = {}
+    for layer in quant_layers(unit).values():
+        readers.setdefault(id(layer.input_quantizer), []).append(layer)
+    return readers
+
+
+def _sibling(name: str, other: str) -> str:
+    parent, _, _ = name.rpartition(".")
+    return f"{parent}.{other}" if parent else other
+
+
+def _by_group(x: Tensor, num_groups: int, values: int) -> Tensor:
+    """(G, n) values of each group, at most `values`, from probes sorted by group with equal counts."""
+    rows = x.reshape(num_groups, -1)
+    if rows.shape[1] <= values:
+        return rows
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    return rows[:, torch.randint(rows.shape[1], (values,), generator=generator).to(rows.device)]
+
+
+def _set_range(
+    quantizer: ActivationQuantizer, x: Tensor, ranges: RangeStatistics, values: int, candidates: int
+) -> None:
+    """Search step and zero point of x / r for every group."""
+    r = quantizer.r
+    scaled = x if r.numel() == 1 else x / _along(r, x.ndim, quantizer.channel_dim)
+    low, high = (limit.to(x.device) for limit in ranges.limits(r.cpu()))
+    rows = _by_group(scaled, ranges.low.shape[0], values)
+    delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high))
+    quantizer.delta.copy_(delta)
+    quantizer.zero_point.copy_(zero)
+
+
+def _along(r: Tensor, dims: int, channel_dim: int) -> Tensor:
+    shape = [1] * dims
+    shape[channel_dim] = -1
+    return r.view(shape)
+
+
+def _set_r(
+    quantizer: ActivationQuantizer,
+    layers: list[QuantLayer],
+    x: Tensor,
+    ranges: RangeStatistics,
+    config: TCRConfig,
+) -> tuple[float, float]:
+    """Choose r by the layers' output error with both operands quantized; returns the errors of r = 1 and of the choice."""
+    magnitude = ranges.magnitude().to(x.device)
+    if config.formula == "profile":
+        grid = torch.stack([torch.ones_like(quantizer.r), tcr.published_r(magnitude, config.truncation)])
+    else:
+        grid = tcr.candidates(magnitude, _weight_magnitude(layers, quantizer.r.numel()), config.truncation)
+    targets = [layer.linear_map(x, layer.learned_weight.weight, None) for layer in layers]
+    power = sum(float(y.square().sum()) for y in targets)
+    errors = []
+    for r in grid:
+        quantizer.r.copy_(r)
+        _set_range(quantizer, x, ranges, QUICK_VALUES, 8)
+        quantized = quantizer(x)
+        error = 0.0
+        for layer, target in zip(layers, targets, strict=True):
+            error += float((layer.linear_map(quantized, _nearest(layer, r), None) - target).square().sum())
+        errors.append(error / max(power, 1e-30))
+    best = 1 if config.formula == "profile" else min(range(len(errors)), key=errors.__getitem__)
+    quantizer.r.copy_(grid[best])
+    return errors[0], errors[best]
+
+
+def _nearest(layer: QuantLayer, r: Tensor) -> Tensor:
+    """The layer's weight, W r rounded to nearest on a quickly searched symmetric grid, divided by r again."""
+    learned = layer.learned_weight
+    factor = scale_of_inputs(r, learned.weight, learned.conv_groups)
+    scaled = learned.weight * factor
+    step = column(search_symmetric(scaled.flatten(1), learned.bits, candidates=12), scaled)
+    top = 2 ** (learned.bits - 1)
+    return fake_quantize(scaled, step, step.new_tensor(-top), step.new_tensor(top - 1)) / factor
+
+
+def _weight_magnitude(layers: list[QuantLayer], channels: int) -> Tensor:
+    """(C,) largest magnitude of the weights that meet each input channel."""
+    per_layer = []
+    for layer in layers:
+        weight = layer.learned_weight.weight  # (O, C / groups, ...)
+        conv_groups = layer.groups if isinstance(layer, QuantConv2d) else 1
+        blocks = weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()
+        per_layer.append(blocks.view(conv_groups, -1, blocks.shape[1]).amax(1).reshape(channels))
+    return torch.stack(per_layer).amax(0)
+
+
+def _set_softmax(
+    quantizer: SoftmaxQuantizer, p: Tensor, values: Tensor, fits: list[TailFit], config: DAQConfig
+) -> AttentionChoice:
+    """Search both quantizers for every group, compare them, choose."""
+    num_groups, bits = quantizer.delta.numel(), quantizer.bits
+    rows = _by_group(p, num_groups, 2 * VALUES)
+    uniform_delta, _ = search_affine(rows, bits, limits=(torch.zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
+    log_delta, tau = search_log(rows, bits, LOG_FAMILIES[config.family])
+
+    heads = p.shape[1]
+    v = values.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, heads, S, C/heads)
+    expand = p.shape[0] // num_groups
+
+    def error(quantized: Tensor) -> Tensor:
+        difference, reference = (quantized - p) @ v, p @ v
+        by_group = [x.square().reshape(num_groups, -1).sum(1) for x in (difference, reference)]
+        return by_group[0] / by_group[1].clamp(min=1e-30)
+
+    def spread(table: Tensor) -> Tensor:
+        return table.repeat_interleave(expand).view(-1, 1, 1, 1)
+
+    levels = uniform_delta.new_tensor(2**bits - 1)
+    uniform_error = error(fake_quantize(p, spread(uniform_delta), levels * 0, levels))
+    log_error = error(log_fake_quantize(p, spread(log_delta), spread(tau), bits))
+    by_likelihood = torch.tensor([fit.R > 0 for fit in fits], device=p.device)
+    by_error = log_error < uniform_error
+    chosen = {"likelihood": by_likelihood, "error": by_error}[config.rule]
+    if not config.enabled:
+        chosen = torch.zeros_like(chosen)
+    quantizer.delta.copy_(torch.where(chosen, log_delta, uniform_delta))
+    quantizer.tau.copy_(torch.where(chosen, tau, torch.zeros_like(tau)))
+    return AttentionChoice(chosen, by_likelihood, by_error, uniform_error, log_error, fits)

@@ -1,0 +1,226 @@
+"""Diffusers pipelines: open a directory, find the denoiser, sample with any scheduler."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+DENOISER_NAMES = ("unet", "transformer")
+SEED_STRIDE = 1_000_003
+"""Distance of the noise seeds of two runs, so that their samples share none."""
+
+
+def shipped(name: str) -> Path | None:
+    """Directory of a model or feature extractor that comes with the package, or None."""
+    path = ASSETS / name
+    return path if name and "/" not in name and path.is_dir() else None
+
+
+def quiet_diffusers() -> None:
+    """Keep diffusers' progress bars and advice off the console; errors still show."""
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+
+
+def open_pipeline(path: str) -> DiffusionPipeline:
+    """Open a pretrained model in diffusers layout.
+
+    Args:
+        path: directory with a model_index.json, name of a shipped model, or hub id.
+
+    Returns:
+        The pipeline on the CPU, its denoiser frozen and in evaluation mode.
+
+    Raises:
+        UserError: no such model, no denoiser, weights missing, of other shapes, NaN or infinite.
+    """
+    quiet_diffusers()
+    directory = shipped(path) or Path(path)
+    local = directory.exists()
+    if not local and (path.count("/") != 1 or path.startswith((".", "/"))):
+        raise UserError(f"model.path: no model at {path}; expected a directory in diffusers layout or a hub id")
+    source = str(directory) if local else path
+    try:
+        index = DiffusionPipeline.load_config(source, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path} has no readable model_index.json; expected diffusers layout") from error
+    name = next((n for n in DENOISER_NAMES if index.get(n)), None)
+    if name is None:
+        raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
+    denoiser = _load_denoiser(source, name, str(index[name][1]), local)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **{name: denoiser}
+        )
+    except Exception as error:  # whatever diffusers' loaders raise is about these files
+        raise UserError(f"model.path: cannot open {path}: {one_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_denoiser(source: str, name: str, class_name: str, local: bool) -> nn.Module:
+    denoiser_class = getattr(diffusers, class_name, None)
+    if denoiser_class is None:
+        raise UserError(f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks")
+    try:
+        denoiser, info = denoiser_class.from_pretrained(
+            source,
+            subfolder=name,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise UserError(f"model.path: cannot load {name} of {source}: {one_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            raise UserError(
+                f"model.path: {name} of {source} has {len(info[kind])} {kind.replace('_', ' ')} in its weights, such as "
+                f"{sorted(info[kind])[0]}; expected exactly the weights of its config.json"
+            )
+    for key, value in denoiser.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"model.path: {name} weight {key} of {source} is NaN or infinite; expected finite weights")
+    module: nn.Module = denoiser.requires_grad_(False).eval()
+    return module
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error as one line of at most about `limit` characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:limit]}"
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """Name and module of the pipeline's denoiser.
+
+    Raises:
+        UserError: none of the known components is there.
+    """
+    for name in DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise UserError(f"the pipeline has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
+
+
+def denoiser_bytes(denoiser: nn.Module) -> int:
+    """Bytes of a denoiser's parameters and buffers, which its safetensors file exceeds by a header."""
+    return sum(v.numel() * v.element_size() for v in denoiser.state_dict().values())
+
+
+def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """A scheduler for one run of the sampler, its timesteps set.
+
+    Args:
+        own: the pipeline's scheduler; its noise schedule and prediction type are kept.
+        sampler: class, steps and further settings.
+        key: config key that errors name.
+
+    Raises:
+        UserError: unknown class, option or number of steps.
+    """
+    scheduler_class = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
+    if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
+        raise UserError(f"{key}.scheduler must be a scheduler class of diffusers, got {sampler.scheduler!r}")
+    known = inspect.signature(scheduler_class.__init__).parameters
+    unknown = sorted(set(sampler.options) - set(known))
+    if unknown:
+        raise UserError(f"{key}.options: {scheduler_class.__name__} has no option {unknown[0]!r}; it has {sorted(known)[:-1]}")
+    try:
+        scheduler = scheduler_class.from_config(own.config, **sampler.options)
+        scheduler.set_timesteps(sampler.num_steps)
+    except Exception as error:  # schedulers validate their settings each in its own way
+        raise UserError(f"{key}: {scheduler_class.__name__} with {sampler.num_steps} steps: {one_line(error)}") from error
+    return scheduler
+
+
+Recorder = Callable[[int, Tensor, Tensor], None]
+"""Called with (call index, timestep (scalar tensor), denoiser input x_t (B, ...)) before each denoiser call."""
+
+
+def initial_noise(shape: Sequence[int], indices: Sequence[int], seed: int) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise x_T of numbered samples; sample i is the same whatever batch it is drawn in.
+
+    Args:
+        shape: (C, H, W).
+        indices: numbers of the samples.
+        seed: seed of the whole set.
+
+    Returns:
+        Standard normal (B, C, H, W) on the CPU, and the generators that go on with each sample's step noise.
+    """
+    generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in indices]
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators]), generators
+
+
+@torch.no_grad()
+def sample(
+    denoiser: nn.Module,
+    own_scheduler: Any,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    seed: int,
+    record: Recorder | None = None,
+) -> Tensor:
+    """Sample with the denoiser, by the loop that every diffusers scheduler shares.
+
+    (`DDIMPipeline` forces DDIM, and `DDPMPipeline` passes a generator to steps that take none.)
+
+    Args:
+        denoiser: maps (x_t, t) to its prediction.
+        own_scheduler: the pipeline's scheduler.
+        sampler: the scheduler to use and its steps.
+        indices: numbers of the samples, which fix their noise.
+        seed: seed of the noise.
+        record: sees every denoiser input.
+
+    Returns:
+        Samples (B, C, H, W) in the model's range, [-1, 1] for pixels.
+    """
+    scheduler = make_scheduler(own_scheduler, sampler)
+    device = next(denoiser.parameters()).device
+    noise, generators = initial_noise(sample_shape(denoiser), indices, seed)
+    x = noise.to(device) * scheduler.init_noise_sigma
+    known = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
+    if "generator" in known:
+        extra["generator"] = generators
+    for call, t in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(x, t)
+        if record is not None:
+            record(call, t, model_input)
+        prediction = denoiser(model_input, t.to(device), return_dict=False)[0]
+        x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+    return x
+
+
+def sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the denoiser's input."""
+    config: Any = denoiser.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
+
+
+def to_images(samples: Tensor) -> Tensor:
+    """Samples in [-1, 1] as images in [0, 1].
+
+    >>> to_images(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    return (samples / 2 + 0.5).clamp(0, 1)

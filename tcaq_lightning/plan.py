@@ -1,0 +1,131 @@
+"""The plan that is shown before work: units, bits, what is kept, data, memory, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tcaq_lightning.activations import store_bytes
+from tcaq_lightning.config import Config
+from tcaq_lightning.quantize import CoverageRow
+from tcaq_lightning.units import UnitGraph
+
+STEP_COST = 4.5
+"""An optimisation step of all units against one full-precision forward of the same batch, measured on CPUs: forward,
+twice that backward, fake quantization, and Adam."""
+PASSES = 12
+"""Forward passes over all calibration samples that a round costs outside of the optimisation: both streams, the
+observation, searches, gate, bias correction, and sampling for the next round."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        units: number of units. samples: calibration samples, held-out ones included.
+        layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
+        steps: optimisation steps over all units, phases and rounds.
+        store_bytes: largest size of the activation store. model_bytes: both denoisers.
+        seconds: estimated duration of the calibration.
+    """
+
+    units: int
+    samples: int
+    layers: dict[str, int]
+    kept: list[str]
+    steps: int
+    store_bytes: int
+    model_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> Table:
+        """For the console."""
+        table = Table(title="plan", show_header=False, title_justify="left")
+        bits = ", ".join(f"{count} x {label}" for label, count in self.layers.items())
+        gigabytes = (self.store_bytes + self.model_bytes) / 1e9
+        table.add_row("units", str(self.units))
+        table.add_row("layers and matmuls", bits)
+        table.add_row("kept in full precision", ", ".join(self.kept) or "nothing but norms")
+        table.add_row("calibration samples", str(self.samples))
+        table.add_row("optimisation steps", str(self.steps))
+        table.add_row(
+            "memory", f"{gigabytes:.2f} GB: store {self.store_bytes / 1e9:.2f}, models {self.model_bytes / 1e9:.2f}"
+        )
+        table.add_row("time", f"about {self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s")
+        return table
+
+
+def make_plan(
+    config: Config, denoiser: nn.Module, graph: UnitGraph, coverage: list[CoverageRow], x: Tensor, timesteps: Tensor
+) -> Plan:
+    """Count, and time one forward pass of the full-precision denoiser.
+
+    Args:
+        config: the run's configuration.
+        denoiser: full precision.
+        graph: units in execution order.
+        coverage: the coverage table.
+        x, timesteps: a batch of calibration-like inputs of config.reconstruction.batch_size samples.
+    """
+    with torch.no_grad():
+        inputs = _input_sizes(denoiser, graph, x[:1], timesteps[:1])
+        started = time.perf_counter()
+        denoiser(x, timesteps, return_dict=False)
+        forward = (time.perf_counter() - started) / len(x)  # of one sample
+    calibration = config.calibration
+    samples = (calibration.num_trajectories + calibration.held_out_trajectories) * calibration.sampler.num_steps
+    steps = config.reconstruction.iterations if config.reconstruction.enabled else 0
+    optimisation = steps * config.reconstruction.batch_size * STEP_COST
+    layers: dict[str, int] = {}
+    for row in coverage:
+        layers[row.bits] = layers.get(row.bits, 0) + 1
+    return Plan(
+        units=len(graph.names),
+        samples=samples,
+        layers=layers,
+        kept=[row.name for row in coverage if row.note == "kept by rule"],
+        steps=steps * len(graph.names),
+        store_bytes=store_bytes(graph, inputs, samples),
+        model_bytes=3 * sum(p.numel() * p.element_size() for p in denoiser.parameters()),  # V is as large as W
+        seconds=forward * (optimisation + PASSES * samples * config.num_rounds),
+    )
+
+
+def _input_sizes(denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor) -> list[int]:
+    """Elements of each unit's inputs for one sample."""
+    sizes: dict[str, int] = {}
+
+    def hook(name: str) -> object:
+        def receive(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            sizes[name] = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+
+        return receive
+
+    handles = [
+        denoiser.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True)  # type: ignore[arg-type]
+        for n in graph.names
+    ]
+    denoiser(x, timesteps, return_dict=False)
+    for handle in handles:
+        handle.remove()
+    return [sizes[n] for n in graph.names]
+
+
+def coverage_table(rows: list[CoverageRow]) -> Table:
+    """Every layer with parameters and every attention matmul, with its bits."""
+    table = Table("layer", "kind", "bits", "note", title="coverage", title_justify="left")
+    for row in rows:
+        table.add_row(row.name, row.kind, row.bits, row.note)
+    return table

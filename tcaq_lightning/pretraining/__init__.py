@@ -1,0 +1,1 @@
+"""How the shipped model and its evaluation features are trained."""

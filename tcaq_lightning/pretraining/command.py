@@ -1,0 +1,36 @@
+"""What the commands of this package have in common."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+
+from jsonargparse import auto_cli
+
+from tcaq_lightning.errors import UserError
+
+_EXPECTED_WARNINGS = (
+    ".*exists and is not empty",  # that is how a run is resumed
+    ".*your dataloader is not resumable",  # its only content is the number of steps
+    ".*does not have many workers",
+    ".*isinstance.treespec, LeafSpec",
+)
+
+
+def run(function: Callable[..., None]) -> None:
+    """Run a function as a command: its arguments are the options, a user's mistake is one line and exit code 2.
+
+    Args:
+        function: typed and documented; parameters without a default are required options.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    try:
+        auto_cli(function, as_positional=False)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

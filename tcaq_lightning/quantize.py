@@ -1,0 +1,262 @@
+"""Quantize a denoiser in place: replace its layers, account for every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from tcaq_lightning.config import QuantizationConfig
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.layers import QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, Rounding, SoftmaxQuantizer
+from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
+from tcaq_lightning.units import find_units, output_layer
+
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+"""Layers with weights, and what replaces them. Extend to add a kind."""
+
+FLOAT_LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+"""Modules whose parameters stay in full precision: norms, and look-ups, which multiply nothing."""
+
+ATTENTION_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
+"""Plain softmax attention, which `QuantAttnProcessor` computes in the open."""
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of one layer or attention under the rules; None where that operand stays in full precision."""
+
+    weight: int | None
+    activation: int | None
+    softmax: int | None
+
+    @property
+    def kept(self) -> bool:
+        return self.weight is None
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One line of the coverage table.
+
+    Attributes:
+        name: of the layer, or of the attention with the matmul, such as `mid_block.attentions.0 (q k^T)`.
+        kind: module class, or `matmul`.
+        bits: such as `W4 A8`, or `float`.
+        note: why it is in full precision, or empty.
+        parameters: number of parameters that the row accounts for.
+    """
+
+    name: str
+    kind: str
+    bits: str
+    note: str
+    parameters: int
+
+
+def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
+    """Bits of the layer or attention called `name`: the general ones, changed by every rule that matches, in order.
+
+    >>> from tcaq_lightning.config import LayerRule
+    >>> bits_of("conv_in", QuantizationConfig(rules=[LayerRule("conv_*", weight_bits=8)]))
+    LayerBits(weight=8, activation=8, softmax=8)
+    """
+    weight: int | None = config.weight.bits
+    activation: int | None = config.activation.bits
+    softmax = config.softmax.bits or config.activation.bits
+    kept = False
+    for rule in config.rules:
+        if fnmatchcase(name, rule.pattern):
+            kept = rule.keep
+            weight = rule.weight_bits or weight
+            activation = rule.activation_bits or activation
+            softmax = rule.softmax_bits or softmax
+    return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax)
+
+
+def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGroups) -> list[CoverageRow]:
+    """Replace every layer with weights and every attention by its quantized form, in place.
+
+    The quantizers' parameters are neutral until they are set: nothing is calibrated here.
+
+    Args:
+        denoiser: a diffusers denoiser.
+        config: bits and rules.
+        groups: the timestep groups that all quantizers share; a pre-hook that sets them is put on the denoiser.
+
+    Returns:
+        The coverage table, one row for each layer with parameters and each attention matmul.
+
+    Raises:
+        UserError: a rule that matches nothing, or a module that is neither quantized nor listed as kept.
+    """
+    _check_rules(denoiser, config)
+    rows: list[CoverageRow] = []
+    for name, module in list(denoiser.named_modules()):
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        bits = bits_of(name, config)
+        if type(module) in LAYERS:
+            rows.append(_layer_row(name, module, bits, own))
+            if not bits.kept:
+                set_submodule(denoiser, name, _quantized_layer(module, bits, groups, config.weight.symmetric, name))
+        elif isinstance(module, Attention):
+            rows += _quantize_attention(name, module, bits, groups)
+        elif own and not isinstance(module, FLOAT_LAYERS):
+            if not bits.kept:
+                raise UserError(
+                    f"unsupported layer {name} ({type(module).__name__}) has weights that no quantized layer is known "
+                    f"for; keep it in full precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
+                )
+            rows.append(CoverageRow(name, type(module).__name__, "float", "kept by rule", own))
+        elif own:
+            rows.append(CoverageRow(name, type(module).__name__, "float", "normalisation or look-up", own))
+    for module in list(denoiser.modules()):
+        if isinstance(module, Attention):
+            _share_input_quantizer(module)
+    for name in find_quantized_units(denoiser):
+        shifted = output_layer(denoiser.get_submodule(name), name)
+        if shifted is not None and isinstance(layer := denoiser.get_submodule(shifted[0]), QuantLayer):
+            layer.allow_bias_shift()
+    denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
+    return rows
+
+
+def find_quantized_units(denoiser: nn.Module) -> list[str]:
+    """Units of a denoiser whose layers have been replaced."""
+    return find_units(denoiser, layers=(*LAYERS, QuantLayer))
+
+
+def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers within a module, by name."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, QuantLayer)}
+
+
+def quantizers(module: nn.Module) -> dict[str, ActivationQuantizer | SoftmaxQuantizer]:
+    """Activation and softmax quantizers within a module, each once, by name."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, (ActivationQuantizer, SoftmaxQuantizer))}
+
+
+def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
+    names = [n for n, _ in denoiser.named_modules()]
+    for rule in config.rules:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            raise UserError(
+                f"quantization.rules: pattern {rule.pattern!r} matches no module of {type(denoiser).__name__}; "
+                f"expected shell-style patterns on names such as {names[-1]}"
+            )
+
+
+def _layer_row(name: str, module: nn.Module, bits: LayerBits, parameters: int) -> CoverageRow:
+    kind = type(module).__name__
+    if bits.kept:
+        return CoverageRow(name, kind, "float", "kept by rule", parameters)
+    return CoverageRow(name, kind, f"W{bits.weight} A{bits.activation}", "", parameters)
+
+
+def _quantized_layer(
+    module: nn.Module, bits: LayerBits, groups: TimestepGroups, symmetric: bool, name: str
+) -> QuantLayer:
+    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    assert bits.weight is not None
+    assert bits.activation is not None
+    replacement = LAYERS[type(module)]
+    conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
+    weight = AdaRoundWeight(module.weight, bits.weight, symmetric, conv_groups)
+    activation = ActivationQuantizer(bits.activation, groups, channels, replacement.channel_dim)
+    return replacement(module, weight, activation.to(module.weight.device), module.bias, name)
+
+
+def _quantize_attention(
+    name: str, attention: Attention, bits: LayerBits, groups: TimestepGroups
+) -> list[CoverageRow]:
+    kind = "matmul"
+    if bits.kept:
+        return [CoverageRow(f"{name} ({m})", kind, "float", "kept by rule", 0) for m in ("q k^T", "P v")]
+    processor = getattr(attention, "processor", None)
+    if not isinstance(processor, ATTENTION_PROCESSORS):
+        raise UserError(
+            f"unsupported attention {name} with processor {type(processor).__name__}; expected one of "
+            f"{', '.join(p.__name__ for p in ATTENTION_PROCESSORS)}, or keep it in full precision with a rule: "
+            f"quantization.rules: [{{pattern: {name}, keep: true}}]"
+        )
+    assert bits.activation is not None
+    assert bits.softmax is not None
+    quantized = QuantAttnProcessor(bits.activation, bits.softmax, groups)
+    quantized.to(next(attention.parameters()).device).train(attention.training)
+    attention.set_processor(quantized)
+    return [
+        CoverageRow(f"{name} (q k^T)", kind, f"A{bits.activation} A{bits.activation}", "", 0),
+        CoverageRow(f"{name} (P v)", kind, f"P{bits.softmax} A{bits.activation}", "", 0),
+    ]
+
+
+def _share_input_quantizer(attention: Attention) -> None:
+    """q, k and v of a self-attention read one tensor: one quantizer, if their bits agree."""
+    layers = [attention.to_q, attention.to_k, attention.to_v]
+    if attention.is_cross_attention or not all(isinstance(layer, QuantLayer) for layer in layers):
+        return
+    if len({layer.input_quantizer.bits for layer in layers}) == 1:
+        for layer in layers[1:]:
+            layer.input_quantizer = layers[0].input_quantizer
+
+
+def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one called `name`, in the same training mode."""
+    parent, _, child = name.rpartition(".")
+    owner = root.get_submodule(parent)
+    module.train(owner.training)
+    if isinstance(owner, (nn.ModuleList, nn.Sequential)):
+        owner[int(child)] = module
+    else:
+        setattr(owner, child, module)
+
+
+@torch.no_grad()
+def uncovered(denoiser: nn.Module, rows: list[CoverageRow]) -> list[str]:
+    """Names of layers with weights that the coverage table does not account for."""
+    listed = {row.name for row in rows}
+    return [n for n, m in denoiser.named_modules() if isinstance(m, (*LAYERS, QuantLayer)) and n not in listed]
+
+
+@contextmanager
+def full_precision(unit: nn.Module) -> Iterator[None]:
+    """Switch all quantizers of a unit off for a while: its layers then compute with the original weights."""
+    activations, layers = list(quantizers(unit).values()), list(quant_layers(unit).values())
+    for quantizer in activations:
+        quantizer.enabled = False
+    for layer in layers:
+        layer.learned_weight.rounding = Rounding.FLOAT
+    try:
+        yield
+    finally:
+        for quantizer in activations:
+            quantizer.enabled = True
+        for layer in layers:
+            layer.learned_weight.rounding = Rounding.HARD
+
+
+def quantization_state(module: nn.Module) -> dict[str, Tensor]:
+    """What calibration sets and learns in a module: everything but the full-precision parameters."""
+    layers = quant_layers(module)
+    full_precision = {f"{n}.weight_quantizer.weight" if n else "weight_quantizer.weight" for n in layers}
+    full_precision |= {n for n, _ in module.named_parameters() if n not in full_precision}
+    return {k: v.detach().clone() for k, v in module.state_dict().items() if k not in full_precision}
+
+
+def restore_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put a state from `quantization_state` back.
+
+    Raises:
+        KeyError: it is the state of another module.
+    """
+    expected = {k: v.shape for k, v in quantization_state(module).items()}
+    if {k: v.shape for k, v in state.items()} != expected:
+        raise KeyError("the stored state does not fit the unit")
+    module.load_state_dict(state, strict=False)

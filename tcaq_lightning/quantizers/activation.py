@@ -1,0 +1,140 @@
+"""Quantizers of activations: per tensor, one step and zero point for each timestep group, r for each channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
+from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.timesteps import TimestepGroups
+
+
+def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
+    """Rows of a (G,) table for a batch: (B, 1, ..., 1) with `dims` axes."""
+    return table[groups].reshape(-1, *[1] * (dims - 1))
+
+
+class ActivationQuantizer(nn.Module):
+    """Uniform affine quantizer of one tensor, reparameterized by channel (METHOD sections 1 and 3).
+
+    x^ = r_d s_g (clip(round(x / (r_d s_g)) + z_g, 0, 2^b - 1) - z_g): the division by r and the multiplication back
+    (which real kernels find in the weights) are one step of r_d s_g, so TCR costs nothing here.
+
+    Attributes:
+        delta: (G,) steps s. zero_point: (G,) integer-valued. r: (C,), all ones where TCR is off.
+        log_delta, log_r: relative changes that are being learned; None outside of a fit.
+        enabled: off while statistics are taken.
+        drop_probability: QDrop's share of elements that stay in full precision during a fit (Wei et al. 2022).
+    """
+
+    delta: Tensor
+    zero_point: Tensor
+    r: Tensor
+
+    def __init__(self, bits: int, groups: TimestepGroups, channels: int = 1, channel_dim: int = -1) -> None:
+        super().__init__()
+        self.bits = bits
+        self.groups = groups
+        self.channel_dim = channel_dim
+        self.enabled = True
+        self.drop_probability = 0.0
+        self.register_buffer("delta", torch.ones(groups.num_groups))
+        self.register_buffer("zero_point", torch.zeros(groups.num_groups))
+        self.register_buffer("r", torch.ones(channels))
+        self.log_delta: nn.Parameter | None = None
+        self.log_r: nn.Parameter | None = None
+
+    def begin_learning(self, reparameterize: bool) -> dict[str, list[nn.Parameter]]:
+        """Make the steps, and r if asked, learnable; returns the new parameters by kind."""
+        self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
+        learned = {"steps": [self.log_delta]}
+        if reparameterize and self.r.numel() > 1:
+            self.log_r = nn.Parameter(torch.zeros_like(self.r))
+            learned["r"] = [self.log_r]
+        return learned
+
+    @torch.no_grad()
+    def end_learning(self) -> None:
+        """Fold what was learned into `delta` and `r`."""
+        delta, r = self.steps(), self.scales()
+        self.log_delta = self.log_r = None
+        self.delta.copy_(delta)
+        self.r.copy_(r)
+
+    def steps(self) -> Tensor:
+        """(G,) current steps, differentiable in what is learned."""
+        return self.delta if self.log_delta is None else self.delta * self.log_delta.exp()
+
+    def scales(self) -> Tensor:
+        """(C,) current r, its geometric mean unchanged by learning."""
+        return self.r if self.log_r is None else self.r * (self.log_r - self.log_r.mean()).exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        current = self.groups.current
+        step = per_sample(self.steps(), current, x.ndim)
+        if self.r.numel() > 1:
+            shape = [1] * x.ndim
+            shape[self.channel_dim] = -1
+            step = step * self.scales().view(shape)
+        zero = per_sample(self.zero_point, current, x.ndim)
+        quantized = fake_quantize(x, step, -zero, 2**self.bits - 1 - zero)
+        if self.drop_probability and self.training:
+            return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
+        return quantized
+
+
+class SoftmaxQuantizer(nn.Module):
+    """Quantizer of post-softmax values whose kind DAQ chooses for each timestep group (METHOD section 4).
+
+    Attributes:
+        delta: (G,) the uniform step, or the value of the logarithmic code 0.
+        tau: (G,) exponent of the logarithmic quantizer; 0 where the group is uniform.
+    """
+
+    delta: Tensor
+    tau: Tensor
+
+    def __init__(self, bits: int, groups: TimestepGroups) -> None:
+        super().__init__()
+        self.bits = bits
+        self.groups = groups
+        self.enabled = True
+        self.register_buffer("delta", torch.full((groups.num_groups,), 1.0 / (2**bits - 1)))
+        self.register_buffer("tau", torch.zeros(groups.num_groups))
+        self.log_delta: nn.Parameter | None = None
+
+    def begin_learning(self) -> dict[str, list[nn.Parameter]]:
+        """Make the steps learnable; only uniform groups receive a gradient (see `logarithmic`)."""
+        self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
+        return {"steps": [self.log_delta]}
+
+    @torch.no_grad()
+    def end_learning(self) -> None:
+        delta = self.steps()
+        self.log_delta = None
+        self.delta.copy_(delta)
+
+    def steps(self) -> Tensor:
+        """(G,) current steps, differentiable in what is learned."""
+        return self.delta if self.log_delta is None else self.delta * self.log_delta.exp()
+
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """Quantize (B, ..., T) post-softmax values."""
+        if not self.enabled:
+            return probabilities
+        single = self.groups.single
+        table = self.tau if single is None else self.tau[single]
+        delta = per_sample(self.steps(), self.groups.current, probabilities.ndim)
+        if not table.any():
+            return self._uniform(probabilities, delta)
+        tau = per_sample(self.tau, self.groups.current, probabilities.ndim)
+        if table.all():
+            return log_fake_quantize(probabilities, delta, tau, self.bits)
+        logarithmic = log_fake_quantize(probabilities, delta, tau.clamp(min=1e-3), self.bits)
+        return torch.where(tau > 0, logarithmic, self._uniform(probabilities, delta))
+
+    def _uniform(self, x: Tensor, delta: Tensor) -> Tensor:
+        return fake_quantize(x, delta, delta.new_zeros(()), delta.new_full((), 2**self.bits - 1))

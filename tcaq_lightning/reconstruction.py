@@ -1,0 +1,214 @@
+"""Reconstruction of one unit: a LightningModule that holds the unit and nothing else (METHOD section 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tcaq_lightning.activations import UnitData
+from tcaq_lightning.config import ReconstructionConfig
+from tcaq_lightning.quantize import quant_layers, quantizers
+from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
+from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
+from tcaq_lightning.timesteps import TimestepGroups
+
+Phase = Literal["r", "v"]
+"""r phase: log r and activation steps, weights to nearest. V phase: rounding and steps, r frozen."""
+
+FASTEST_ROUNDING = 2e-2
+TRAVEL = 20.0
+"""Adam moves V by about its rate a step; rate 20 / iterations lets V travel far enough (METHOD section 2)."""
+
+
+def block_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared difference summed over channels, averaged over the rest (METHOD section 2).
+
+    Args:
+        output, target: (B, C, H, W), (B, T, C) or (B, C).
+
+    Returns:
+        Scalar.
+
+    >>> block_error(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+    tensor(3.)
+    """
+    channel_dim = 1 if output.ndim == 4 else -1
+    return (output - target).square().sum(channel_dim).mean()
+
+
+def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
+    """Samples of one step, with replacement, a function of `seeds` alone: a resumed fit draws the same ones.
+
+    Args:
+        count: number of samples to draw from.
+        batch_size: number to draw.
+        seeds: such as (seed, round, unit, step, rank).
+
+    Returns:
+        (batch_size,) long.
+    """
+    mixed = 0
+    for seed in seeds:
+        mixed = (mixed * 6364136223846793005 + seed + 1442695040888963407) % 2**63
+    return torch.randint(count, (batch_size,), generator=torch.Generator().manual_seed(mixed))
+
+
+class BlockReconstruction(pl.LightningModule):
+    """Learn one unit's quantization against its full-precision outputs.
+
+    Nothing is learned but rounding logits, log r, and the logarithms of steps and scales. What is learned becomes
+    part of the unit at the end of the fit, by `finish`.
+
+    Args:
+        unit: quantized unit, initialized.
+        data: its calibration samples.
+        train: numbers of the samples to learn from.
+        context: timestep groups of the denoiser.
+        config: rates and weights.
+        phase: "r" or "v".
+        iterations: optimisation steps.
+        seeds: (seed, round, unit index), which with the step fix the samples drawn.
+        steps_before: steps that earlier phases of this round took, for progress bars.
+    """
+
+    def __init__(
+        self,
+        unit: nn.Module,
+        data: UnitData,
+        train: Tensor,
+        context: TimestepGroups,
+        config: ReconstructionConfig,
+        phase: Phase,
+        iterations: int,
+        seeds: tuple[int, int, int],
+        steps_before: int = 0,
+    ) -> None:
+        super().__init__()
+        self.unit = unit
+        self.data = data
+        self.train_samples = train
+        self.context = context
+        self.config = config
+        self.phase = phase
+        self.iterations = iterations
+        self.seeds = seeds
+        self.steps_before = steps_before
+        self.learned: dict[str, list[nn.Parameter]] = {"v": [], "r": [], "steps": [], "weight_scales": []}
+        self._begin()
+        self.losses: dict[str, Tensor] = {}
+
+    def _begin(self) -> None:
+        rounding = Rounding.SOFT if self.phase == "v" else Rounding.NEAREST
+        found: list[dict[str, list[nn.Parameter]]] = []
+        for quantizer in quantizers(self.unit).values():
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.drop_probability = self.config.qdrop
+                found.append(quantizer.begin_learning(reparameterize=self.phase == "r"))
+            else:
+                found.append(quantizer.begin_learning())
+        found += [
+            layer.learned_weight.begin_learning(rounding, layer.input_quantizer.r)
+            for layer in quant_layers(self.unit).values()
+        ]
+        for parameters in found:
+            for kind, values in parameters.items():
+                self.learned[kind] += values
+
+    def finish(self) -> None:
+        """Fold what was learned into the unit and round hard."""
+        for quantizer in quantizers(self.unit).values():
+            quantizer.end_learning()
+            if isinstance(quantizer, ActivationQuantizer):
+                quantizer.drop_probability = 0.0
+        for layer in quant_layers(self.unit).values():
+            layer.learned_weight.end_learning()
+            if self.phase == "r":
+                layer.learned_weight.search(layer.input_quantizer.r)
+        self.unit.eval()
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """One epoch of bare step numbers: resuming in it replays nothing."""
+        return DataLoader(range(self.iterations), batch_size=None)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam with a rate for each kind of parameter, annealed to 0 but for V's."""
+        rates = {
+            "v": self.config.rounding_lr or min(FASTEST_ROUNDING, TRAVEL / self.iterations),
+            "r": self.config.r_lr,
+            "steps": self.config.step_lr,
+            "weight_scales": self.config.scale_lr,
+        }
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "lr": rates[kind], "initial": rates[kind], "kind": kind}
+            for kind, parameters in self.learned.items()
+            if parameters and rates[kind] > 0
+        ]
+        return torch.optim.Adam(groups, foreach=True)
+
+    def on_train_batch_start(self, batch: int, batch_idx: int) -> None:
+        """Cosine rates, a function of the step alone."""
+        decay = 0.5 * (1 + math.cos(math.pi * self.global_step / self.iterations))
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial"] * (1.0 if group["kind"] == "v" else decay)
+
+    def training_step(self, batch: int, batch_idx: int) -> Tensor:
+        """One step on freshly drawn samples."""
+        seeds = (*self.seeds, ord(self.phase), self.global_step, self.global_rank)
+        if self.config.qdrop:
+            torch.manual_seed(sum(s * p for s, p in zip(seeds, (1, 7919, 104729, 31, 1299709, 15485863), strict=True)))
+        chosen = self.train_samples[draw_indices(len(self.train_samples), self.config.batch_size, seeds)]
+        output = self.data.run(self.unit, self.context, chosen, self.device)
+        error = block_error(output, self.data.targets[chosen].to(self.device))
+        self.losses = {"reconstruction": error.detach()}
+        beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
+        if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
+            return error
+        penalty = self.config.rounding_weight * sum(adaround_regularizer(v, beta) for v in self.learned["v"])
+        self.losses["rounding"] = torch.as_tensor(penalty).detach()
+        return error + penalty
+
+    def undecided(self) -> float:
+        """Share of the unit's weights whose rounding is undecided yet."""
+        logits = [layer.learned_weight.v.detach().flatten() for layer in quant_layers(self.unit).values()]
+        return undecided_share(torch.cat(logits))
+
+
+@torch.no_grad()
+def unit_error(
+    unit: nn.Module, data: UnitData, samples: Tensor, context: TimestepGroups, batch_size: int, device: torch.device
+) -> float:
+    """Mean block error of the unit as it is now, over the given samples."""
+    total = 0.0
+    for chosen in samples.split(batch_size):
+        output = data.run(unit, context, chosen, device)
+        total += float(block_error(output, data.targets[chosen].to(device))) * len(chosen)
+    return total / len(samples)
+
+
+@torch.no_grad()
+def mean_errors(
+    unit: nn.Module,
+    data: UnitData,
+    samples: Tensor,
+    context: TimestepGroups,
+    channel_dim: int,
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """(G, C) mean of target - output for each timestep group and output channel; 0 for groups without samples."""
+    channels = data.targets.shape[channel_dim]
+    sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
+    counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
+    for chosen in samples.split(batch_size):
+        difference = data.targets[chosen].to(device) - data.run(unit, context, chosen, device)
+        per_sample = difference.movedim(channel_dim, 1).flatten(2).mean(2) if difference.ndim > 2 else difference
+        groups = data.groups[chosen]
+        sums.index_add_(0, groups, per_sample.double().cpu())
+        counts.index_add_(0, groups, torch.ones(len(chosen), 1, dtype=torch.float64))
+    return (sums / counts.clamp(min=1)).float()

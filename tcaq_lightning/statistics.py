@@ -1,0 +1,46 @@
+"""Ranges of activations by timestep group and channel, accumulated batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RangeStatistics:
+    """Smallest and largest value of each channel in each timestep group.
+
+    Attributes:
+        low, high: (G, C); +inf and -inf where nothing was seen.
+
+    >>> ranges = RangeStatistics(num_groups=2, channels=1)
+    >>> ranges.update(torch.tensor([[-1.0], [3.0], [2.0]]), torch.tensor([0, 1, 1]), channel_dim=1)
+    >>> ranges.low.flatten(), ranges.high.flatten()
+    (tensor([-1.,  2.]), tensor([-1.,  3.]))
+    """
+
+    def __init__(self, num_groups: int, channels: int) -> None:
+        self.low = torch.full((num_groups, channels), torch.inf)
+        self.high = torch.full((num_groups, channels), -torch.inf)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, groups: Tensor, channel_dim: int) -> None:
+        """Take in a batch: `x` (B, ...) with its channels on `channel_dim`, `groups` (B,)."""
+        channel_dim %= x.ndim
+        others = [d for d in range(1, x.ndim) if d != channel_dim]
+        low, high = (x.amin(others), x.amax(others)) if others else (x, x)  # (B, C)
+        index = groups.unsqueeze(1).expand_as(low).cpu()
+        self.low.scatter_reduce_(0, index, low.float().cpu(), "amin")
+        self.high.scatter_reduce_(0, index, high.float().cpu(), "amax")
+
+    def merge(self, other: RangeStatistics) -> None:
+        """Take in what another rank has seen; exact."""
+        torch.minimum(self.low, other.low, out=self.low)
+        torch.maximum(self.high, other.high, out=self.high)
+
+    def magnitude(self) -> Tensor:
+        """(G, C) largest magnitude; 0 where nothing was seen."""
+        return torch.maximum(self.high, -self.low).clamp(min=0)
+
+    def limits(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """(G,) smallest and largest value over the channels of x / r, for `r` (C,) or (1,)."""
+        return (self.low / r).amin(1), (self.high / r).amax(1)

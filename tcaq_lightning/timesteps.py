@@ -1,0 +1,101 @@
+"""Timestep groups: which activation parameters belong to which timestep.
+
+Groups are intervals of t itself, not of a step's number, so that any sampler with any number of steps finds its group
+(METHOD section 1). Layers below the top of a denoiser never see t: one pre-hook on the denoiser turns its `timestep`
+argument into a group index that all quantizers of this denoiser share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.errors import UserError
+
+
+def group_boundaries(timesteps: Sequence[float], num_groups: int) -> list[float]:
+    """Split a calibration grid in `num_groups` neighbourhoods of equal numbers of steps.
+
+    Args:
+        timesteps: timesteps that calibration visits, any order, repeats allowed.
+        num_groups: G.
+
+    Returns:
+        G - 1 ascending boundaries, halfway between the neighbouring timesteps of two groups.
+
+    Raises:
+        UserError: more groups than distinct timesteps.
+
+    >>> group_boundaries([0, 250, 500, 750], num_groups=2)
+    [375.0]
+    """
+    grid = sorted({float(t) for t in timesteps})
+    if num_groups > len(grid):
+        raise UserError(
+            f"quantization.activation.timestep_groups must be at most the number of distinct calibration timesteps "
+            f"({len(grid)}), got {num_groups}; lower it or raise calibration.sampler.num_steps"
+        )
+    starts = [len(grid) * g // num_groups for g in range(1, num_groups)]
+    return [(grid[i - 1] + grid[i]) / 2 for i in starts]
+
+
+class TimestepGroups:
+    """The group of every sample that is passing through a denoiser now.
+
+    Attributes:
+        current: (B,) long, the group of each sample of the running batch.
+        single: the group when all samples share one known without a device sync, else None.
+    """
+
+    def __init__(self, boundaries: Sequence[float]) -> None:
+        self.boundaries = [float(b) for b in boundaries]
+        self.current = torch.zeros(1, dtype=torch.long)
+        self.single: int | None = None
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.boundaries) + 1
+
+    def of(self, timesteps: Tensor) -> Tensor:
+        """Group of each timestep: the number of boundaries at or below it.
+
+        >>> TimestepGroups([375.0]).of(torch.tensor([0, 374, 375, 999]))
+        tensor([0, 0, 1, 1])
+        """
+        edges = torch.tensor(self.boundaries, dtype=torch.float64, device=timesteps.device)
+        return torch.bucketize(timesteps.to(torch.float64), edges, right=True)
+
+    def set(self, groups: Tensor, single: int | None = None) -> None:
+        self.current, self.single = groups, single
+
+    @contextmanager
+    def using(self, groups: Tensor) -> Iterator[None]:
+        """Run part of a denoiser on samples of the given groups, (B,)."""
+        before = self.current, self.single
+        self.set(groups)
+        try:
+            yield
+        finally:
+            self.set(*before)
+
+
+class TimestepHook:
+    """Forward pre-hook of a denoiser: `timestep` argument -> shared group index."""
+
+    def __init__(self, groups: TimestepGroups) -> None:
+        self.groups = groups
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        batch = sample.shape[0]
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        groups = self.groups.of(t)
+        if groups.numel() == 1:
+            self.groups.set(groups.expand(batch), int(groups))
+        else:
+            self.groups.set(groups)

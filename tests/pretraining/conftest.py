@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def write_idx(path: Path, values: torch.Tensor) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
+    path.write_bytes(gzip.compress(header + values.numpy().tobytes()))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes that differ in which half of the image is bright; 96 training and 80 test images."""
+    directory = tmp_path_factory.mktemp("data")
+    rng = torch.Generator().manual_seed(0)
+    for split, count in (("train", 96), ("t10k", 80)):
+        labels = torch.arange(count) % 2
+        images = torch.randint(0, 100, (count, 28, 28), generator=rng)
+        images[labels == 0, :14] += 150
+        images[labels == 1, 14:] += 150
+        write_idx(directory / f"{split}-images-idx3-ubyte.gz", images.byte())
+        write_idx(directory / f"{split}-labels-idx1-ubyte.gz", labels.byte())
+    return directory

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tcaq_lightning.evaluation.features import REFERENCE_FILE, extract_features, load_feature_extractor
+from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.pretraining.classifier import main
+from tcaq_lightning.pretraining.idx import normalize, read_split
+
+
+def test_learns_and_writes_what_evaluation_reads(data: Path, tmp_path: Path) -> None:
+    main(data, tmp_path, epochs=8, batch_size=16)
+    assert json.loads((tmp_path / "config.json").read_text())["test_accuracy"] > 0.9
+    extractor = load_feature_extractor(tmp_path)
+    reference = ReferenceStatistics.load(tmp_path / REFERENCE_FILE)
+    images = normalize(read_split(data, "test")[0])
+    assert reference.count == len(images)
+    assert frechet_distance(extract_features(extractor, images), reference).value < 1e-4
+    brighter = frechet_distance(extract_features(extractor, images + 0.3), reference)
+    assert brighter.value > 1e-2
+
+
+def test_same_seed_same_result(data: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        main(data, tmp_path / name, epochs=1, batch_size=16, seed=5)
+    first, second = (load_feature_extractor(tmp_path / name).state_dict() for name in "ab")
+    assert all(torch.equal(second[key], value) for key, value in first.items())

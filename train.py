@@ -1,0 +1,126 @@
+"""Quantize a diffusion model: calibrate on its own samples, write an integer artifact, show what it cost.
+
+    python train.py --config configs/fashion_mnist_w4a8.yaml                       the main job
+    python train.py --config configs/fashion_mnist_w4a8.yaml --dry_run             units, bits, memory, time
+    python train.py --config … --quantization.weight.bits 6 --run_dir runs/w6      any key can be given
+
+The same command again goes on where the last one stopped, however it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from callbacks import ActivationStatistics, DistributionFitting, LearningCurves, Progress
+from callbacks.run_log import RunLog, log_results
+from tcaq_lightning.alignment import Calibration, calibrate, seconds_by_stage, stored_trajectories
+from tcaq_lightning.artifact import artifact_sizes, freeze, save_artifact
+from tcaq_lightning.cli import run_cli
+from tcaq_lightning.evaluation.evaluate import evaluate, open_features
+from tcaq_lightning.evaluation.grid import save_grid
+from tcaq_lightning.parsing import parse_config
+from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, open_pipeline, sample_shape, to_images
+from tcaq_lightning.plan import coverage_table, make_plan
+from tcaq_lightning.quantize import quantize
+from tcaq_lightning.report import final_table, write_report
+from tcaq_lightning.run import Run
+from tcaq_lightning.timesteps import TimestepGroups, group_boundaries
+from tcaq_lightning.trainers import choose_device, quiet_lightning
+from tcaq_lightning.trajectories import collect
+from tcaq_lightning.units import trace_units
+
+
+def main() -> None:
+    config, dry_run = parse_config()
+    console = Console(log_path=False)
+    quiet_lightning()
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    run = Run(config)
+    run.read()
+    if run.finished:
+        console.print(f"{run.directory} is finished; nothing to do. See {run.directory / 'report.md'}")
+        return
+
+    # the pretrained model, and everything that can be wrong with it or with the settings
+    pipeline = open_pipeline(config.model.path)
+    name, full = find_denoiser(pipeline)
+    full.to(choose_device(config.trainer))
+    scheduler = make_scheduler(pipeline.scheduler, config.calibration.sampler)
+    open_features(config.evaluation, full)
+
+    # its quantized twin: same module tree, layers replaced, every one accounted for
+    context = TimestepGroups(
+        group_boundaries(scheduler.timesteps.tolist(), config.quantization.activation.timestep_groups)
+    )
+    quantized = copy.deepcopy(full)
+    coverage = quantize(quantized, config.quantization, context)
+    probe = torch.randn(config.reconstruction.batch_size, *sample_shape(full), device=full.device)
+    timesteps = scheduler.timesteps[:1].expand(len(probe)).to(full.device)
+    graph = trace_units(full, lambda: full(probe[:2], timesteps[:2]))
+    plan = make_plan(config, full, graph, coverage, probe, timesteps)
+    console.print(plan.table())
+    if dry_run:
+        console.print(coverage_table(coverage))
+        return
+    run.start(plan=plan.to_dict(), units=graph.names)
+
+    # calibration data: the denoiser inputs that the full-precision sampler visits
+    calibration = config.calibration
+    indices = range(calibration.num_trajectories + calibration.held_out_trajectories)
+    trajectories = stored_trajectories(
+        run.directory / "calibration" / "trajectories.safetensors",
+        lambda: collect(
+            full, pipeline.scheduler, calibration.sampler, indices, config.seed, calibration.batch_size
+        ),
+    )
+
+    # rounds and units
+    writer = SummaryWriter(str(run.directory / "tensorboard")) if config.logging.tensorboard else None
+    curves = [LearningCurves(writer, graph.names, config.logging.every_n_steps)] if writer else []
+    with Progress(console, config.steps_by_round(), len(graph.names)) as progress:
+        held_out = trajectories.finals[calibration.num_trajectories :]
+        work = Calibration(
+            config=config,
+            run=run,
+            full=full,
+            quantized=quantized,
+            scheduler=pipeline.scheduler,
+            graph=graph,
+            context=context,
+            trajectories=trajectories,
+            listener=RunLog(progress, writer, held_out, config.logging.grid_images),
+            observers=[ActivationStatistics(), DistributionFitting()],
+            learners=[*curves, progress],
+        )
+        rounds = calibrate(work)
+
+    # the artifact, and what it costs
+    artifact = run.directory / "quantized"
+    freeze(quantized)
+    save_artifact(pipeline, name, quantized, artifact, {"config": config.to_dict(), "coverage": len(coverage)})
+    console.print(f"artifact: {artifact}; measuring it")
+    metrics = evaluate(
+        full, quantized, pipeline.scheduler, calibration.sampler, config.evaluation, config.seed, run.directory / "evaluation"
+    )
+    assert metrics.full_samples is not None
+    assert metrics.quantized_samples is not None
+    images = to_images(metrics.full_samples), to_images(metrics.quantized_samples)
+    save_grid(*(x[: config.logging.grid_images] for x in images), run.directory / "samples" / "grid.png")
+    sizes = {"full": denoiser_bytes(full), "quantized": artifact_sizes(artifact)}
+    seconds = seconds_by_stage(work.records, rounds) | metrics.seconds
+    content = metrics.to_dict() | {"bytes": sizes}
+    summary = write_report(run.directory, content, coverage, seconds, work.records, rounds)
+    if writer is not None:
+        log_results(writer, config, summary, *images)
+    console.print(final_table(summary))
+    run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
