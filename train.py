@@ -17,18 +17,28 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks import ActivationStatistics, DistributionFitting, LearningCurves, Progress
+from callbacks.progress import counting
 from callbacks.run_log import RunLog, log_results
-from tcaq_lightning.alignment import Calibration, calibrate, seconds_by_stage, stored_trajectories
+from tcaq_lightning.alignment import calibrate, stored_trajectories
 from tcaq_lightning.artifact import artifact_sizes, freeze, save_artifact
+from tcaq_lightning.calibration import Calibration, seconds_by_stage
 from tcaq_lightning.cli import run_cli
-from tcaq_lightning.evaluation.evaluate import evaluate, open_features
+from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_samples
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.parsing import parse_config
-from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, open_pipeline, sample_shape, to_images
+from tcaq_lightning.pipelines import (
+    check_denoiser,
+    denoiser_bytes,
+    find_denoiser,
+    make_scheduler,
+    open_pipeline,
+    sample_shape,
+    to_images,
+)
 from tcaq_lightning.plan import coverage_table, make_plan
 from tcaq_lightning.quantize import quantize
 from tcaq_lightning.report import final_table, write_report
-from tcaq_lightning.run import Run
+from tcaq_lightning.run import Run, settings_of_result
 from tcaq_lightning.timesteps import TimestepGroups, group_boundaries
 from tcaq_lightning.trainers import choose_device, quiet_lightning
 from tcaq_lightning.trajectories import collect
@@ -36,6 +46,7 @@ from tcaq_lightning.units import trace_units
 
 
 def main() -> None:
+    """Run the main job, or what is left of it."""
     config, dry_run = parse_config()
     console = Console(log_path=False)
     quiet_lightning()
@@ -43,7 +54,7 @@ def main() -> None:
         torch.set_num_threads(config.trainer.threads)
     run = Run(config)
     run.read()
-    if run.finished:
+    if run.finished and not dry_run:
         console.print(f"{run.directory} is finished; nothing to do. See {run.directory / 'report.md'}")
         return
 
@@ -52,18 +63,20 @@ def main() -> None:
     name, full = find_denoiser(pipeline)
     full.to(choose_device(config.trainer))
     scheduler = make_scheduler(pipeline.scheduler, config.calibration.sampler)
+    check_denoiser(full, scheduler)
+    if config.evaluation.sampler is not None:
+        make_scheduler(pipeline.scheduler, config.evaluation.sampler, "evaluation.sampler")
     open_features(config.evaluation, full)
 
     # its quantized twin: same module tree, layers replaced, every one accounted for
-    context = TimestepGroups(
-        group_boundaries(scheduler.timesteps.tolist(), config.quantization.activation.timestep_groups)
-    )
+    grid = scheduler.timesteps.tolist()
+    context = TimestepGroups(group_boundaries(grid, config.quantization.activation.timestep_groups))
     quantized = copy.deepcopy(full)
     coverage = quantize(quantized, config.quantization, context)
     probe = torch.randn(config.reconstruction.batch_size, *sample_shape(full), device=full.device)
     timesteps = scheduler.timesteps[:1].expand(len(probe)).to(full.device)
     graph = trace_units(full, lambda: full(probe[:2], timesteps[:2]))
-    plan = make_plan(config, full, graph, coverage, probe, timesteps)
+    plan = make_plan(config, full, graph, coverage, probe, timesteps, len(grid))
     console.print(plan.table())
     if dry_run:
         console.print(coverage_table(coverage))
@@ -73,12 +86,13 @@ def main() -> None:
     # calibration data: the denoiser inputs that the full-precision sampler visits
     calibration = config.calibration
     indices = range(calibration.num_trajectories + calibration.held_out_trajectories)
-    trajectories = stored_trajectories(
-        run.directory / "calibration" / "trajectories.safetensors",
-        lambda: collect(
-            full, pipeline.scheduler, calibration.sampler, indices, config.seed, calibration.batch_size
-        ),
-    )
+    with counting(console, "trajectories", len(indices)) as advance:
+        trajectories = stored_trajectories(
+            run.directory / "calibration" / "trajectories.safetensors",
+            lambda: collect(
+                full, pipeline.scheduler, calibration.sampler, indices, config.seed, calibration.batch_size, advance
+            ),
+        )
 
     # rounds and units
     writer = SummaryWriter(str(run.directory / "tensorboard")) if config.logging.tensorboard else None
@@ -103,14 +117,22 @@ def main() -> None:
     # the artifact, and what it costs
     artifact = run.directory / "quantized"
     freeze(quantized)
-    save_artifact(pipeline, name, quantized, artifact, {"config": config.to_dict(), "coverage": len(coverage)})
-    console.print(f"artifact: {artifact}; measuring it")
-    metrics = evaluate(
-        full, quantized, pipeline.scheduler, calibration.sampler, config.evaluation, config.seed, run.directory / "evaluation"
+    save_artifact(
+        pipeline, name, quantized, artifact, {"config": settings_of_result(config), "coverage": len(coverage)}
     )
-    assert metrics.full_samples is not None
-    assert metrics.quantized_samples is not None
-    images = to_images(metrics.full_samples), to_images(metrics.quantized_samples)
+    console.print(f"artifact: {artifact}; measuring it", soft_wrap=True)
+    with counting(console, "evaluation", planned_samples(config.evaluation)) as advance:
+        metrics = evaluate(
+            full,
+            quantized,
+            pipeline.scheduler,
+            calibration.sampler,
+            config.evaluation,
+            config.seed,
+            run.directory / "evaluation",
+            advance,
+        )
+    images = [to_images(x) for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
     save_grid(*(x[: config.logging.grid_images] for x in images), run.directory / "samples" / "grid.png")
     sizes = {"full": denoiser_bytes(full), "quantized": artifact_sizes(artifact)}
     seconds = seconds_by_stage(work.records, rounds) | metrics.seconds

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tcaq_lightning.observation import UnitObservation
+from tcaq_lightning.quantize import quantizers
 
-def hook_inputs(
-    modules: dict[str, nn.Module], receive: Callable[[str, nn.Module, Tensor], None]
-) -> list[RemovableHandle]:
-    """Call `receive(name, module, input)` whenever one of the modules runs; returns the handles to remove."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: receive(name, module, args[0])
+class QuantizerInputs(pl.Callback):
+    """Base of callbacks that see every input of a unit's quantizers of one class while it is observed."""
 
-    return [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    kind: type[nn.Module]
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def receive(self, observation: UnitObservation, name: str, quantizer: nn.Module, x: Tensor) -> None:
+        """Take in one batch `x` (B, ...) of the quantizer called `name`."""
+        raise NotImplementedError
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hook the quantizers."""
+        assert isinstance(pl_module, UnitObservation)
+        for name, module in quantizers(pl_module.unit).items():
+            if isinstance(module, self.kind):
+                self._handles.append(module.register_forward_pre_hook(self._hook(pl_module, name)))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, observation: UnitObservation, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: self.receive(observation, name, module, args[0])

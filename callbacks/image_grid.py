@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 
-
 class ImageGrid:
     """Show pairs of image rows in TensorBoard: full precision above, quantized below.
 

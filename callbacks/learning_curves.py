@@ -44,6 +44,11 @@ class LearningCurves(pl.Callback):
             values = [p.detach().flatten() for p in pl_module.learned[kind]]
             if values:
                 self.writer.add_histogram(f"log_{kind}/{self._tag(pl_module)}", torch.cat(values), trainer.global_step)
+        self.writer.flush()
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """Bring the curves to disk with the checkpoint that goes on after them."""
+        self.writer.flush()
 
     def _tag(self, module: BlockReconstruction) -> str:
         _, round_index, position = module.seeds

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from tcaq_lightning.reconstruction import BlockReconstruction
+
+
+@contextmanager
+def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` samples, or a plain line where there is no terminal; gives the function that advances it."""
+    if not console.is_terminal:
+        console.print(f"{label}: {total} samples")
+    bar = _bar(console)
+    with bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 class Progress(pl.Callback):
@@ -28,15 +54,7 @@ class Progress(pl.Callback):
         self.num_units = num_units
         self.done = 0
         self.started = time.monotonic()
-        self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bar = _bar(console)
         # a unit without optimisation still counts one step: it is observed, set and propagated
         self.weights = [max(1, steps) for steps in steps_by_round]
         self.task = self.bar.add_task("calibrating", total=sum(self.weights) * num_units)
@@ -64,6 +82,7 @@ class Progress(pl.Callback):
 
     @property
     def total(self) -> int:
+        """Optimisation steps of the whole calibration."""
         return sum(self.weights) * self.num_units
 
     def unit_finished(self, round_index: int, position: int, record: dict[str, Any]) -> None:

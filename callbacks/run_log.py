@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from callbacks.image_grid import ImageGrid
 from callbacks.progress import Progress
 from tcaq_lightning.config import Config
 from tcaq_lightning.daq import plot_tail
+from tcaq_lightning.files import naming
 from tcaq_lightning.initialization import Choices, Observations
 from tcaq_lightning.pipelines import to_images
 from tcaq_lightning.quantize import quantizers
@@ -31,9 +33,7 @@ class RunLog:
         grid_images: images in a grid.
     """
 
-    def __init__(
-        self, progress: Progress, writer: SummaryWriter | None, reference: Tensor, grid_images: int
-    ) -> None:
+    def __init__(self, progress: Progress, writer: SummaryWriter | None, reference: Tensor, grid_images: int) -> None:
         self.progress = progress
         self.writer = writer
         self.reference = reference
@@ -112,7 +112,8 @@ def range_heat_maps(magnitude: Tensor, r: Tensor, title: str) -> Figure:
     before = magnitude.clamp(min=1e-6).log10()
     after = (magnitude / r).clamp(min=1e-6).log10()
     low, high = torch.quantile(torch.stack([before, after]), torch.tensor([0.01, 1.0])).tolist()
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.85, hspace=0.9)  # a layout engine is far slower
     for axes, values, label in zip(figure.subplots(2, 1), (before, after), ("max |X|", "max |X / r|"), strict=True):
         image = axes.imshow(values.numpy(), aspect="auto", vmin=low, vmax=high, interpolation="nearest")
         axes.set(xlabel="channel", ylabel="timestep group", title=f"log10 {label}")
@@ -132,6 +133,13 @@ def log_results(
         summary: content of metrics.json.
         full, quantized: (N, C, H, W) in [0, 1], from the same noise.
     """
+    with naming(Path(writer.log_dir)):
+        _log_results(writer, config, summary, full, quantized)
+
+
+def _log_results(
+    writer: SummaryWriter, config: Config, summary: Mapping[str, Any], full: Tensor, quantized: Tensor
+) -> None:
     ImageGrid(writer, config.logging.grid_images).show("images", full, quantized, 0)
     noise, images, fid = summary["noise_error"], summary["same_noise"], summary["fid"]["quantized"]
     for timestep, value in zip(noise["timesteps"], noise["relative"], strict=True):

@@ -149,13 +149,15 @@ class Streams:
         """The unit's arguments in one stream, batch by batch."""
         finished, name = self.graph.names[:position], self.graph.names[position]
         for batch in self._batches():
-            forwards = {n: self._stub(n, stored.get(n), batch) for n in finished}
+            forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored.get(n), batch) for n in finished}
             forwards[name] = _stop
             try:
                 with patched_forwards(denoiser, forwards):
                     denoiser(self.x[batch].to(self.device), self.timesteps[batch].to(self.device), return_dict=False)
+                raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
             except Stop as reached:
-                yield batch, reached.args_kwargs
+                arguments = reached.args_kwargs
+            yield batch, arguments
 
     def _stub(self, name: str, outputs: Tensor | None, batch: slice) -> Callable[..., Tensor]:
         def forward(*_: Any, **__: Any) -> Tensor:

@@ -24,6 +24,7 @@ from torch import nn
 
 from tcaq_lightning import __version__
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.files import naming
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, quiet_diffusers
@@ -64,10 +65,11 @@ def save_artifact(
     incoming, outgoing = (target.with_name(f".{target.name}.{state}") for state in ("incoming", "outgoing"))
     shutil.rmtree(incoming, ignore_errors=True)
     try:
-        incoming.mkdir(parents=True)
-        _write_components(pipeline, denoiser_name, incoming)
-        _write_denoiser(denoiser, incoming / denoiser_name, metadata)
-        write_checksums(incoming)
+        with naming(target):
+            incoming.mkdir(parents=True)
+            _write_components(pipeline, denoiser_name, incoming)
+            _write_denoiser(denoiser, incoming / denoiser_name, metadata)
+            write_checksums(incoming)
         shutil.rmtree(outgoing, ignore_errors=True)
         if target.exists():
             target.rename(outgoing)

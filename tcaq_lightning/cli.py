@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.memory import reuse_freed_memory
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -47,8 +48,9 @@ def run_cli(function: Callable[[], int | None]) -> int:
     >>> run_cli(lambda: None)
     0
     """
+    reuse_freed_memory()
     try:
-        with _sigterm_exits():
+        with _sigterm_exits(), _quiet_threads():
             return function() or 0
     except (UserError, argparse.ArgumentError) as error:
         return _complain(str(error))
@@ -71,6 +73,22 @@ def run_cli(function: Callable[[], int | None]) -> int:
 def _complain(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return EXIT_USER_ERROR
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """No traceback from a thread that could not write: TensorBoard's raises the same error in the main thread again."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in ENVIRONMENT_ERRORS):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

@@ -142,7 +142,8 @@ class QuantizationConfig:
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     """Attention probabilities."""
     rules: list[LayerRule] = field(default_factory=list)
-    """Layers that differ or are kept, by name pattern."""
+    """Layers that differ or are kept: a shell-style pattern on the module's name, and weight_bits, activation_bits,
+    softmax_bits (each null or left out: unchanged) or keep: true. A later rule overrides an earlier one."""
 
 
 @dataclass
@@ -183,9 +184,9 @@ class PARConfig:
 
     enabled: bool = True
     """Off: round 0 only, with all iterations."""
-    rounds: int = 2
+    rounds: int = 1
     """Rounds M after round 0; round m draws a share m / M of its samples from the quantized sampler."""
-    share: float = 0.4
+    share: float = 0.3
     """Share of all iterations that the later rounds take together."""
 
     def __post_init__(self) -> None:
@@ -204,10 +205,10 @@ class ReconstructionConfig:
     batch_size: int = 32
     """Samples per step."""
     rounding_lr: float | None = None
-    """Adam's rate for the rounding logits V; null: 20 / iterations of the phase, at most 2e-2."""
-    step_lr: float = 4e-3
+    """Adam's rate for the rounding logits V; null: 20 / iterations of the phase, at most 0.2."""
+    step_lr: float = 1e-2
     """Adam's rate for the logarithms of activation steps."""
-    r_lr: float = 1e-2
+    r_lr: float = 3e-2
     """Adam's rate for log r, in the r phase."""
     scale_lr: float = 1e-3
     """Adam's rate for the logarithms of the weights' scales; 0 keeps them where the search put them."""

@@ -18,10 +18,23 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+TEMPORARY = ".*.tmp"
+"""Pattern of the names that files have while they are written."""
 
 
 class DamagedFileError(Exception):
     """A file of a run is truncated or altered; what it held has to be made again."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a failed write, which knows no name (a full disk), say that it was about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -30,16 +43,19 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())  # else a power cut after the renaming could leave an empty file
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,13 +16,13 @@ from tcaq_lightning.layers import QuantConv2d, QuantLayer
 from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
-from tcaq_lightning.quantizers.range_search import search_affine, search_log, search_symmetric
+from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_log, search_symmetric
 from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.quantizers.weight import column, scale_of_inputs
 from tcaq_lightning.statistics import RangeStatistics
 from tcaq_lightning.timesteps import TimestepGroups
 
-PROBES = 48
+PROBES = 40
 """Samples that the searches look at, spread evenly over the timestep groups."""
 VALUES = 4096
 """Values per timestep group in the final range search."""
@@ -83,6 +83,7 @@ class Choices:
 def initialize(
     unit: nn.Module,
     data: UnitData,
+    train: Tensor,
     context: TimestepGroups,
     observed: Observations,
     tcr_config: TCRConfig,
@@ -94,13 +95,14 @@ def initialize(
     Args:
         unit: quantized unit, its quantizers neutral.
         data: the unit's calibration samples.
+        train: numbers of those that may be looked at; the others are held out.
         context: timestep groups of the denoiser.
         observed: ranges and histograms over all calibration samples.
         tcr_config, daq_config: settings.
         device: where to compute.
     """
     choices = Choices()
-    probe = probe_indices(data.groups, context.num_groups)
+    probe = train[probe_indices(data.groups[train], context.num_groups)]
     groups = data.groups[probe].to(device)
     inputs = capture_inputs(unit, data, context, probe, device)
     readers = _readers(unit)
@@ -116,7 +118,7 @@ def initialize(
             if layers and tcr_config.enabled:
                 before, after = _set_r(quantizer, layers, inputs[name], ranges, tcr_config)
                 choices.reparameterization[name] = before, after
-            _set_range(quantizer, inputs[name], ranges, VALUES, 16)
+            _set_range(quantizer, inputs[name], ranges)
             for layer in layers:
                 layer.learned_weight.search(quantizer.r)
     return choices
@@ -179,14 +181,19 @@ def _by_group(x: Tensor, num_groups: int, values: int) -> Tensor:
 
 
 def _set_range(
-    quantizer: ActivationQuantizer, x: Tensor, ranges: RangeStatistics, values: int, candidates: int
+    quantizer: ActivationQuantizer,
+    x: Tensor,
+    ranges: RangeStatistics,
+    values: int = VALUES,
+    candidates: int = 16,
+    norm: float = NORM,
 ) -> None:
     """Search step and zero point of x / r for every group."""
     r = quantizer.r
     scaled = x if r.numel() == 1 else x / _along(r, x.ndim, quantizer.channel_dim)
     low, high = (limit.to(x.device) for limit in ranges.limits(r.cpu()))
     rows = _by_group(scaled, ranges.low.shape[0], values)
-    delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high))
+    delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high), norm)
     quantizer.delta.copy_(delta)
     quantizer.zero_point.copy_(zero)
 
@@ -204,7 +211,11 @@ def _set_r(
     ranges: RangeStatistics,
     config: TCRConfig,
 ) -> tuple[float, float]:
-    """Choose r by the layers' output error with both operands quantized; returns the errors of r = 1 and of the choice."""
+    """Choose r by the layers' output error with both operands quantized.
+
+    Returns:
+        The errors of r = 1 and of the choice, relative to the output's power.
+    """
     magnitude = ranges.magnitude().to(x.device)
     if config.formula == "profile":
         grid = torch.stack([torch.ones_like(quantizer.r), tcr.published_r(magnitude, config.truncation)])
@@ -215,7 +226,7 @@ def _set_r(
     errors = []
     for r in grid:
         quantizer.r.copy_(r)
-        _set_range(quantizer, x, ranges, QUICK_VALUES, 8)
+        _set_range(quantizer, x, ranges, QUICK_VALUES, candidates=8, norm=2)
         quantized = quantizer(x)
         error = 0.0
         for layer, target in zip(layers, targets, strict=True):
@@ -231,7 +242,7 @@ def _nearest(layer: QuantLayer, r: Tensor) -> Tensor:
     learned = layer.learned_weight
     factor = scale_of_inputs(r, learned.weight, learned.conv_groups)
     scaled = learned.weight * factor
-    step = column(search_symmetric(scaled.flatten(1), learned.bits, candidates=12), scaled)
+    step = column(search_symmetric(scaled.flatten(1), learned.bits, candidates=12, norm=2), scaled)
     top = 2 ** (learned.bits - 1)
     return fake_quantize(scaled, step, step.new_tensor(-top), step.new_tensor(top - 1)) / factor
 
@@ -253,17 +264,18 @@ def _set_softmax(
     """Search both quantizers for every group, compare them, choose."""
     num_groups, bits = quantizer.delta.numel(), quantizer.bits
     rows = _by_group(p, num_groups, 2 * VALUES)
-    uniform_delta, _ = search_affine(rows, bits, limits=(torch.zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
+    uniform_delta, _ = search_affine(rows, bits, limits=(p.new_zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
     log_delta, tau = search_log(rows, bits, LOG_FAMILIES[config.family])
 
     heads = p.shape[1]
-    v = values.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, heads, S, C/heads)
+    v = torch.unflatten(values, 2, (heads, -1)).transpose(1, 2)  # (B, heads, S, C/heads)
     expand = p.shape[0] // num_groups
 
     def error(quantized: Tensor) -> Tensor:
         difference, reference = (quantized - p) @ v, p @ v
         by_group = [x.square().reshape(num_groups, -1).sum(1) for x in (difference, reference)]
-        return by_group[0] / by_group[1].clamp(min=1e-30)
+        relative: Tensor = by_group[0] / by_group[1].clamp(min=1e-30)
+        return relative
 
     def spread(table: Tensor) -> Tensor:
         return table.repeat_interleave(expand).view(-1, 1, 1, 1)

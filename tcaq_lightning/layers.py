@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
@@ -48,6 +48,7 @@ class QuantLayer(nn.Module):
 
     @property
     def out_channels(self) -> int:
+        """O."""
         weight = self.weight_quantizer
         return (weight.weight if isinstance(weight, AdaRoundWeight) else weight.codes).shape[0]
 
@@ -58,6 +59,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias_shift", scale.new_zeros(groups, self.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input and compute the output."""
         return self.compute(self.input_quantizer(x))
 
     def compute(self, quantized: Tensor) -> Tensor:
@@ -88,6 +90,7 @@ class QuantConv2d(QuantLayer):
         self._pad = source._reversed_padding_repeated_twice
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with a given weight."""
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
@@ -104,6 +107,7 @@ class QuantLinear(QuantLayer):
         self.in_features = source.in_features
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The affine map with a given weight."""
         return F.linear(x, weight, bias)
 
 
@@ -144,6 +148,7 @@ class QuantAttnProcessor(nn.Module):
         attention_mask: Tensor | None,
         temb: Tensor | None,
     ) -> Tensor:
+        """What diffusers' `AttnProcessor2_0` computes, every operand of its matmuls quantized."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -168,7 +173,7 @@ class QuantAttnProcessor(nn.Module):
 
         q, k, v = (attn.head_to_batch_dim(x) for x in (q, k, v))  # (B*heads, T, C/heads)
         p = attn.get_attention_scores(q, k, attention_mask)  # (B*heads, T, S)
-        p = self.probabilities(p.unflatten(0, (batch, -1))).flatten(0, 1)
+        p = self.probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)
         out = attn.batch_to_head_dim(torch.bmm(p, v))  # (B, T, C)
 
         out = attn.to_out[1](attn.to_out[0](out))
@@ -176,13 +181,15 @@ class QuantAttnProcessor(nn.Module):
             out = out.transpose(1, 2).reshape(image_shape[0], -1, *image_shape[2:])
         if attn.residual_connection:
             out = out + residual
-        return out / attn.rescale_output_factor
+        output: Tensor = out / attn.rescale_output_factor
+        return output
 
     @staticmethod
     def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if context is hidden_states and shares_input_quantizer(attn):
-            quantized = attn.to_q.input_quantizer(hidden_states)
-            return attn.to_q.compute(quantized), attn.to_k.compute(quantized), attn.to_v.compute(quantized)
+            to_q, to_k, to_v = cast("list[QuantLayer]", [attn.to_q, attn.to_k, attn.to_v])
+            quantized = to_q.input_quantizer(hidden_states)
+            return to_q.compute(quantized), to_k.compute(quantized), to_v.compute(quantized)
         return attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,7 +33,7 @@ class UnitObservation(pl.LightningModule):
         super().__init__()
         self.unit = unit
         self.data = data
-        self.batches = samples.split(batch_size)
+        self.batches = torch.split(samples, batch_size)
         self.context = context
         self.observed = Observations()
 
@@ -40,6 +41,7 @@ class UnitObservation(pl.LightningModule):
         """Bare batch numbers."""
         return DataLoader(range(len(self.batches)), batch_size=None)  # type: ignore[arg-type]
 
-    def predict_step(self, batch: int, *_: Any) -> None:
-        """Run one batch; nothing is returned, since callbacks see the quantizers' inputs."""
+    def predict_step(self, batch: int, *_: Any) -> int:
+        """Run one batch for the callbacks, which see the quantizers' inputs; returns its size."""
         self.data.run(self.unit, self.context, self.batches[batch], self.device)
+        return len(self.batches[batch])

@@ -6,11 +6,11 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from tcaq_lightning.config import Config
@@ -34,15 +34,13 @@ def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     arguments = sys.argv[1:] if argv is None else list(argv)
     for path in _config_files(arguments):
         _check_keys(_read_yaml(path), Config, path)
-    parser = ArgumentParser(
-        prog="train.py", description="Quantize a diffusion model by TCAQ-DM.", exit_on_error=False
-    )
+    parser = ArgumentParser(prog="train.py", description="Quantize a diffusion model by TCAQ-DM.", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and the coverage, and stop")
     parser.add_class_arguments(Config, fail_untyped=True)
     try:
         parsed = parser.parse_args(arguments)
-        made = parser.instantiate_classes(parsed)
+        made = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(_readable(error)) from error
     values = {f.name: made[f.name] for f in dataclasses.fields(Config)}
@@ -50,7 +48,7 @@ def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
 
 
 def _config_files(arguments: list[str]) -> list[Path]:
-    following = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    following = [b for a, b in pairwise(arguments) if a == "--config"]
     joined = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     return [Path(path) for path in (*following, *joined)]
 

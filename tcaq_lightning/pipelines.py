@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ def shipped(name: str) -> Path | None:
 
 
 def quiet_diffusers() -> None:
-    """Keep diffusers' progress bars and advice off the console; errors still show."""
-    diffusers_logging.set_verbosity_error()
+    """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged."""
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     diffusers_logging.disable_progress_bar()
 
 
@@ -62,19 +62,22 @@ def open_pipeline(path: str) -> DiffusionPipeline:
         raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
     denoiser = _load_denoiser(source, name, str(index[name][1]), local)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
             source, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **{name: denoiser}
         )
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"model.path: cannot open {path}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    opened: DiffusionPipeline = pipeline
+    return opened
 
 
 def _load_denoiser(source: str, name: str, class_name: str, local: bool) -> nn.Module:
     denoiser_class = getattr(diffusers, class_name, None)
     if denoiser_class is None:
-        raise UserError(f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks")
+        raise UserError(
+            f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
+        )
     try:
         denoiser, info = denoiser_class.from_pretrained(
             source,
@@ -89,8 +92,8 @@ def _load_denoiser(source: str, name: str, class_name: str, local: bool) -> nn.M
     for kind in ("missing_keys", "unexpected_keys"):
         if info[kind]:
             raise UserError(
-                f"model.path: {name} of {source} has {len(info[kind])} {kind.replace('_', ' ')} in its weights, such as "
-                f"{sorted(info[kind])[0]}; expected exactly the weights of its config.json"
+                f"model.path: {name} of {source} has {len(info[kind])} {kind.replace('_', ' ')} in its weights, such "
+                f"as {min(info[kind])}; expected exactly the weights of its config.json"
             )
     for key, value in denoiser.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -109,13 +112,39 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     """Name and module of the pipeline's denoiser.
 
     Raises:
-        UserError: none of the known components is there.
+        UserError: none of the known components is there, or it needs conditioning.
     """
     for name in DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
+            if getattr(module.config, "num_class_embeds", None) or getattr(module.config, "class_embed_type", None):
+                raise UserError(
+                    f"{name} is class-conditional; expected an unconditional denoiser, which sampling needs"
+                )
             return name, module
     raise UserError(f"the pipeline has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
+
+
+@torch.no_grad()
+def check_denoiser(denoiser: nn.Module, scheduler: Any) -> None:
+    """See that the scheduler can use the denoiser: it maps (x_t, t) to a finite prediction of x_t's shape.
+
+    A scheduler of learned variances takes twice the channels.
+
+    Raises:
+        UserError: it needs further inputs, takes none of its own sample size, or predicts something else.
+    """
+    expected = f"model.path: expected a {type(denoiser).__name__} that maps x_t and t alone to a prediction like x_t"
+    try:
+        x = torch.zeros(2, *sample_shape(denoiser), device=next(denoiser.parameters()).device)
+        prediction = denoiser(x, torch.ones(2, dtype=torch.long, device=x.device), return_dict=False)[0]
+    except Exception as error:  # a model raises whatever it likes
+        raise UserError(f"{expected}, got {one_line(error)}") from error
+    doubled = str(scheduler.config.get("variance_type")).startswith("learned")
+    shape = (x.shape[0], x.shape[1] * (2 if doubled else 1), *x.shape[2:])
+    if prediction.shape != shape or not prediction.isfinite().all():
+        finite = "finite" if prediction.isfinite().all() else "NaN or infinite"
+        raise UserError(f"{expected}, got {finite} values of shape {tuple(prediction.shape)}, not {shape}")
 
 
 def denoiser_bytes(denoiser: nn.Module) -> int:
@@ -137,15 +166,19 @@ def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sam
     scheduler_class = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
     if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
         raise UserError(f"{key}.scheduler must be a scheduler class of diffusers, got {sampler.scheduler!r}")
-    known = inspect.signature(scheduler_class.__init__).parameters
-    unknown = sorted(set(sampler.options) - set(known))
+    known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
+    unknown = sorted(set(sampler.options) - known)
     if unknown:
-        raise UserError(f"{key}.options: {scheduler_class.__name__} has no option {unknown[0]!r}; it has {sorted(known)[:-1]}")
+        raise UserError(
+            f"{key}.options: {scheduler_class.__name__} has no option {unknown[0]!r}; it has {sorted(known)}"
+        )
     try:
         scheduler = scheduler_class.from_config(own.config, **sampler.options)
         scheduler.set_timesteps(sampler.num_steps)
     except Exception as error:  # schedulers validate their settings each in its own way
-        raise UserError(f"{key}: {scheduler_class.__name__} with {sampler.num_steps} steps: {one_line(error)}") from error
+        raise UserError(
+            f"{key}: {scheduler_class.__name__} with {sampler.num_steps} steps: {one_line(error)}"
+        ) from error
     return scheduler
 
 
@@ -195,7 +228,7 @@ def sample(
     scheduler = make_scheduler(own_scheduler, sampler)
     device = next(denoiser.parameters()).device
     noise, generators = initial_noise(sample_shape(denoiser), indices, seed)
-    x = noise.to(device) * scheduler.init_noise_sigma
+    x: Tensor = noise.to(device) * scheduler.init_noise_sigma
     known = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
     if "generator" in known:

@@ -68,7 +68,13 @@ class Plan:
 
 
 def make_plan(
-    config: Config, denoiser: nn.Module, graph: UnitGraph, coverage: list[CoverageRow], x: Tensor, timesteps: Tensor
+    config: Config,
+    denoiser: nn.Module,
+    graph: UnitGraph,
+    coverage: list[CoverageRow],
+    x: Tensor,
+    timesteps: Tensor,
+    calls: int,
 ) -> Plan:
     """Count, and time one forward pass of the full-precision denoiser.
 
@@ -78,6 +84,7 @@ def make_plan(
         graph: units in execution order.
         coverage: the coverage table.
         x, timesteps: a batch of calibration-like inputs of config.reconstruction.batch_size samples.
+        calls: denoiser calls of one trajectory.
     """
     with torch.no_grad():
         inputs = _input_sizes(denoiser, graph, x[:1], timesteps[:1])
@@ -85,7 +92,7 @@ def make_plan(
         denoiser(x, timesteps, return_dict=False)
         forward = (time.perf_counter() - started) / len(x)  # of one sample
     calibration = config.calibration
-    samples = (calibration.num_trajectories + calibration.held_out_trajectories) * calibration.sampler.num_steps
+    samples = (calibration.num_trajectories + calibration.held_out_trajectories) * calls
     steps = config.reconstruction.iterations if config.reconstruction.enabled else 0
     optimisation = steps * config.reconstruction.batch_size * STEP_COST
     layers: dict[str, int] = {}
@@ -125,7 +132,9 @@ def _input_sizes(denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Te
 
 def coverage_table(rows: list[CoverageRow]) -> Table:
     """Every layer with parameters and every attention matmul, with its bits."""
-    table = Table("layer", "kind", "bits", "note", title="coverage", title_justify="left")
+    table = Table(title="coverage", title_justify="left")
+    for heading in ("layer", "kind", "bits", "note"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(row.name, row.kind, row.bits, row.note)
     return table

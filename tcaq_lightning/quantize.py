@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.embeddings import GaussianFourierProjection
 from torch import Tensor, nn
 
 from tcaq_lightning.config import QuantizationConfig
@@ -21,8 +23,8 @@ from tcaq_lightning.units import find_units, output_layer
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 """Layers with weights, and what replaces them. Extend to add a kind."""
 
-FLOAT_LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
-"""Modules whose parameters stay in full precision: norms, and look-ups, which multiply nothing."""
+FLOAT_LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding, GaussianFourierProjection)
+"""Modules whose parameters stay in full precision: norms, look-ups, and the fixed frequencies of a time projection."""
 
 ATTENTION_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 """Plain softmax attention, which `QuantAttnProcessor` computes in the open."""
@@ -38,6 +40,7 @@ class LayerBits:
 
     @property
     def kept(self) -> bool:
+        """Whether the layer stays in full precision."""
         return self.weight is None
 
 
@@ -116,6 +119,11 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
             rows.append(CoverageRow(name, type(module).__name__, "float", "kept by rule", own))
         elif own:
             rows.append(CoverageRow(name, type(module).__name__, "float", "normalisation or look-up", own))
+    if missed := uncovered(denoiser, rows):
+        raise UserError(
+            f"unsupported layer {missed[0]} shares its weights with another layer that is quantized under its first "
+            f"name; expected every layer once: give it a copy of its own"
+        )
     for module in list(denoiser.modules()):
         if isinstance(module, Attention):
             _share_input_quantizer(module)
@@ -143,12 +151,16 @@ def quantizers(module: nn.Module) -> dict[str, ActivationQuantizer | SoftmaxQuan
 
 
 def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
-    names = [n for n, _ in denoiser.named_modules()]
+    names = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, Attention) or any(True for _ in module.parameters(recurse=False))
+    ]
     for rule in config.rules:
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             raise UserError(
-                f"quantization.rules: pattern {rule.pattern!r} matches no module of {type(denoiser).__name__}; "
-                f"expected shell-style patterns on names such as {names[-1]}"
+                f"quantization.rules: pattern {rule.pattern!r} matches no layer or attention of "
+                f"{type(denoiser).__name__}; expected shell-style patterns on names such as {names[-1]}"
             )
 
 
@@ -165,17 +177,16 @@ def _quantized_layer(
     assert isinstance(module, (nn.Conv2d, nn.Linear))
     assert bits.weight is not None
     assert bits.activation is not None
-    replacement = LAYERS[type(module)]
+    replacement: Any = LAYERS[type(module)]
     conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
     channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
     weight = AdaRoundWeight(module.weight, bits.weight, symmetric, conv_groups)
     activation = ActivationQuantizer(bits.activation, groups, channels, replacement.channel_dim)
-    return replacement(module, weight, activation.to(module.weight.device), module.bias, name)
+    layer: QuantLayer = replacement(module, weight, activation.to(module.weight.device), module.bias, name)
+    return layer
 
 
-def _quantize_attention(
-    name: str, attention: Attention, bits: LayerBits, groups: TimestepGroups
-) -> list[CoverageRow]:
+def _quantize_attention(name: str, attention: Attention, bits: LayerBits, groups: TimestepGroups) -> list[CoverageRow]:
     kind = "matmul"
     if bits.kept:
         return [CoverageRow(f"{name} ({m})", kind, "float", "kept by rule", 0) for m in ("q k^T", "P v")]
@@ -186,11 +197,16 @@ def _quantize_attention(
             f"{', '.join(p.__name__ for p in ATTENTION_PROCESSORS)}, or keep it in full precision with a rule: "
             f"quantization.rules: [{{pattern: {name}, keep: true}}]"
         )
+    if attention.norm_q is not None or attention.norm_k is not None:
+        raise UserError(
+            f"unsupported attention {name} normalises its queries or keys, expected plain softmax attention; keep it "
+            f"in full precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
+        )
     assert bits.activation is not None
     assert bits.softmax is not None
     quantized = QuantAttnProcessor(bits.activation, bits.softmax, groups)
     quantized.to(next(attention.parameters()).device).train(attention.training)
-    attention.set_processor(quantized)
+    attention.set_processor(quantized)  # type: ignore[arg-type]
     return [
         CoverageRow(f"{name} (q k^T)", kind, f"A{bits.activation} A{bits.activation}", "", 0),
         CoverageRow(f"{name} (P v)", kind, f"P{bits.softmax} A{bits.activation}", "", 0),
@@ -199,7 +215,7 @@ def _quantize_attention(
 
 def _share_input_quantizer(attention: Attention) -> None:
     """q, k and v of a self-attention read one tensor: one quantizer, if their bits agree."""
-    layers = [attention.to_q, attention.to_k, attention.to_v]
+    layers: list[Any] = [attention.to_q, attention.to_k, attention.to_v]
     if attention.is_cross_attention or not all(isinstance(layer, QuantLayer) for layer in layers):
         return
     if len({layer.input_quantizer.bits for layer in layers}) == 1:
@@ -212,10 +228,7 @@ def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     owner = root.get_submodule(parent)
     module.train(owner.training)
-    if isinstance(owner, (nn.ModuleList, nn.Sequential)):
-        owner[int(child)] = module
-    else:
-        setattr(owner, child, module)
+    setattr(owner, child, module)
 
 
 @torch.no_grad()

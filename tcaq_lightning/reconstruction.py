@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.config import ReconstructionConfig
+from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
@@ -21,9 +22,13 @@ from tcaq_lightning.timesteps import TimestepGroups
 Phase = Literal["r", "v"]
 """r phase: log r and activation steps, weights to nearest. V phase: rounding and steps, r frozen."""
 
-FASTEST_ROUNDING = 2e-2
+FASTEST_ROUNDING = 0.2
 TRAVEL = 20.0
-"""Adam moves V by about its rate a step; rate 20 / iterations lets V travel far enough (METHOD section 2)."""
+"""Adam moves V by about its rate a step, and the regulariser moves it only late in the phase, when beta is small: a
+rate of 20 / iterations lets V travel far enough (METHOD section 2). Slower, a short phase leaves much undecided."""
+
+BIAS_RATE = 0.1
+"""Share of a sample's mean error that the bias correction of its group takes over in one step."""
 
 
 def block_error(output: Tensor, target: Tensor) -> Tensor:
@@ -40,6 +45,13 @@ def block_error(output: Tensor, target: Tensor) -> Tensor:
     """
     channel_dim = 1 if output.ndim == 4 else -1
     return (output - target).square().sum(channel_dim).mean()
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """Means of each sample's channels: (B, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
+    if x.ndim == 2:
+        return x
+    return x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1)
 
 
 def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
@@ -74,6 +86,8 @@ class BlockReconstruction(pl.LightningModule):
         phase: "r" or "v".
         iterations: optimisation steps.
         seeds: (seed, round, unit index), which with the step fix the samples drawn.
+        shifted: layer whose bias correction follows the unit's mean error while it learns, and the factor from the
+            unit's output to that layer's; None without bias correction.
         steps_before: steps that earlier phases of this round took, for progress bars.
     """
 
@@ -87,6 +101,7 @@ class BlockReconstruction(pl.LightningModule):
         phase: Phase,
         iterations: int,
         seeds: tuple[int, int, int],
+        shifted: tuple[QuantLayer, float] | None = None,
         steps_before: int = 0,
     ) -> None:
         super().__init__()
@@ -98,6 +113,7 @@ class BlockReconstruction(pl.LightningModule):
         self.phase = phase
         self.iterations = iterations
         self.seeds = seeds
+        self.shifted = shifted
         self.steps_before = steps_before
         self.learned: dict[str, list[nn.Parameter]] = {"v": [], "r": [], "steps": [], "weight_scales": []}
         self._begin()
@@ -144,6 +160,9 @@ class BlockReconstruction(pl.LightningModule):
             "steps": self.config.step_lr,
             "weight_scales": self.config.scale_lr,
         }
+        for kind, parameters in self.learned.items():
+            for parameter in parameters:
+                parameter.requires_grad_(rates[kind] > 0)
         groups: list[dict[str, Any]] = [
             {"params": parameters, "lr": rates[kind], "initial": rates[kind], "kind": kind}
             for kind, parameters in self.learned.items()
@@ -164,7 +183,9 @@ class BlockReconstruction(pl.LightningModule):
             torch.manual_seed(sum(s * p for s, p in zip(seeds, (1, 7919, 104729, 31, 1299709, 15485863), strict=True)))
         chosen = self.train_samples[draw_indices(len(self.train_samples), self.config.batch_size, seeds)]
         output = self.data.run(self.unit, self.context, chosen, self.device)
-        error = block_error(output, self.data.targets[chosen].to(self.device))
+        target = self.data.targets[chosen].to(self.device)
+        error = block_error(output, target)
+        self._follow_mean_error(target - output.detach(), self.data.groups[chosen].to(self.device))
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
         if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
@@ -173,10 +194,20 @@ class BlockReconstruction(pl.LightningModule):
         self.losses["rounding"] = torch.as_tensor(penalty).detach()
         return error + penalty
 
+    @torch.no_grad()
+    def _follow_mean_error(self, residual: Tensor, groups: Tensor) -> None:
+        """Move the bias correction towards the mean error of each group, so that rounding is learned beside it."""
+        if self.shifted is not None:
+            layer, factor = self.shifted
+            assert layer.bias_shift is not None
+            counts = torch.bincount(groups, minlength=len(layer.bias_shift))[groups, None]
+            rate = BIAS_RATE / (BIAS_RATE * counts).clamp(min=1)  # many samples of a group must not overshoot
+            layer.bias_shift.index_add_(0, groups, channel_means(residual) * rate, alpha=factor)
+
     def undecided(self) -> float:
         """Share of the unit's weights whose rounding is undecided yet."""
         logits = [layer.learned_weight.v.detach().flatten() for layer in quant_layers(self.unit).values()]
-        return undecided_share(torch.cat(logits))
+        return undecided_share(torch.cat(logits)) if logits else 0.0
 
 
 @torch.no_grad()
@@ -185,7 +216,7 @@ def unit_error(
 ) -> float:
     """Mean block error of the unit as it is now, over the given samples."""
     total = 0.0
-    for chosen in samples.split(batch_size):
+    for chosen in torch.split(samples, batch_size):
         output = data.run(unit, context, chosen, device)
         total += float(block_error(output, data.targets[chosen].to(device))) * len(chosen)
     return total / len(samples)
@@ -197,18 +228,16 @@ def mean_errors(
     data: UnitData,
     samples: Tensor,
     context: TimestepGroups,
-    channel_dim: int,
     batch_size: int,
     device: torch.device,
 ) -> Tensor:
     """(G, C) mean of target - output for each timestep group and output channel; 0 for groups without samples."""
-    channels = data.targets.shape[channel_dim]
+    channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
     sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
     counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
-    for chosen in samples.split(batch_size):
+    for chosen in torch.split(samples, batch_size):
         difference = data.targets[chosen].to(device) - data.run(unit, context, chosen, device)
-        per_sample = difference.movedim(channel_dim, 1).flatten(2).mean(2) if difference.ndim > 2 else difference
         groups = data.groups[chosen]
-        sums.index_add_(0, groups, per_sample.double().cpu())
+        sums.index_add_(0, groups, channel_means(difference).double().cpu())
         counts.index_add_(0, groups, torch.ones(len(chosen), 1, dtype=torch.float64))
     return (sums / counts.clamp(min=1)).float()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import logging
-import shutil
+import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ import yaml
 from tcaq_lightning import __version__
 from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.files import write_bytes, write_json
-
-log = logging.getLogger(__name__)
+from tcaq_lightning.files import TEMPORARY, write_bytes, write_json
+from tcaq_lightning.pipelines import one_line
 
 
 class Run:
@@ -33,9 +33,11 @@ class Run:
         self.config = config
         self.directory = config.run_dir
         self.manifest: dict[str, Any] = {}
+        self._lock: int | None = None
 
     @property
     def finished(self) -> bool:
+        """Whether the run has written its report."""
         return bool(self.manifest.get("finished"))
 
     def read(self) -> None:
@@ -46,16 +48,22 @@ class Run:
         """
         path = self.directory / "manifest.json"
         if not path.exists():
-            if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            if self.directory.exists() and not self._is_fresh():
                 raise UserError(
                     f"run_dir: {self.directory} is not empty and holds no run; expected a new or empty directory"
                 )
             return
         try:
-            self.manifest = json.loads(path.read_text())
-            earlier = self.manifest["config"]
+            manifest = json.loads(path.read_bytes())
+            earlier = manifest["config"]
+            if _digest(earlier) != manifest["config_sha256"]:
+                raise ValueError("its checksum does not fit its configuration")
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"run_dir: {path} is damaged ({error}); remove {self.directory} to start again") from error
+            raise UserError(
+                f"run_dir: {path} is damaged: expected what the run wrote, got {one_line(error)}; "
+                "put a copy of it back, or use another run_dir"
+            ) from error
+        self.manifest = manifest
         changed = [key for key in _differences(earlier, self.config.to_dict()) if not _may_change(key)]
         if changed:
             key = changed[0]
@@ -65,12 +73,24 @@ class Run:
             )
 
     def start(self, **facts: Any) -> None:
-        """Write the configuration and the manifest."""
+        """Claim the directory, and write the manifest and the configuration.
+
+        Raises:
+            UserError: another command is at work in the directory.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.directory, os.O_RDONLY)  # held until the process ends, however it ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run_dir: another command is at work in {self.directory}; wait for it, or use another run_dir"
+            ) from error
+        self._remove_temporaries()
         content = self.config.to_dict()
-        write_bytes(self.directory / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        self.manifest |= {"config": content, "config_sha256": digest, "version": __version__, **facts}
+        self.manifest |= {"config": content, "config_sha256": _digest(content), "version": __version__, **facts}
         self._write()
+        write_bytes(self.directory / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
 
     def finish(self, **facts: Any) -> None:
         """Note that everything is done."""
@@ -81,6 +101,7 @@ class Run:
         write_json(self.directory / "manifest.json", self.manifest)
 
     def round_dir(self, round_index: int) -> Path:
+        """Directory of a round."""
         return self.directory / "rounds" / f"{round_index:02d}"
 
     def unit_file(self, round_index: int, position: int, name: str) -> Path:
@@ -91,10 +112,29 @@ class Run:
         """Checkpoint of the fit that is running."""
         return self.round_dir(round_index) / f"unit-{position:03d}-{phase}.ckpt"
 
-    def remove_temporaries(self) -> None:
+    def _is_fresh(self) -> bool:
+        """Whether the directory is empty but for a manifest that a killed process was writing."""
+        return self.directory.is_dir() and all(fnmatch(p.name, TEMPORARY) for p in self.directory.iterdir())
+
+    def _remove_temporaries(self) -> None:
         """Remove what a killed process was writing."""
-        for path in self.directory.rglob(".*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in self.directory.rglob(TEMPORARY):
+            path.unlink()
+
+
+def settings_of_result(config: Config) -> dict[str, Any]:
+    """The settings that determine the artifact, for its metadata: nothing about where it was made.
+
+    >>> settings_of_result(Config())["model"]
+    {'path': 'fashion-mnist-ddpm'}
+    """
+    values = {k: v for k, v in config.to_dict().items() if k not in (*UNRELATED_TO_RESULT, "evaluation")}
+    local = Path(config.model.path)
+    return values | {"model": {"path": local.resolve().name if local.exists() else config.model.path}}
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -106,7 +146,7 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def _may_change(key: str) -> bool:
-    return key.split(".")[0] in UNRELATED_TO_RESULT
+    return key.split(".", maxsplit=1)[0] in UNRELATED_TO_RESULT
 
 
 def _lookup(config: dict[str, Any], key: str) -> Any:

@@ -58,6 +58,7 @@ class TimestepGroups:
 
     @property
     def num_groups(self) -> int:
+        """G."""
         return len(self.boundaries) + 1
 
     def of(self, timesteps: Tensor) -> Tensor:
@@ -66,10 +67,11 @@ class TimestepGroups:
         >>> TimestepGroups([375.0]).of(torch.tensor([0, 374, 375, 999]))
         tensor([0, 0, 1, 1])
         """
-        edges = torch.tensor(self.boundaries, dtype=torch.float64, device=timesteps.device)
-        return torch.bucketize(timesteps.to(torch.float64), edges, right=True)
+        edges = torch.tensor(self.boundaries, dtype=torch.float32, device=timesteps.device)
+        return torch.bucketize(timesteps.to(torch.float32), edges, right=True)
 
     def set(self, groups: Tensor, single: int | None = None) -> None:
+        """Say which groups, (B,), the samples of the running batch are in."""
         self.current, self.single = groups, single
 
     @contextmanager
@@ -90,7 +92,8 @@ class TimestepHook:
         self.groups = groups
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        """Set the groups of the batch that the denoiser is called on."""
+        sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         batch = sample.shape[0]
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1)

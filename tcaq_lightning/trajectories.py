@@ -29,10 +29,12 @@ class Trajectories:
 
     @property
     def num_steps(self) -> int:
+        """S."""
         return self.inputs.shape[0]
 
     @property
     def num_trajectories(self) -> int:
+        """N."""
         return self.inputs.shape[1]
 
     def flat(self) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ BLOCKS: dict[type[nn.Module], str | None] = {
     TimestepEmbedding: "linear_2",
 }
 """Modules that are reconstructed whole (BRECQ, Li et al. 2021), with the layer whose output enters the module's output
-with factor 1 / (the module's rescaling): a shift of that layer's bias shifts the block's output. Extend to add a block."""
+with factor 1 / (the module's rescaling): a shift of that layer's bias shifts the block's output. Extend to add one."""
 
 
 def output_layer(unit: nn.Module, name: str) -> tuple[str, float] | None:
@@ -84,7 +84,7 @@ def patched_forwards(denoiser: nn.Module, forwards: dict[str, Callable[..., Any]
     """Replace the forward of named modules for a while."""
     modules = [denoiser.get_submodule(name) for name in forwards]
     for module, forward in zip(modules, forwards.values(), strict=True):
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:
@@ -130,7 +130,8 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any]) -> UnitGraph:
 
         return forward
 
-    with patched_forwards(denoiser, {n: traced(n, denoiser.get_submodule(n).forward) for n in find_units(denoiser)}):
+    forwards = {n: traced(n, denoiser.get_submodule(n).forward) for n in find_units(denoiser)}
+    with torch.enable_grad(), patched_forwards(denoiser, forwards):
         run()
     return UnitGraph(names, needs, shapes)
 

@@ -12,6 +12,7 @@ From scratch, or from a diffusers directory:
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import shutil
@@ -201,6 +202,10 @@ def export(denoiser: nn.Module, scheduler: Any, directory: Path) -> None:
     model = copy.deepcopy(denoiser).float()
     pipeline: Any = DDIMPipeline(unet=model, scheduler=scheduler)  # type: ignore[no-untyped-call]
     pipeline.save_pretrained(scratch)
+    config = scratch / "unet" / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)  # where the initial weights were on this machine
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for source in sorted(path for path in scratch.rglob("*") if path.is_file()):
         target = directory / source.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)

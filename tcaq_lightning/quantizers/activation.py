@@ -71,6 +71,7 @@ class ActivationQuantizer(nn.Module):
         return self.r if self.log_r is None else self.r * (self.log_r - self.log_r.mean()).exp()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize (B, ...) values, each sample by its timestep group."""
         if not self.enabled:
             return x
         current = self.groups.current
@@ -81,7 +82,7 @@ class ActivationQuantizer(nn.Module):
             step = step * self.scales().view(shape)
         zero = per_sample(self.zero_point, current, x.ndim)
         quantized = fake_quantize(x, step, -zero, 2**self.bits - 1 - zero)
-        if self.drop_probability and self.training:
+        if self.drop_probability and torch.is_grad_enabled():  # units stay in evaluation mode throughout a fit
             return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
         return quantized
 
@@ -113,6 +114,7 @@ class SoftmaxQuantizer(nn.Module):
 
     @torch.no_grad()
     def end_learning(self) -> None:
+        """Fold what was learned into `delta`."""
         delta = self.steps()
         self.log_delta = None
         self.delta.copy_(delta)

@@ -32,7 +32,8 @@ def log_codes(x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
     >>> log_codes(torch.tensor([1.0, 0.3, 0.25, 0.0]), torch.tensor(1.0), torch.tensor(1.0), bits=2)
     tensor([0., 2., 2., 3.])
     """
-    return torch.round(torch.log2(x / delta).div_(tau).neg_()).clamp_(0, 2**bits - 1)
+    codes: Tensor = torch.round(torch.log2(x / delta).div_(tau).neg_()).clamp_(0, 2**bits - 1)
+    return codes
 
 
 def log_values(codes: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
@@ -41,7 +42,8 @@ def log_values(codes: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
     >>> log_values(torch.arange(4.0), torch.tensor(1.0), torch.tensor(1.0), bits=2)
     tensor([1.0000, 0.5000, 0.2500, 0.0000])
     """
-    return delta * torch.exp2(-tau * codes) * (codes < 2**bits - 1)
+    values: Tensor = delta * torch.exp2(-tau * codes) * (codes < 2**bits - 1)
+    return values
 
 
 class _LogFakeQuantize(torch.autograd.Function):

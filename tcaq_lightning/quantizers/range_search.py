@@ -16,7 +16,12 @@ CPU_CHUNK, DEVICE_CHUNK = 1 << 17, 1 << 24
 """Elements of the largest intermediate tensor: within a core's cache on a CPU, bounded memory elsewhere."""
 
 
-def _errors(rows: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _power(error: Tensor, norm: float) -> Tensor:
+    """|error|^norm, in place; through logarithms since a vectorised pow takes over twice as long on a CPU."""
+    return error.square_() if norm == 2 else error.abs_().log2_().mul_(norm).exp2_()
+
+
+def _errors(rows: Tensor, step: Tensor, low: Tensor, high: Tensor, norm: float) -> Tensor:
     """sum |x - x^|^p of every row under every candidate: rows (R, N), others (R, K) -> (R, K)."""
     count, size = rows.shape
     errors = torch.empty(step.shape, dtype=rows.dtype, device=rows.device)
@@ -26,17 +31,18 @@ def _errors(rows: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
         s, lo, hi = (t[:, part].unsqueeze(-1) for t in (step, low, high))  # (R, k, 1)
         x = rows.unsqueeze(1)  # (R, 1, N)
         quantized = torch.round(x / s).clamp_(lo, hi).mul_(s)
-        errors[:, part] = quantized.sub_(x).abs_().pow_(NORM).sum(-1)
+        errors[:, part] = _power(quantized.sub_(x), norm).sum(-1)
     return errors
 
 
-def search_symmetric(rows: Tensor, bits: int, candidates: int = 80) -> Tensor:
+def search_symmetric(rows: Tensor, bits: int, candidates: int = 80, norm: float = NORM) -> Tensor:
     """Best symmetric step of every row, codes in [-2^(b-1), 2^(b-1) - 1].
 
     Args:
         rows: (R, N), one row per output channel.
         bits: code width b.
         candidates: number of shrink factors tried, from 1 down to 0.2 of the row's largest magnitude.
+        norm: p.
 
     Returns:
         delta, (R,), positive.
@@ -51,12 +57,16 @@ def search_symmetric(rows: Tensor, bits: int, candidates: int = 80) -> Tensor:
     factors = torch.linspace(1.0, 0.2, candidates, dtype=rows.dtype, device=rows.device)
     step = limit[:, None] * factors  # (R, K)
     low = torch.full_like(step, -top)
-    errors = _errors(rows, step, low, -1 - low)
+    errors = _errors(rows, step, low, -1 - low, norm)
     return step.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
 
 
 def search_affine(
-    rows: Tensor, bits: int, candidates: int = 16, limits: tuple[Tensor, Tensor] | None = None
+    rows: Tensor,
+    bits: int,
+    candidates: int = 16,
+    limits: tuple[Tensor, Tensor] | None = None,
+    norm: float = NORM,
 ) -> tuple[Tensor, Tensor]:
     """Best step and zero point of every row: the upper end shrinks, then the lower, then the upper again.
 
@@ -66,6 +76,7 @@ def search_affine(
         candidates: shrink factors tried for an end, from 1 down to 0.25. A row without negative values keeps zero
             point 0 and so the whole code range.
         limits: smallest and largest value of each row, each (R,), where `rows` is a subsample of it.
+        norm: p.
 
     Returns:
         (delta, zero_point), each (R,).
@@ -79,7 +90,7 @@ def search_affine(
 
     def best(lows: Tensor, highs: Tensor) -> Tensor:
         step, zero = affine_range(lows, highs, bits)
-        return _errors(rows, step, -zero, 2**bits - 1 - zero).argmin(1, keepdim=True)
+        return _errors(rows, step, -zero, 2**bits - 1 - zero, norm).argmin(1, keepdim=True)
 
     def shrink_high(lows: Tensor) -> Tensor:
         return (high * factors).gather(1, best(lows.expand(-1, candidates), high * factors))
@@ -114,7 +125,7 @@ def search_log(rows: Tensor, bits: int, taus: tuple[float, ...], candidates: int
             delta = top * factor
             d, t = delta[:, None], exponent[:, None]
             quantized = log_values(log_codes(rows, d, t, bits), d, t, bits)
-            error = (quantized - rows).abs_().pow_(NORM).sum(1)
+            error = _power(quantized - rows, NORM).sum(1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_delta = torch.where(better, delta, best_delta)

@@ -152,6 +152,7 @@ class AdaRoundWeight(nn.Module):
         low, high = -zero, 2**self.bits - 1 - zero
         if self.rounding is Rounding.NEAREST:
             return fake_quantize(self.weight * factor, scale, low, high) / factor
+        assert self._base is not None  # SOFT is entered by begin_learning alone
         return torch.clamp(self._base + rectified_sigmoid(self.v), low, high) * scale / factor
 
     def _scaled(self, r: Tensor) -> Tensor:

@@ -128,6 +128,8 @@ def test_export_opens_as_a_pipeline(data: Path, tmp_path: Path) -> None:
     for key, value in network.state_dict().items():
         assert torch.equal(pipeline.unet.state_dict()[key], value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    export(pipeline.unet, pipeline.scheduler, tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again" / "unet" / "config.json").read_text()
 
 
 def test_from_scratch_has_the_architecture_of_the_shipped_model() -> None:

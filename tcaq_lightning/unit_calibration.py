@@ -1,0 +1,133 @@
+"""Calibration of one unit: observe, set, learn, correct, gate (METHOD section 6)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.activations import UnitData
+from tcaq_lightning.calibration import Calibration
+from tcaq_lightning.fitting import fit_unit, shifted_layer
+from tcaq_lightning.initialization import Observations, initialize
+from tcaq_lightning.observation import UnitObservation
+from tcaq_lightning.quantize import (
+    full_precision,
+    quant_layers,
+    quantization_state,
+    quantizers,
+    restore_quantization_state,
+)
+from tcaq_lightning.reconstruction import mean_errors, unit_error
+from tcaq_lightning.trainers import make_trainer
+
+log = logging.getLogger(__name__)
+
+BIAS_SAMPLES = 640
+"""About as many samples give the mean errors of a unit's output channels: every image has many pixels."""
+REFINE_LOGIT = 0.5
+"""Logits of a later round start within [-0.5, 0.5], so that a rounding can still flip."""
+
+
+def reconstruct_unit(work: Calibration, round_index: int, position: int, data: UnitData) -> dict[str, Any]:
+    """Observe, set, learn, gate; leaves the unit in its final state of this round and returns the record."""
+    config, name = work.config, work.graph.names[position]
+    unit = work.quantized.get_submodule(name)
+    tag = f"round{round_index}/{position:02d}-{name}"
+    train, held_out = work.split()
+    clock = _Clock()
+    record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
+
+    if round_index == 0:
+        with clock("observe"):
+            observed = _observe(work, unit, data, train)
+        with clock("search"):
+            choices = initialize(unit, data, train, work.context, observed, config.tcr, config.daq, work.device)
+        work.listener.unit_initialized(tag, unit, observed, choices)
+        if config.reconstruction.enabled:
+            with clock("gate"):
+                _correct_bias(work, unit, name, data, train)  # so that learning need not make up for mean errors
+        record["attention"] = {n: choice.to_dict() for n, choice in choices.attention.items()}
+        record["tcr_output_error"] = choices.reparameterization
+    incoming = quantization_state(unit)
+    roundings = _roundings(unit)
+
+    def held_out_error() -> float:
+        with clock("gate"):
+            return unit_error(unit, data, held_out, work.context, work.batch_size, work.device)
+
+    record["before"] = record["after"] = held_out_error()
+    if config.reconstruction.enabled and quantizers(unit):
+        if round_index:
+            _soften(unit)
+        undecided = 0.0
+        for (phase_round, phase), iterations in config.phase_iterations().items():
+            if phase_round == round_index:
+                with clock(f"learn_{phase}"):
+                    undecided = fit_unit(work, unit, data, train, phase, iterations, round_index, position)  # type: ignore[arg-type]
+        with clock("gate"):
+            _correct_bias(work, unit, name, data, train)
+        record["after"] = record["learned"] = held_out_error()
+        record["undecided"] = undecided
+        if config.reconstruction.gate and not record["learned"] <= record["before"]:
+            restore_quantization_state(unit, incoming)
+            record |= {"kept": False, "after": record["before"]}
+            log.info(
+                "%s: learned error %.4g > %.4g: the state before is kept", tag, record["learned"], record["before"]
+            )
+    record["flipped"] = float((_roundings(unit) != roundings).float().mean()) if len(roundings) else 0.0
+    record["seconds"] = clock.seconds
+    return record
+
+
+def _observe(work: Calibration, unit: nn.Module, data: UnitData, train: Tensor) -> Observations:
+    module = UnitObservation(unit, data, train, work.context, work.batch_size)
+    with full_precision(unit):
+        make_trainer(work.config.trainer, work.observers, work.logger).predict(module, return_predictions=False)
+    return module.observed
+
+
+@torch.no_grad()
+def _soften(unit: nn.Module) -> None:
+    """Let roundings flip again in a later round."""
+    for layer in quant_layers(unit).values():
+        layer.learned_weight.v.clamp_(-REFINE_LOGIT, REFINE_LOGIT)
+
+
+@torch.no_grad()
+def _roundings(unit: nn.Module) -> Tensor:
+    """Hard rounding, up or down, of all weights of a unit."""
+    parts = [(layer.learned_weight.v >= 0).flatten() for layer in quant_layers(unit).values()]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+
+
+@torch.no_grad()
+def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData, train: Tensor) -> None:
+    """Shift the unit's output channels by their mean error, by timestep group (bias correction, Nagel et al. 2019)."""
+    shifted = shifted_layer(work, unit, name)
+    if shifted is None:
+        return
+    layer, factor = shifted
+    assert layer.bias_shift is not None
+    samples = train[:: max(1, len(train) // BIAS_SAMPLES)]
+    errors = mean_errors(unit, data, samples, work.context, work.batch_size, work.device)
+    corrected = layer.bias_shift + errors.to(layer.bias_shift) * factor
+    layer.bias_shift.copy_(corrected.half())  # the artifact holds float16: nothing is left to round off there
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started

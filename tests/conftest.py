@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from tcaq_lightning.activations import Streams, UnitData
+from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
+from tcaq_lightning.daq import decide_by_likelihood
+from tcaq_lightning.histogram import LogHistogram
+from tcaq_lightning.initialization import Observations
+from tcaq_lightning.quantize import full_precision, quantize, quantizers
+from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.statistics import RangeStatistics
+from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.units import UnitGraph, trace_units
+
+
+def _make_unet(size: int = 8, channels: tuple[int, int] = (8, 16), head_dim: int = 8, attention: bool = True) -> Any:
+    down, up = ("AttnDownBlock2D", "AttnUpBlock2D") if attention else ("DownBlock2D", "UpBlock2D")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=size,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=channels,
+            down_block_types=("DownBlock2D", down),
+            up_block_types=(up, "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=head_dim,
+        )
+        for p in unet.parameters():  # biases and norms are trivial at first
+            p.data += 0.02 * torch.randn_like(p)
+    return unet.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def make_unet() -> Callable[..., Any]:
+    """Builds small deterministic UNets: (size, channels, head_dim, attention)."""
+    return _make_unet
+
+
+@dataclass
+class Twins:
+    """A UNet, its quantized twin, and calibration samples for both."""
+
+    full: Any
+    quantized: Any
+    graph: UnitGraph
+    context: TimestepGroups
+    rows: list[Any]
+    x: Tensor
+    timesteps: Tensor
+
+    def streams(self, batch_size: int = 4) -> Streams:
+        return Streams(self.full, self.quantized, self.graph, self.context, self.x, self.timesteps, batch_size)
+
+    def data_of(self, name: str) -> UnitData:
+        """The unit's inputs when all units before it are in full precision."""
+        streams = self.streams(batch_size=len(self.x))
+        with full_precision(self.quantized):
+            for position, unit in enumerate(self.graph.names):
+                data = streams.load(position)
+                if unit == name:
+                    return data
+                streams.store(position, data)
+        raise KeyError(name)
+
+    def unit(self, name: str) -> nn.Module:
+        module: nn.Module = self.quantized.get_submodule(name)
+        return module
+
+
+@pytest.fixture(scope="session")
+def make_twins() -> Callable[..., Twins]:
+    """Builds `Twins` with neutral quantizers; weights are set to nearest rounding."""
+
+    def make(config: QuantizationConfig | None = None, samples: int = 10, **kwargs: Any) -> Twins:
+        config = config or QuantizationConfig(weight=WeightConfig(bits=4), activation=ActivationConfig(bits=6))
+        full = _make_unet(**kwargs)
+        quantized, context = copy.deepcopy(full), TimestepGroups([500.0])
+        rows = quantize(quantized, config, context)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(samples, 1, full.config.sample_size, full.config.sample_size, generator=generator)
+        timesteps = torch.linspace(0, 999, samples).round().long()
+        graph = trace_units(full, lambda: full(x[:2], timesteps[:2]))
+        return Twins(full, quantized, graph, context, rows, x, timesteps)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def observe() -> Callable[..., Observations]:
+    """Ranges, histograms and fits of a unit over all its data, by plain hooks."""
+
+    def run(unit: nn.Module, data: UnitData, context: TimestepGroups) -> Observations:
+        observed, inputs = Observations(), {}
+        handles = [
+            q.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
+            for n, q in quantizers(unit).items()
+        ]
+        with torch.no_grad(), full_precision(unit):
+            data.run(unit, context, torch.arange(len(data)), torch.device("cpu"))
+        for handle in handles:
+            handle.remove()
+        for name, quantizer in quantizers(unit).items():
+            x = inputs[name]
+            if isinstance(quantizer, SoftmaxQuantizer):
+                observed.histograms[name] = LogHistogram(context.num_groups)
+                observed.histograms[name].update(x, data.groups)
+                observed.fits[name] = decide_by_likelihood(observed.histograms[name])
+            else:
+                observed.ranges[name] = RangeStatistics(context.num_groups, x.shape[quantizer.channel_dim])
+                observed.ranges[name].update(x, data.groups, quantizer.channel_dim)
+        return observed
+
+    return run

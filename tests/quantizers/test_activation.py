@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
+from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.timesteps import TimestepGroups
+
+
+@pytest.fixture
+def groups() -> TimestepGroups:
+    made = TimestepGroups([100.0, 200.0])
+    made.set(torch.tensor([2, 0, 1, 0]))
+    return made
+
+
+def quantizer(groups: TimestepGroups, channels: int = 3, channel_dim: int = 1) -> ActivationQuantizer:
+    made = ActivationQuantizer(4, groups, channels, channel_dim)
+    made.delta.copy_(torch.tensor([0.1, 0.2, 0.4]))
+    made.zero_point.copy_(torch.tensor([8.0, 3.0, 0.0]))
+    if channels > 1:
+        made.r.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    return made
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), [((4, 3, 2, 2), 1), ((4, 5, 3), -1), ((4, 3), -1)])
+def test_each_sample_takes_its_groups_parameters(
+    groups: TimestepGroups, shape: tuple[int, ...], channel_dim: int
+) -> None:
+    q = quantizer(groups, channel_dim=channel_dim)
+    x = torch.randn(shape)
+    got = q(x)
+    for b, g in enumerate(groups.current.tolist()):
+        for c in range(3):
+            part, step = x[b].select(min(0, channel_dim), c), q.delta[g] * q.r[c]
+            expected = fake_quantize(part, step, -q.zero_point[g], 15 - q.zero_point[g])
+            torch.testing.assert_close(got[b].select(min(0, channel_dim), c), expected)
+
+
+def test_quantizing_x_is_quantizing_x_over_r_and_multiplying_back(groups: TimestepGroups) -> None:
+    with_r, without = quantizer(groups), quantizer(groups, channels=1)
+    x, r = torch.randn(4, 3, 6, 6), with_r.r.view(1, 3, 1, 1)
+    torch.testing.assert_close(with_r(x), without(x / r) * r)
+
+
+def test_learning_holds_the_geometric_mean_and_folds_into_the_buffers(groups: TimestepGroups) -> None:
+    q = quantizer(groups)
+    x, mean = torch.randn(4, 3, 2, 2), q.r.log().mean()
+    before = q(x)
+    learned = q.begin_learning(reparameterize=True)
+    assert set(learned) == {"steps", "r"}
+    torch.testing.assert_close(q(x), before)
+    with torch.no_grad():
+        learned["steps"][0].copy_(torch.tensor([0.1, -0.1, 0.3]))
+        learned["r"][0].copy_(torch.tensor([1.0, 0.0, 0.5]))
+    expected = q(x).detach()
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(q.scales().log().mean(), mean)
+    q.end_learning()
+    assert not list(q.parameters())
+    assert torch.equal(q(x), expected)
+    torch.testing.assert_close(q.delta, torch.tensor([0.1, 0.2, 0.4]) * torch.tensor([0.1, -0.1, 0.3]).exp())
+    assert set(q.state_dict()) == {"delta", "zero_point", "r"}
+
+
+def test_the_gradient_of_the_log_step_is_lsqs_times_the_step(groups: TimestepGroups) -> None:
+    q = quantizer(groups, channels=1)
+    x = torch.randn(4, 3, 5, 5)
+    (log_delta,) = q.begin_learning(reparameterize=False)["steps"]
+    q(x).sum().backward()
+    assert log_delta.grad is not None
+    for g in range(3):
+        step = q.delta[g].clone().requires_grad_()
+        fake_quantize(x[groups.current == g], step, -q.zero_point[g], 15 - q.zero_point[g]).sum().backward()
+        assert step.grad is not None
+        torch.testing.assert_close(log_delta.grad[g], step.grad * q.delta[g], rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_with_one_channel_has_no_r_to_learn(groups: TimestepGroups) -> None:
+    assert set(quantizer(groups, channels=1).begin_learning(reparameterize=True)) == {"steps"}
+
+
+def test_qdrop_mixes_only_while_gradients_are_taken(groups: TimestepGroups) -> None:
+    q = quantizer(groups).eval()  # units are in evaluation mode during a fit
+    x = torch.randn(4, 3, 16, 16)
+    plain = q(x)
+    q.drop_probability = 0.5
+    mixed = q(x)
+    kept, quantized = mixed == x, mixed == plain
+    assert bool((kept | quantized).all())
+    assert 0.4 < kept.float().mean() < 0.6
+    with torch.no_grad():
+        assert torch.equal(q(x), plain)
+
+
+def test_disabled_quantizers_hand_their_input_on(groups: TimestepGroups) -> None:
+    for q in (quantizer(groups), SoftmaxQuantizer(4, groups)):
+        q.enabled = False
+        x = torch.rand(4, 3, 2, 2)
+        assert q(x) is x
+
+
+def softmax(groups: TimestepGroups, tau: Tensor) -> SoftmaxQuantizer:
+    made = SoftmaxQuantizer(4, groups)
+    made.delta.copy_(torch.tensor([1 / 15, 0.9, 0.05]))
+    made.tau.copy_(tau)
+    return made
+
+
+@pytest.mark.parametrize("tau", [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.5, 1.0]])
+def test_softmax_takes_each_groups_kind(groups: TimestepGroups, tau: list[float]) -> None:
+    q = softmax(groups, torch.tensor(tau))
+    p = torch.randn(4, 2, 5, 5).softmax(-1)
+    expected = []
+    for b, g in enumerate(groups.current.tolist()):
+        if tau[g]:
+            expected.append(log_fake_quantize(p[b], q.delta[g], q.tau[g], 4))
+        else:
+            expected.append(fake_quantize(p[b], q.delta[g], torch.tensor(0.0), torch.tensor(15.0)))
+    assert torch.equal(q(p), torch.stack(expected))
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_softmax_with_a_single_known_group(groups: TimestepGroups, group: int) -> None:
+    q = softmax(groups, torch.tensor([0.0, 1.0, 0.0]))
+    p = torch.randn(4, 2, 5, 5).softmax(-1)
+    groups.set(torch.full((4,), group))
+    expected = q(p)
+    groups.set(torch.full((4,), group), single=group)
+    assert torch.equal(q(p), expected)
+
+
+def test_only_uniform_groups_steps_receive_a_gradient(groups: TimestepGroups) -> None:
+    q = softmax(groups, torch.tensor([0.0, 1.0, 0.0]))
+    (log_delta,) = q.begin_learning()["steps"]
+    q(torch.randn(4, 2, 5, 5).softmax(-1)).square().sum().backward()
+    assert log_delta.grad is not None
+    assert log_delta.grad[1] == 0
+    assert bool((log_delta.grad[[0, 2]] != 0).all())
+    delta = q.steps().detach()
+    q.end_learning()
+    assert torch.equal(q.delta, delta)
+    assert not list(q.parameters())

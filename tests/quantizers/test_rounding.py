@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcaq_lightning.quantizers.rounding import (
+    adaround_regularizer,
+    annealed_beta,
+    initial_logits,
+    rectified_sigmoid,
+    undecided_share,
+)
+
+
+@given(st.floats(0, 1, exclude_max=True, width=32))
+def test_initial_logits_reproduce_the_fraction(fraction: float) -> None:
+    assert rectified_sigmoid(initial_logits(torch.tensor(fraction))).item() == pytest.approx(fraction, abs=1e-6)
+
+
+@given(st.floats(-30, 30))
+def test_h_equals_the_formula(v: float) -> None:
+    expected = min(max(1.2 / (1 + math.exp(-v)) - 0.1, 0.0), 1.0)
+    assert rectified_sigmoid(torch.tensor(v)).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [2.0, 5.5, 20.0])
+def test_regularizer_equals_a_loop_and_its_gradient_finite_differences(beta: float) -> None:
+    v = torch.linspace(-4, 4, 16, dtype=torch.float64).requires_grad_()
+    loop = sum(1 - abs(2 * min(max(1.2 / (1 + math.exp(-x)) - 0.1, 0), 1) - 1) ** beta for x in v.tolist())
+    assert adaround_regularizer(v, beta).item() == pytest.approx(loop)
+    assert torch.autograd.gradcheck(lambda x: adaround_regularizer(x, beta), v)
+
+
+def test_regularizer_is_zero_only_where_rounding_is_decided() -> None:
+    assert adaround_regularizer(torch.tensor([-9.0, 9.0]), 2.0) == 0
+    assert adaround_regularizer(torch.tensor([0.0]), 2.0) == 1
+
+
+def test_beta_waits_and_then_falls_linearly() -> None:
+    assert all(math.isinf(annealed_beta(p)) for p in (0.0, 0.1, 0.199))
+    betas = [annealed_beta(p) for p in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert betas == pytest.approx([20, 15.5, 11, 6.5, 2])
+    assert annealed_beta(0.0, warmup=0.0) == 20
+
+
+def test_undecided_share_counts_by_distance_from_both_ends() -> None:
+    h = torch.tensor([0.01, 0.04, 0.06, 0.5, 0.94, 0.96])
+    assert undecided_share(initial_logits(h)) == pytest.approx(0.5)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tcaq_lightning.config import DAQConfig, TCRConfig
+from tcaq_lightning.initialization import Choices, capture_inputs, initialize, probe_indices
+from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
+from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers.range_search import search_symmetric
+
+CPU = torch.device("cpu")
+ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"
+SOFTMAX = "processor.probabilities"
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 50))
+def test_probes_are_balanced_sorted_and_distinct(drawn: list[int], total: int) -> None:
+    groups = torch.tensor([0, 1, 2, 3, *drawn])
+    probe = probe_indices(groups, 4, total)
+    each = torch.bincount(groups[probe], minlength=4)
+    assert len(set(each.tolist())) == 1
+    assert each[0] == min(max(1, total // 4), int(torch.bincount(groups).min()))
+    assert groups[probe].tolist() == sorted(groups[probe].tolist())
+    assert len(set(probe.tolist())) == len(probe)
+
+
+def prepared(
+    make_twins: Any, observe: Any, name: str, tcr: TCRConfig, daq: DAQConfig
+) -> tuple[Any, nn.Module, Any, Choices]:
+    twins = make_twins(samples=16)
+    unit, data = twins.unit(name), twins.data_of(name)
+    choices = initialize(
+        unit, data, torch.arange(len(data)), twins.context, observe(unit, data, twins.context), tcr, daq, CPU
+    )
+    return twins, unit, data, choices
+
+
+def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
+    twins = make_twins()
+    unit, data = twins.unit(RESNET), twins.data_of(RESNET)
+    probe = probe_indices(data.groups, 2)
+    captured = capture_inputs(unit, data, twins.context, probe, CPU)
+    assert set(captured) == set(quantizers(unit))
+    assert all(len(v) == len(probe) for v in captured.values())
+    assert all(not q._forward_pre_hooks for q in quantizers(unit).values())
+    full = twins.full.get_submodule(RESNET)
+    seen: list[Tensor] = []
+    full.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    data.run(full, twins.context, probe, CPU)
+    torch.testing.assert_close(captured["conv2.input_quantizer"], seen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [RESNET, ATTENTION, "conv_in", "time_embedding"])
+def test_searched_r_is_no_worse_than_none(make_twins: Any, observe: Any, name: str) -> None:
+    _, unit, _, choices = prepared(make_twins, observe, name, TCRConfig(), DAQConfig())
+    of_layers = {n for n in quantizers(unit) if n.endswith("input_quantizer")}
+    assert set(choices.reparameterization) == of_layers
+    for before, after in choices.reparameterization.values():
+        assert 0 < after <= before
+    for quantizer_name in of_layers:
+        r = quantizers(unit)[quantizer_name].r
+        assert r.min() >= 0.1 - 1e-6
+        assert r.max() <= 10 + 1e-5
+    for layer in quant_layers(unit).values():
+        weight = layer.learned_weight
+        scaled = weight.weight * layer.input_quantizer.r.view(1, -1, *[1] * (weight.weight.ndim - 2))
+        assert torch.equal(weight.delta, search_symmetric(scaled.flatten(1), weight.bits))
+
+
+def test_a_channel_of_another_size_is_worth_an_r(make_twins: Any, observe: Any) -> None:
+    twins = make_twins(samples=16)
+    unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION)
+    unit.group_norm.weight.data[::4] *= 20  # type: ignore[union-attr, index, operator]
+    choices = initialize(
+        unit,
+        data,
+        torch.arange(len(data)),
+        twins.context,
+        observe(unit, data, twins.context),
+        TCRConfig(),
+        DAQConfig(),
+        CPU,
+    )
+    before, after = choices.reparameterization["to_q.input_quantizer"]
+    assert after < 0.7 * before
+    assert unit.to_q.input_quantizer.r.max() > 1.5  # type: ignore[union-attr, operator]
+
+
+def test_without_tcr_r_is_one(make_twins: Any, observe: Any) -> None:
+    _, unit, _, choices = prepared(make_twins, observe, RESNET, TCRConfig(enabled=False), DAQConfig())
+    assert choices.reparameterization == {}
+    assert all(bool((layer.input_quantizer.r == 1).all()) for layer in quant_layers(unit).values())
+
+
+def test_the_published_formula_is_within_its_bounds(make_twins: Any, observe: Any) -> None:
+    _, unit, _, _ = prepared(make_twins, observe, RESNET, TCRConfig(formula="profile", truncation=4.0), DAQConfig())
+    r = torch.cat([layer.input_quantizer.r for layer in quant_layers(unit).values()])
+    assert r.min() >= 1
+    assert r.max() <= 4
+    assert r.max() > 1
+
+
+def test_an_initialized_unit_is_close_to_full_precision(make_twins: Any, observe: Any) -> None:
+    for name in (RESNET, ATTENTION):
+        twins, unit, data, _ = prepared(make_twins, observe, name, TCRConfig(), DAQConfig())
+        with torch.no_grad():
+            output = data.run(unit, twins.context, torch.arange(16), CPU)
+            with full_precision(unit):
+                expected = data.run(unit, twins.context, torch.arange(16), CPU)
+        assert ((output - expected).square().sum() / expected.square().sum()) < 0.05
+
+
+@pytest.mark.parametrize("family", ["log2", "log_sqrt2", "adalog"])
+def test_error_rule_picks_the_smaller_output_error(make_twins: Any, observe: Any, family: Any) -> None:
+    daq = DAQConfig(rule="error", family=family)
+    twins, unit, data, choices = prepared(make_twins, observe, ATTENTION, TCRConfig(), daq)
+    choice = choices.attention[SOFTMAX]
+    assert torch.equal(choice.logarithmic, choice.by_error)
+    assert torch.equal(choice.by_error, choice.log_error < choice.uniform_error)
+    quantizer = quantizers(unit)[SOFTMAX]
+    assert isinstance(quantizer, SoftmaxQuantizer)
+    assert torch.equal(quantizer.tau > 0, choice.logarithmic)
+
+    # the recorded error of what was chosen, computed anew by the module itself
+    probe = probe_indices(data.groups, 2)
+    inputs = capture_inputs(unit, data, twins.context, probe, CPU)
+    p, values = inputs[SOFTMAX], inputs["processor.value"]
+    heads = p.shape[1]
+    v = values.view(len(probe), -1, heads, values.shape[-1] // heads).transpose(1, 2)
+    with twins.context.using(data.groups[probe]):
+        quantized = quantizer(p)
+    for g in range(2):
+        mine = data.groups[probe] == g
+        difference, reference = ((quantized - p) @ v)[mine], (p @ v)[mine]
+        expected = difference.square().sum() / reference.square().sum()
+        torch.testing.assert_close(
+            torch.minimum(choice.log_error, choice.uniform_error)[g], expected, rtol=1e-3, atol=0
+        )
+
+
+def test_likelihood_rule_follows_the_fits_and_both_are_recorded(make_twins: Any, observe: Any) -> None:
+    _, unit, _, choices = prepared(make_twins, observe, ATTENTION, TCRConfig(), DAQConfig(rule="likelihood"))
+    choice = choices.attention[SOFTMAX]
+    assert choice.logarithmic.tolist() == choice.by_likelihood.tolist() == [fit.R > 0 for fit in choice.fits]
+    assert torch.equal(quantizers(unit)[SOFTMAX].tau > 0, choice.logarithmic)
+    record = choice.to_dict()
+    assert set(record) >= {"logarithmic", "by_likelihood", "by_error", "uniform_error", "log_error", "R", "reliable"}
+    assert all(len(v) == 2 for v in record.values())
+
+
+def test_without_daq_every_group_is_uniform(make_twins: Any, observe: Any) -> None:
+    _, unit, _, choices = prepared(make_twins, observe, ATTENTION, TCRConfig(), DAQConfig(enabled=False))
+    assert not choices.attention[SOFTMAX].logarithmic.any()
+    assert not quantizers(unit)[SOFTMAX].tau.any()

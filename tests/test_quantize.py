@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+from torch import nn
+
+from tcaq_lightning.config import ActivationConfig, LayerRule, QuantizationConfig, SoftmaxConfig, WeightConfig
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.layers import QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from tcaq_lightning.quantize import (
+    bits_of,
+    full_precision,
+    quant_layers,
+    quantization_state,
+    quantize,
+    quantizers,
+    restore_quantization_state,
+    uncovered,
+)
+from tcaq_lightning.quantizers import Rounding
+from tcaq_lightning.timesteps import TimestepGroups
+
+
+def config(*rules: LayerRule) -> QuantizationConfig:
+    return QuantizationConfig(
+        weight=WeightConfig(bits=4),
+        activation=ActivationConfig(bits=6),
+        softmax=SoftmaxConfig(bits=7),
+        rules=list(rules),
+    )
+
+
+def groups() -> TimestepGroups:
+    return TimestepGroups([500.0])
+
+
+def test_coverage_lists_every_layer_and_attention_matmul(make_unet: Any) -> None:
+    unet = make_unet()
+    layers = {n: type(m) for n, m in unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    attentions = [n for n, m in unet.named_modules() if isinstance(m, Attention)]
+    parameters = sum(p.numel() for p in unet.parameters())
+    rows = quantize(unet, config(), groups())
+    listed = {row.name: row for row in rows}
+    assert len(listed) == len(rows)
+    for name, kind in layers.items():
+        assert listed[name].bits == "W4 A6"
+        assert isinstance(unet.get_submodule(name), {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}[kind])
+    assert len(attentions) >= 3
+    for name in attentions:
+        assert listed[f"{name} (q k^T)"].bits == "A6 A6"
+        assert listed[f"{name} (P v)"].bits == "P7 A6"
+        assert isinstance(unet.get_submodule(name).processor, QuantAttnProcessor)
+    assert sum(row.parameters for row in rows) == parameters
+    assert uncovered(unet, rows) == []
+    assert not [m for m in unet.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+
+
+def test_quantized_unet_switched_to_full_precision_is_the_original(make_twins: Any) -> None:
+    twins = make_twins()
+    with full_precision(twins.quantized):
+        got = twins.quantized(twins.x, twins.timesteps).sample
+    torch.testing.assert_close(got, twins.full(twins.x, twins.timesteps).sample, rtol=1e-4, atol=1e-5)
+    assert all(q.enabled for q in quantizers(twins.quantized).values())
+    assert all(layer.learned_weight.rounding is Rounding.HARD for layer in quant_layers(twins.quantized).values())
+
+
+def test_rules_apply_in_order() -> None:
+    rules = (
+        LayerRule("*", weight_bits=5),
+        LayerRule("mid*", weight_bits=8, activation_bits=3),
+        LayerRule("mid.attn", softmax_bits=8),
+        LayerRule("out", keep=True),
+    )
+    found = {name: bits_of(name, config(*rules)) for name in ("conv", "mid.conv", "mid.attn", "out")}
+    assert (found["conv"].weight, found["conv"].activation, found["conv"].softmax) == (5, 6, 7)
+    assert (found["mid.conv"].weight, found["mid.conv"].activation, found["mid.conv"].softmax) == (8, 3, 7)
+    assert (found["mid.attn"].weight, found["mid.attn"].softmax) == (8, 8)
+    assert found["out"].kept
+    assert bits_of("mid.conv", config(*reversed(rules))).weight == 5
+
+
+def test_bits_follow_the_rules(make_unet: Any) -> None:
+    unet = make_unet()
+    rules = (LayerRule("conv_*", weight_bits=8, activation_bits=8), LayerRule("mid_block.attentions.0", softmax_bits=3))
+    quantize(unet, config(*rules), groups())
+    assert (unet.conv_in.weight_quantizer.bits, unet.conv_in.input_quantizer.bits) == (8, 8)
+    hidden = unet.mid_block.resnets[0].conv1
+    assert (hidden.weight_quantizer.bits, hidden.input_quantizer.bits) == (4, 6)
+    processor = unet.mid_block.attentions[0].processor
+    assert (processor.probabilities.bits, processor.query.bits) == (3, 6)
+
+
+def test_kept_layers_stay_and_are_listed(make_unet: Any) -> None:
+    unet = make_unet()
+    conv_in = unet.conv_in
+    rows = quantize(
+        unet, config(LayerRule("conv_in", keep=True), LayerRule("mid_block.attentions.0", keep=True)), groups()
+    )
+    assert unet.conv_in is conv_in
+    assert isinstance(unet.mid_block.attentions[0].processor, AttnProcessor2_0)
+    kept = [row.name for row in rows if row.note == "kept by rule"]
+    assert kept == ["conv_in", "mid_block.attentions.0 (q k^T)", "mid_block.attentions.0 (P v)"]
+    unet(torch.randn(2, 1, 8, 8), 0)
+
+
+@pytest.mark.parametrize("pattern", ["conv_inn", "mid_block", "up_blocks.?"])
+def test_a_rule_that_changes_nothing_is_a_users_mistake(make_unet: Any, pattern: str) -> None:
+    with pytest.raises(UserError, match="matches no") as caught:
+        quantize(make_unet(), config(LayerRule(pattern, keep=True)), groups())
+    assert repr(pattern) in str(caught.value)
+
+
+class Model(nn.Module):
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 2), nn.Bilinear(2, 2, 2)])
+def test_unsupported_layers_are_named(layer: nn.Module) -> None:
+    with pytest.raises(UserError, match="unsupported layer odd") as caught:
+        quantize(Model(odd=layer), config(), groups())
+    assert "\n" not in str(caught.value)
+    rows = quantize(Model(odd=layer), config(LayerRule("odd", keep=True)), groups())
+    assert [(row.name, row.bits) for row in rows] == [("odd", "float")]
+
+
+def test_unsupported_attentions_are_named() -> None:
+    sliced = Attention(query_dim=8, heads=2, dim_head=4)
+    sliced.set_processor(SlicedAttnProcessor(1))
+    with pytest.raises(UserError, match="unsupported attention odd with processor SlicedAttnProcessor"):
+        quantize(Model(odd=sliced), config(), groups())
+    quantize(Model(odd=sliced), config(LayerRule("odd", keep=True)), groups())
+
+
+def test_attention_with_normalised_queries_is_named() -> None:
+    attention = Attention(query_dim=8, heads=2, dim_head=4, qk_norm="layer_norm")
+    with pytest.raises(UserError, match="unsupported attention odd normalises"):
+        quantize(Model(odd=attention), config(), groups())
+
+
+def test_a_layer_under_two_names_is_refused() -> None:
+    shared = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="shares its weights"):
+        quantize(Model(a=shared, b=shared), config(), groups())
+
+
+def test_layers_of_named_sequences_are_replaced() -> None:
+    model = Model(body=nn.Sequential(OrderedDict(first=nn.Linear(2, 2), second=nn.Linear(2, 2))))
+    rows = quantize(model, config(), groups())
+    assert [row.name for row in rows] == ["body.first", "body.second"]
+    assert all(isinstance(layer, QuantLayer) for layer in model.body)  # type: ignore[union-attr]
+
+
+def test_q_k_and_v_share_one_quantizer_where_their_bits_agree() -> None:
+    attention = Attention(query_dim=8, heads=2, dim_head=4)
+    quantize(Model(attn=attention), config(), groups())
+    assert attention.to_q.input_quantizer is attention.to_k.input_quantizer is attention.to_v.input_quantizer
+
+    attention = Attention(query_dim=8, heads=2, dim_head=4)
+    quantize(Model(attn=attention), config(LayerRule("attn.to_v", activation_bits=8)), groups())
+    assert len({id(m.input_quantizer) for m in (attention.to_q, attention.to_k, attention.to_v)}) == 3
+
+    cross = Attention(query_dim=8, heads=2, dim_head=4, cross_attention_dim=6)
+    quantize(Model(attn=cross), config(), groups())
+    assert cross.to_q.input_quantizer is not cross.to_k.input_quantizer
+
+
+def test_state_round_trip_leaves_full_precision_weights_alone(make_twins: Any) -> None:
+    twins = make_twins()
+    unit = twins.unit("mid_block.attentions.0")
+    before = quantization_state(unit)
+    assert not [k for k in before if k.endswith((".weight", ".bias"))]
+    weights = {n: p.clone() for n, p in unit.named_parameters()}
+    for value in quantization_state(unit).values():
+        assert not any(value is b for b in unit.buffers())
+    for buffer in unit.buffers():
+        buffer.add_(1)
+    restore_quantization_state(unit, before)
+    assert all(torch.equal(v, before[k]) for k, v in quantization_state(unit).items())
+    assert all(torch.equal(p, weights[n]) for n, p in unit.named_parameters())
+    with pytest.raises(KeyError):
+        restore_quantization_state(twins.unit("mid_block.resnets.0"), before)

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+Settings = dict[str, Any]
+Fault = tuple[str, int, str]
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """`python train.py ARGS`, in a process forked from one that has imported everything."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __call__(
+        self,
+        *args: str | Path,
+        fault: Fault | None = None,
+        limit: int | None = None,
+        kill_after: float | None = None,
+    ) -> Ended:
+        """Run it; `fault` and `limit` as in the server, SIGKILL after `kill_after` seconds."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        files = {name: self.directory / name for name in ("out", "err")}
+        job = {"args": [str(a) for a in args], "fault": fault, "limit": limit}
+        self.server.stdin.write(json.dumps(job | {k: str(v) for k, v in files.items()}) + "\n")
+        self.server.stdin.flush()
+        pid = int(self.server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, signal.SIGKILL)
+        code = int(self.server.stdout.readline())
+        return Ended(code, files["out"].read_text(), files["err"].read_text())
+
+    def close(self) -> None:
+        self.server.communicate()
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    command = Command(tmp_path_factory.mktemp("command"))
+    yield command
+    command.close()
+
+
+def make_model(directory: Path, **changes: Any) -> Path:
+    """A random denoiser of seven units, one attention among them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(16,),
+            layers_per_block=1,
+            down_block_types=("AttnDownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            mid_block_type=None,
+            norm_num_groups=4,
+            attention_head_dim=8,
+        )
+    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=100, **changes)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def settings(model: Path) -> Settings:
+    return {
+        "model": {"path": str(model)},
+        "calibration": {
+            "num_trajectories": 4,
+            "held_out_trajectories": 2,
+            "batch_size": 8,
+            "sampler": {"num_steps": 3},
+        },
+        "quantization": {"activation": {"timestep_groups": 2}},
+        "tcr": {"share": 0.25},
+        "par": {"rounds": 1, "share": 0.4},
+        "reconstruction": {"iterations": 20, "batch_size": 4},
+        "evaluation": {"num_trajectories": 2, "num_images": 4, "batch_size": 2},
+        "trainer": {"checkpoint_every": 2, "threads": 1, "accelerator": "cpu"},
+        "logging": {"tensorboard": False, "every_n_steps": 1, "grid_images": 4},
+    }
+
+
+@pytest.fixture(scope="session")
+def config(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(command: Command, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUN_DIR of a run that nothing disturbed; not to be changed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    ended = command("--config", config, "--run_dir", run_dir)
+    assert (ended.code, ended.err) == (0, "")
+    return run_dir
+
+
+@pytest.fixture
+def almost_done(undisturbed: Path, tmp_path: Path) -> Path:
+    """RUN_DIR of a run that was stopped before it wrote its artifact."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    shutil.rmtree(run_dir / "quantized")
+    manifest = run_dir / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["finished"]
+    manifest.write_text(json.dumps(content))
+    return run_dir
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files of a directory by their relative paths."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def changed(settings: Settings, key: str, value: Any) -> Settings:
+    """A copy of nested settings with one dotted key set."""
+    settings = copy.deepcopy(settings)
+    *parents, last = key.split(".")
+    owner = settings
+    for parent in parents:
+        owner = owner.setdefault(parent, {})
+    owner[last] = value
+    return settings

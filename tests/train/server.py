@@ -1,0 +1,89 @@
+"""Runs train.py in forked processes, so that a test need not wait for its imports.
+
+Reads a job a line, as JSON: `args`, files `out` and `err`, and optionally `fault` ("module:attribute", n, signal),
+which lets the n-th call of a function send the process that signal, and `limit`, the largest size of a file in bytes.
+Answers with two lines: the process id at once, its exit code (negative: the signal that killed it) at the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+LONGEST = 60
+"""Seconds after which a job is killed, by SIGALRM."""
+
+
+def preload() -> None:
+    import matplotlib.pyplot as plt  # noqa: F401
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel  # noqa: F401
+
+    import train  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def install_fault(target: str, number: int, name: str) -> None:
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original, calls = getattr(owner, attribute), 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.Signals[name])
+        return original(*args, **kwargs)
+
+    setattr(owner, attribute, faulty)
+
+
+def child(job: dict[str, Any]) -> int:
+    for name, descriptor in (("out", 1), ("err", 2)):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    signal.alarm(LONGEST)
+    if job["fault"]:
+        install_fault(*job["fault"])
+    if job["limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    sys.argv = ["train.py", *job["args"]]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - shown as the interpreter would
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    preload()
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = child(job)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
