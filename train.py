@@ -75,7 +75,8 @@ def main() -> None:
     coverage = quantize(quantized, config.quantization, context)
     probe = torch.randn(config.reconstruction.batch_size, *sample_shape(full), device=full.device)
     timesteps = scheduler.timesteps[:1].expand(len(probe)).to(full.device)
-    graph = trace_units(full, lambda: full(probe[:2], timesteps[:2]))
+    pair = probe[:2].clone()
+    graph = trace_units(full, lambda: full(pair, timesteps[:2]), pair)
     plan = make_plan(config, full, graph, coverage, probe, timesteps, len(grid))
     console.print(plan.table())
     if dry_run:

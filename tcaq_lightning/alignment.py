@@ -47,7 +47,7 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
     samples = work.trajectories
     for round_index in range(work.config.num_rounds):
         if round_index:
-            share = round_index / work.config.par.rounds
+            share = work.config.par.final_share * round_index / work.config.par.rounds
             samples = _aligned_samples(work, share, round_index)
         _run_round(work, round_index, samples)
         record, sampled = _measure_round(work, round_index)

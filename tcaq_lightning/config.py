@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -162,7 +163,7 @@ class TCRConfig:
     """Share of round 0's iterations that the r phase takes."""
 
     def __post_init__(self) -> None:
-        _require(self.truncation >= 1, "tcr.truncation", "at least 1", self.truncation)
+        _require(1 <= self.truncation < math.inf, "tcr.truncation", "finite and at least 1", self.truncation)
         _require(0 < self.share < 1, "tcr.share", "between 0 and 1", self.share)
 
 
@@ -185,13 +186,16 @@ class PARConfig:
     enabled: bool = True
     """Off: round 0 only, with all iterations."""
     rounds: int = 1
-    """Rounds M after round 0; round m draws a share m / M of its samples from the quantized sampler."""
+    """Rounds M after round 0."""
+    final_share: float = 0.5
+    """Share rho_M of the last round's trajectories that the quantized sampler draws; round m takes m / M of it."""
     share: float = 0.3
     """Share of all iterations that the later rounds take together."""
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "par.rounds", "at least 1 (par.enabled switches them off)", self.rounds)
         _require(0 < self.share < 1, "par.share", "between 0 and 1", self.share)
+        _require(0 < self.final_share <= 1, "par.final_share", "in (0, 1]", self.final_share)
 
 
 @dataclass
@@ -227,9 +231,10 @@ class ReconstructionConfig:
         _require(self.iterations >= 1, "reconstruction.iterations", "at least 1", self.iterations)
         _require(self.batch_size >= 1, "reconstruction.batch_size", "at least 1", self.batch_size)
         for name in ("step_lr", "r_lr", "scale_lr", "rounding_weight"):
-            _require(getattr(self, name) >= 0, f"reconstruction.{name}", "at least 0", getattr(self, name))
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"reconstruction.{name}", "finite and at least 0", value)
         if self.rounding_lr is not None:
-            _require(self.rounding_lr > 0, "reconstruction.rounding_lr", "positive or null", self.rounding_lr)
+            _require(0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr)
         _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 

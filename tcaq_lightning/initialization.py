@@ -89,6 +89,7 @@ def initialize(
     tcr_config: TCRConfig,
     daq_config: DAQConfig,
     device: torch.device,
+    headroom: float = 1.0,
 ) -> Choices:
     """Set every quantizer of a unit from its quantized-stream inputs.
 
@@ -100,6 +101,7 @@ def initialize(
         observed: ranges and histograms over all calibration samples.
         tcr_config, daq_config: settings.
         device: where to compute.
+        headroom: factor on the searched ranges of activations.
     """
     choices = Choices()
     probe = train[probe_indices(data.groups[train], context.num_groups)]
@@ -119,6 +121,7 @@ def initialize(
                 before, after = _set_r(quantizer, layers, inputs[name], ranges, tcr_config)
                 choices.reparameterization[name] = before, after
             _set_range(quantizer, inputs[name], ranges)
+            quantizer.delta *= headroom
             for layer in layers:
                 layer.learned_weight.search(quantizer.r)
     return choices

@@ -59,11 +59,13 @@ class UnitGraph:
         names: execution order.
         needs: for each unit, the units whose outputs its inputs depend on through glue (skips, concatenations).
         output_shapes: per unit, the output's shape without the batch axis.
+        readers: units that read the denoiser's noisy sample itself.
     """
 
     names: list[str]
     needs: dict[str, frozenset[str]]
     output_shapes: dict[str, tuple[int, ...]]
+    readers: frozenset[str] = frozenset()
 
     def alive_after(self, position: int) -> set[str]:
         """Units among the first `position + 1` whose outputs some later unit still needs."""
@@ -92,7 +94,7 @@ def patched_forwards(denoiser: nn.Module, forwards: dict[str, Callable[..., Any]
             del module.forward
 
 
-def trace_units(denoiser: nn.Module, run: Callable[[], Any]) -> UnitGraph:
+def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | None = None) -> UnitGraph:
     """Record the units' execution order and dependencies in one forward pass.
 
     Every unit's output is cut off as a leaf that requires grad; walking back from a unit's inputs then reaches exactly
@@ -101,6 +103,7 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any]) -> UnitGraph:
     Args:
         denoiser: the full-precision denoiser.
         run: calls it on a small batch.
+        sample: the noisy sample of that batch, if its readers are to be known.
 
     Raises:
         UserError: a unit runs more than once or returns something else than one tensor.
@@ -108,6 +111,7 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any]) -> UnitGraph:
     names: list[str] = []
     needs: dict[str, frozenset[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    readers: set[str] = set()
     owner: dict[int, str] = {}
     leaves: list[Tensor] = []
 
@@ -116,7 +120,10 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any]) -> UnitGraph:
             if name in needs:
                 raise UserError(f"unit {name} runs more than once in a forward pass; such a denoiser is not supported")
             inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            needs[name] = frozenset(owner[i] for x in inputs for i in _leaf_ids(x) if i in owner)
+            sources = {i for x in inputs for i in _leaf_ids(x)}
+            needs[name] = frozenset(owner[i] for i in sources if i in owner)
+            if sample is not None and id(sample) in sources:
+                readers.add(name)
             names.append(name)
             with torch.no_grad():
                 output = original(*args, **kwargs)
@@ -132,8 +139,10 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any]) -> UnitGraph:
 
     forwards = {n: traced(n, denoiser.get_submodule(n).forward) for n in find_units(denoiser)}
     with torch.enable_grad(), patched_forwards(denoiser, forwards):
+        if sample is not None:
+            sample.requires_grad_()
         run()
-    return UnitGraph(names, needs, shapes)
+    return UnitGraph(names, needs, shapes, frozenset(readers))
 
 
 def _leaf_ids(x: Tensor) -> set[int]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class Command:
         pid = int(self.server.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have finished
+                os.kill(pid, signal.SIGKILL)
         code = int(self.server.stdout.readline())
         return Ended(code, files["out"].read_text(), files["err"].read_text())
 
