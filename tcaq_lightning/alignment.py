@@ -15,7 +15,7 @@ from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
-from tcaq_lightning.quantize import quantization_state, restore_quantization_state
+from tcaq_lightning.quantize import quantization_state, quantizers, restore_quantization_state
 from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
 from tcaq_lightning.unit_calibration import reconstruct_unit
 
@@ -42,6 +42,9 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
 
 
 def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
+    for name in work.graph.readers:  # their ranges have headroom, which learning would take away
+        for quantizer in quantizers(work.quantized.get_submodule(name)).values():
+            quantizer.learnable = False
     rounds: list[dict[str, Any]] = []
     best: tuple[float, dict[str, Tensor]] | None = None
     samples = work.trajectories

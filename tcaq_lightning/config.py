@@ -234,7 +234,9 @@ class ReconstructionConfig:
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"reconstruction.{name}", "finite and at least 0", value)
         if self.rounding_lr is not None:
-            _require(0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr)
+            _require(
+                0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr
+            )
         _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 
