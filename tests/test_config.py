@@ -1,0 +1,77 @@
+"""Cross-field checks and the division of iterations over phases and rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcaq_lightning.config import (
+    ActivationConfig,
+    CalibrationConfig,
+    Config,
+    PARConfig,
+    QuantizationConfig,
+    ReconstructionConfig,
+    SamplerConfig,
+    TCRConfig,
+    WeightConfig,
+)
+from tcaq_lightning.errors import UserError
+
+
+@given(
+    iterations=st.integers(20, 5000),
+    rounds=st.integers(1, 4),
+    par=st.booleans(),
+    tcr=st.booleans(),
+    learn=st.booleans(),
+    share=st.floats(0.2, 0.6),
+)
+def test_all_ablations_take_equal_iterations(
+    iterations: int, rounds: int, par: bool, tcr: bool, learn: bool, share: float
+) -> None:
+    config = Config(
+        tcr=TCRConfig(enabled=tcr, learn=learn),
+        par=PARConfig(enabled=par, rounds=rounds, share=share),
+        reconstruction=ReconstructionConfig(iterations=iterations),
+    )
+    phases = config.phase_iterations()
+    assert sum(phases.values()) == iterations
+    assert ((0, "r") in phases) == (tcr and learn)
+    assert config.num_rounds == (1 + rounds if par else 1)
+    assert sum(config.steps_by_round()) == iterations
+    assert len(config.steps_by_round()) == config.num_rounds
+
+
+def test_without_reconstruction_there_is_one_round_of_no_steps() -> None:
+    config = Config(reconstruction=ReconstructionConfig(enabled=False))
+    assert config.steps_by_round() == [0]
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: WeightConfig(bits=1), "quantization.weight.bits"),
+        (lambda: ActivationConfig(bits=9), "quantization.activation.bits"),
+        (lambda: SamplerConfig(eta=1.5), "sampler.eta"),
+        (lambda: PARConfig(final_share=0.0), "par.final_share"),
+        (lambda: ReconstructionConfig(step_lr=float("inf")), "reconstruction.step_lr"),
+        (lambda: ReconstructionConfig(rounding_lr=float("nan")), "reconstruction.rounding_lr"),
+        (lambda: TCRConfig(truncation=float("inf")), "tcr.truncation"),
+        (lambda: Config(seed=-1), "seed"),
+        (lambda: Config(reconstruction=ReconstructionConfig(iterations=2)), "reconstruction.iterations"),
+        (
+            lambda: Config(
+                calibration=CalibrationConfig(sampler=SamplerConfig(num_steps=5)),
+                quantization=QuantizationConfig(activation=ActivationConfig(timestep_groups=6)),
+            ),
+            "quantization.activation.timestep_groups",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_named(make: Any, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        make()
