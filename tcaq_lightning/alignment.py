@@ -15,11 +15,16 @@ from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
-from tcaq_lightning.quantize import quantization_state, quantizers, restore_quantization_state
+from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
 from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
 from tcaq_lightning.unit_calibration import reconstruct_unit
 
 log = logging.getLogger(__name__)
+
+SAMPLE_HEADROOM, STREAM_HEADROOM = 2.0, 1.25
+"""How much wider the ranges of unnormalized inputs are than what calibration sees: of the noisy sample, and of the
+residual stream. Where the quantized sampler drifts out of a tight range on the linear path from its sample to its
+output, the denoiser is blind to the drift and cannot pull the sample back."""
 
 
 def calibrate(work: Calibration) -> list[dict[str, Any]]:
@@ -42,9 +47,7 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
 
 
 def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
-    for name in work.graph.readers:  # their ranges have headroom, which learning would take away
-        for quantizer in quantizers(work.quantized.get_submodule(name)).values():
-            quantizer.learnable = False
+    _leave_headroom(work)
     rounds: list[dict[str, Any]] = []
     best: tuple[float, dict[str, Tensor]] | None = None
     samples = work.trajectories
@@ -63,6 +66,14 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
         rounds.append(record)
         work.listener.round_finished(round_index, record, sampled)
     return rounds
+
+
+def _leave_headroom(work: Calibration) -> None:
+    """Widen the ranges of layers that read the residual stream, or the noisy sample, with no norm in between."""
+    for layer in quant_layers(work.quantized).values():
+        if layer.name in work.graph.direct:
+            reads_sample = any(layer.name == unit or layer.name.startswith(f"{unit}.") for unit in work.graph.readers)
+            layer.input_quantizer.headroom = SAMPLE_HEADROOM if reads_sample else STREAM_HEADROOM
 
 
 def _aligned_samples(work: Calibration, share: float, round_index: int) -> Trajectories:

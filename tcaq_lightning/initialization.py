@@ -89,7 +89,6 @@ def initialize(
     tcr_config: TCRConfig,
     daq_config: DAQConfig,
     device: torch.device,
-    headroom: float = 1.0,
 ) -> Choices:
     """Set every quantizer of a unit from its quantized-stream inputs.
 
@@ -101,7 +100,6 @@ def initialize(
         observed: ranges and histograms over all calibration samples.
         tcr_config, daq_config: settings.
         device: where to compute.
-        headroom: factor on the searched ranges of activations.
     """
     choices = Choices()
     probe = train[probe_indices(data.groups[train], context.num_groups)]
@@ -121,7 +119,6 @@ def initialize(
                 before, after = _set_r(quantizer, layers, inputs[name], ranges, tcr_config)
                 choices.reparameterization[name] = before, after
             _set_range(quantizer, inputs[name], ranges)
-            quantizer.delta *= headroom
             for layer in layers:
                 layer.learned_weight.search(quantizer.r)
     return choices
@@ -197,7 +194,7 @@ def _set_range(
     low, high = (limit.to(x.device) for limit in ranges.limits(r.cpu()))
     rows = _by_group(scaled, ranges.low.shape[0], values)
     delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high), norm)
-    quantizer.delta.copy_(delta)
+    quantizer.delta.copy_(delta * quantizer.headroom)
     quantizer.zero_point.copy_(zero)
 
 

@@ -30,9 +30,6 @@ log = logging.getLogger(__name__)
 
 BIAS_SAMPLES = 640
 """About as many samples give the mean errors of a unit's output channels: every image has many pixels."""
-SAMPLE_HEADROOM = 1.5
-"""Ranges of what reads the noisy sample itself are wider than what calibration sees: where the quantized sampler drifts
-out of a tight range, its denoiser is blind to the drift and cannot pull the sample back."""
 REFINE_LOGIT = 0.5
 """Logits of a later round start within [-0.5, 0.5], so that a rounding can still flip."""
 
@@ -46,15 +43,11 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
     clock = _Clock()
     record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
 
-    headroom = SAMPLE_HEADROOM if name in work.graph.readers else 1.0
-
     if round_index == 0:
         with clock("observe"):
             observed = _observe(work, unit, data, train)
         with clock("search"):
-            choices = initialize(
-                unit, data, train, work.context, observed, config.tcr, config.daq, work.device, headroom
-            )
+            choices = initialize(unit, data, train, work.context, observed, config.tcr, config.daq, work.device)
         work.listener.unit_initialized(tag, unit, observed, choices)
         if config.reconstruction.enabled:
             with clock("gate"):

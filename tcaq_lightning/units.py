@@ -60,12 +60,14 @@ class UnitGraph:
         needs: for each unit, the units whose outputs its inputs depend on through glue (skips, concatenations).
         output_shapes: per unit, the output's shape without the batch axis.
         readers: units that read the denoiser's noisy sample itself.
+        direct: layers that read their unit's input itself, with no norm in between.
     """
 
     names: list[str]
     needs: dict[str, frozenset[str]]
     output_shapes: dict[str, tuple[int, ...]]
     readers: frozenset[str] = frozenset()
+    direct: frozenset[str] = frozenset()
 
     def alive_after(self, position: int) -> set[str]:
         """Units among the first `position + 1` whose outputs some later unit still needs."""
@@ -112,6 +114,8 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
     needs: dict[str, frozenset[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     readers: set[str] = set()
+    direct: set[str] = set()
+    handed: list[Tensor] = []
     owner: dict[int, str] = {}
     leaves: list[Tensor] = []
 
@@ -125,6 +129,9 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
             if sample is not None and id(sample) in sources:
                 readers.add(name)
             names.append(name)
+            handed[:] = inputs
+            if name in layers:  # its own hook ran before it was handed anything
+                direct.add(name)
             with torch.no_grad():
                 output = original(*args, **kwargs)
             if not isinstance(output, Tensor):
@@ -137,12 +144,23 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
 
         return forward
 
+    def watch(name: str) -> Callable[..., None]:
+        def receive(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if any(args[0] is x for x in handed):
+                direct.add(name)
+
+        return receive
+
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    handles = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
     forwards = {n: traced(n, denoiser.get_submodule(n).forward) for n in find_units(denoiser)}
     with torch.enable_grad(), patched_forwards(denoiser, forwards):
         if sample is not None:
             sample.requires_grad_()
         run()
-    return UnitGraph(names, needs, shapes, frozenset(readers))
+    for handle in handles:
+        handle.remove()
+    return UnitGraph(names, needs, shapes, frozenset(readers), frozenset(direct))
 
 
 def _leaf_ids(x: Tensor) -> set[int]:

@@ -25,7 +25,7 @@ class ActivationQuantizer(nn.Module):
         delta: (G,) steps s. zero_point: (G,) integer-valued. r: (C,), all ones where TCR is off.
         log_delta, log_r: relative changes that are being learned; None outside of a fit.
         enabled: off while statistics are taken.
-        learnable: whether steps and r may be learned.
+        headroom: factor on searched ranges. Other than 1 nothing is learned, since learning would take it away.
         drop_probability: QDrop's share of elements that stay in full precision during a fit (Wei et al. 2022).
     """
 
@@ -39,7 +39,7 @@ class ActivationQuantizer(nn.Module):
         self.groups = groups
         self.channel_dim = channel_dim
         self.enabled = True
-        self.learnable = True
+        self.headroom = 1.0
         self.drop_probability = 0.0
         self.register_buffer("delta", torch.ones(groups.num_groups))
         self.register_buffer("zero_point", torch.zeros(groups.num_groups))
@@ -49,7 +49,7 @@ class ActivationQuantizer(nn.Module):
 
     def begin_learning(self, reparameterize: bool) -> dict[str, list[nn.Parameter]]:
         """Make the steps, and r if asked, learnable; returns the new parameters by kind."""
-        if not self.learnable:
+        if self.headroom != 1:
             return {}
         self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
         learned = {"steps": [self.log_delta]}
@@ -107,15 +107,12 @@ class SoftmaxQuantizer(nn.Module):
         self.bits = bits
         self.groups = groups
         self.enabled = True
-        self.learnable = True
         self.register_buffer("delta", torch.full((groups.num_groups,), 1.0 / (2**bits - 1)))
         self.register_buffer("tau", torch.zeros(groups.num_groups))
         self.log_delta: nn.Parameter | None = None
 
     def begin_learning(self) -> dict[str, list[nn.Parameter]]:
         """Make the steps learnable; only uniform groups receive a gradient (see `logarithmic`)."""
-        if not self.learnable:
-            return {}
         self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
         return {"steps": [self.log_delta]}
 
