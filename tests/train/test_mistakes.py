@@ -220,7 +220,7 @@ def test_directory_in_proc(command: Command, config: Path) -> None:
     assert_refused(command("--config", config, "--run_dir", "/proc/run"), "/proc/run")
 
 
-@pytest.mark.parametrize("limit", [300, 12_000])
+@pytest.mark.parametrize("limit", [6_000, 12_000])
 def test_full_disk(command: Command, config: Path, undisturbed: Path, tmp_path: Path, limit: int) -> None:
     """A limit on the size of files fails as a full disk does; with more room the run goes on."""
     run_dir = tmp_path / "run"
