@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +95,12 @@ def shifted_layer(work: Calibration, unit: nn.Module, name: str) -> tuple[QuantL
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic kernels within a fit, where the device has them, so that a resumed fit is bit-identical."""
-    before = torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
+    memory.fill_uninitialized_memory = False  # for debugging, at a pass over all memory
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]

@@ -139,8 +139,13 @@ class SoftmaxQuantizer(nn.Module):
         tau = per_sample(self.tau, self.groups.current, probabilities.ndim)
         if table.all():
             return log_fake_quantize(probabilities, delta, tau, self.bits)
-        logarithmic = log_fake_quantize(probabilities, delta, tau.clamp(min=1e-3), self.bits)
-        return torch.where(tau > 0, logarithmic, self._uniform(probabilities, delta))
+        kinds = tau.flatten() > 0  # (B,)
+        logarithmic, uniform = kinds.nonzero().squeeze(1), (~kinds).nonzero().squeeze(1)
+        parts = [
+            log_fake_quantize(probabilities[logarithmic], delta[logarithmic], tau[logarithmic], self.bits),
+            self._uniform(probabilities[uniform], delta[uniform]),
+        ]
+        return torch.cat(parts)[torch.cat([logarithmic, uniform]).argsort()]
 
     def _uniform(self, x: Tensor, delta: Tensor) -> Tensor:
         return fake_quantize(x, delta, delta.new_zeros(()), delta.new_full((), 2**self.bits - 1))
