@@ -52,7 +52,9 @@ class RunLog:
             module = modules[name]
             assert isinstance(module, ActivationQuantizer)
             if module.r.numel() > 1:
-                figure = range_heat_maps(ranges.magnitude(), module.r.cpu(), f"{tag} {name}")
+                centred = ranges if module.shift is None else ranges.shifted(module.shift.cpu())
+                after = centred.magnitude() / module.r.cpu()
+                figure = range_heat_maps(ranges.magnitude(), after, f"{tag} {name}")
                 self.writer.add_figure(f"ranges/{tag}/{name}", figure)
                 self.writer.add_histogram(f"r/{tag}/{name}", module.r)
         for name, errors in choices.reparameterization.items():
@@ -101,20 +103,20 @@ class RunLog:
         self.writer.flush()
 
 
-def range_heat_maps(magnitude: Tensor, r: Tensor, title: str) -> Figure:
-    """Largest magnitude of each channel in each timestep group, before and after division by r.
+def range_heat_maps(before: Tensor, after: Tensor, title: str) -> Figure:
+    """Largest magnitude of each channel in each timestep group, before and after shift and division by r.
 
     Args:
-        magnitude: (G, C).
-        r: (C,).
+        before, after: (G, C).
         title: heading.
     """
-    before = magnitude.clamp(min=1e-6).log10()
-    after = (magnitude / r).clamp(min=1e-6).log10()
+    before, after = before.clamp(min=1e-6).log10(), after.clamp(min=1e-6).log10()
     low, high = torch.quantile(torch.stack([before, after]), torch.tensor([0.01, 1.0])).tolist()
     figure = Figure(figsize=(7, 4))
     figure.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.85, hspace=0.9)  # a layout engine is far slower
-    for axes, values, label in zip(figure.subplots(2, 1), (before, after), ("max |X|", "max |X / r|"), strict=True):
+    for axes, values, label in zip(
+        figure.subplots(2, 1), (before, after), ("max |X|", "max |(X - shift) / r|"), strict=True
+    ):
         image = axes.imshow(values.numpy(), aspect="auto", vmin=low, vmax=high, interpolation="nearest")
         axes.set(xlabel="channel", ylabel="timestep group", title=f"log10 {label}")
         figure.colorbar(image, ax=axes)

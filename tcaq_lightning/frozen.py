@@ -24,7 +24,7 @@ class LayerEntry:
         kept: in full precision; the rest is then meaningless.
         weight_bits, activation_bits: code widths.
         symmetric: all weight zero points are 2^(b-1).
-        reparameterized: the input quantizer has an r other than 1.
+        reparameterized: the input quantizer has an r other than 1. shifted: it has a shift other than 0.
         bias_shift: there is a bias correction for each timestep group.
         input_of: the layer that this one shares its input quantizer with.
     """
@@ -35,6 +35,7 @@ class LayerEntry:
     activation_bits: int = 8
     symmetric: bool = False
     reparameterized: bool = False
+    shifted: bool = False
     bias_shift: bool = False
     input_of: str | None = None
 
@@ -104,12 +105,17 @@ def _without_defaults(entry: LayerEntry | AttentionEntry) -> dict[str, Any]:
 def freeze(denoiser: nn.Module) -> None:
     """Make a calibrated denoiser's weights integers, in place: full-precision weights and rounding logits are dropped.
 
-    Bias corrections are rounded to float16, in which they are stored; everything else computes the same bits as before.
+    Shifts that are all 0 are dropped too. Bias corrections are rounded to float16, in which they are stored; everything
+    else computes the same bits as before.
     """
     for layer in quant_layers(denoiser).values():
         weight = layer.weight_quantizer
         if isinstance(weight, AdaRoundWeight):
             layer.weight_quantizer = IntegerWeight.from_rounded(weight, layer.input_quantizer.r).train(layer.training)
+        if layer.input_quantizer.shift is not None and not layer.input_quantizer.shift.any():
+            layer.input_quantizer.shift = None
+        if layer.input_quantizer.shift is None:
+            layer.shift_bias = None
         if layer.bias_shift is not None:
             largest = torch.finfo(torch.float16).max
             layer.bias_shift.copy_(layer.bias_shift.clamp(-largest, largest).half())
@@ -148,6 +154,7 @@ def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:
         activation_bits=inputs.bits,
         symmetric=bool((weight.zero_point == 2 ** (weight.bits - 1)).all()),
         reparameterized=bool((inputs.r != 1).any()),
+        shifted=inputs.shift is not None,
         bias_shift=layer.bias_shift is not None,
         input_of=input_of,
     )
@@ -188,6 +195,9 @@ def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: 
     weight = IntegerWeight(codes, scale, zero_point, entry.weight_bits, conv_groups)
     inputs = ActivationQuantizer(entry.activation_bits, groups, channels, replacement.channel_dim)
     layer: QuantLayer = replacement(module, weight, inputs, module.bias, name)
+    if entry.shifted:
+        inputs.allow_shift()
+        layer.allow_shift()
     if entry.bias_shift:
         layer.allow_bias_shift()
     return layer

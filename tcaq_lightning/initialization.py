@@ -13,8 +13,9 @@ from tcaq_lightning.activations import UnitData
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.daq import LogHistogram, TailFit
 from tcaq_lightning.layers import QuantConv2d, QuantLayer
-from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
+from tcaq_lightning.quantize import full_precision, quantizers, readers
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
 from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_log, search_symmetric
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -105,7 +106,7 @@ def initialize(
     probe = train[probe_indices(data.groups[train], context.num_groups)]
     groups = data.groups[probe].to(device)
     inputs = capture_inputs(unit, data, context, probe, device)
-    readers = _readers(unit)
+    layers_of = readers(unit)
     with context.using(groups):
         for name, quantizer in quantizers(unit).items():
             if isinstance(quantizer, SoftmaxQuantizer):
@@ -113,13 +114,14 @@ def initialize(
                 choice = _set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
                 choices.attention[name] = choice
                 continue
-            layers = readers.get(id(quantizer), [])
+            layers = layers_of.get(id(quantizer), [])
             ranges = observed.ranges[name]
             if layers and tcr_config.enabled:
                 before, after = _set_r(quantizer, layers, inputs[name], ranges, tcr_config)
                 choices.reparameterization[name] = before, after
             _set_range(quantizer, inputs[name], ranges)
             for layer in layers:
+                layer.set_shift()
                 layer.learned_weight.search(quantizer.r)
     return choices
 
@@ -158,14 +160,6 @@ def capture_inputs(
     return captured
 
 
-def _readers(unit: nn.Module) -> dict[int, list[QuantLayer]]:
-    """Layers by the id of the input quantizer that they read."""
-    readers: dict[int, list[QuantLayer]] = {}
-    for layer in quant_layers(unit).values():
-        readers.setdefault(id(layer.input_quantizer), []).append(layer)
-    return readers
-
-
 def _sibling(name: str, other: str) -> str:
     parent, _, _ = name.rpartition(".")
     return f"{parent}.{other}" if parent else other
@@ -188,20 +182,16 @@ def _set_range(
     candidates: int = 16,
     norm: float = NORM,
 ) -> None:
-    """Search step and zero point of x / r for every group."""
+    """Search step and zero point of (x - shift) / r for every group."""
     r = quantizer.r
-    scaled = x if r.numel() == 1 else x / _along(r, x.ndim, quantizer.channel_dim)
+    if quantizer.shift is not None:
+        x, ranges = quantizer.centred(x), ranges.shifted(quantizer.shift.cpu())
+    scaled = x if r.numel() == 1 else x / along(r, x.ndim, quantizer.channel_dim)
     low, high = (limit.to(x.device) for limit in ranges.limits(r.cpu()))
     rows = _by_group(scaled, ranges.low.shape[0], values)
     delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high), norm)
     quantizer.delta.copy_(delta * quantizer.headroom)
     quantizer.zero_point.copy_(zero)
-
-
-def _along(r: Tensor, dims: int, channel_dim: int) -> Tensor:
-    shape = [1] * dims
-    shape[channel_dim] = -1
-    return r.view(shape)
 
 
 def _set_r(
@@ -211,30 +201,41 @@ def _set_r(
     ranges: RangeStatistics,
     config: TCRConfig,
 ) -> tuple[float, float]:
-    """Choose r by the layers' output error with both operands quantized.
+    """Choose r, and a shift where there may be one, by the layers' output error with both operands quantized.
 
     Returns:
-        The errors of r = 1 and of the choice, relative to the output's power.
+        The errors of r = 1 without a shift and of the choice, relative to the output's power.
     """
-    magnitude = ranges.magnitude().to(x.device)
+    weights = _weight_magnitude(layers, quantizer.r.numel())
+    shifts = [torch.zeros_like(quantizer.r)]
     if config.formula == "profile":
-        grid = torch.stack([torch.ones_like(quantizer.r), tcr.published_r(magnitude, config.truncation)])
+        magnitude = ranges.magnitude().to(x.device)
+        grids = [torch.stack([torch.ones_like(quantizer.r), tcr.published_r(magnitude, config.truncation)])]
     else:
-        grid = tcr.candidates(magnitude, _weight_magnitude(layers, quantizer.r.numel()), config.truncation)
-    targets = [layer.linear_map(x, layer.learned_weight.weight, None) for layer in layers]
-    power = sum(float(y.square().sum()) for y in targets)
-    errors = []
-    for r in grid:
-        quantizer.r.copy_(r)
-        _set_range(quantizer, x, ranges, QUICK_VALUES, candidates=8, norm=2)
-        quantized = quantizer(x)
-        error = 0.0
-        for layer, target in zip(layers, targets, strict=True):
-            error += float((layer.linear_map(quantized, _nearest(layer, r), None) - target).square().sum())
-        errors.append(error / max(power, 1e-30))
-    best = 1 if config.formula == "profile" else min(range(len(errors)), key=errors.__getitem__)
-    quantizer.r.copy_(grid[best])
-    return errors[0], errors[best]
+        if quantizer.shift is not None:
+            shifts.append(ranges.centre().to(x.device))
+        magnitudes = [ranges.shifted(shift.cpu()).magnitude().to(x.device) for shift in shifts]
+        grids = [tcr.candidates(magnitude, weights, config.truncation) for magnitude in magnitudes]
+    powers = [float(layer.linear_map(x, layer.learned_weight.weight, None).square().sum()) for layer in layers]
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for shift, grid in zip(shifts, grids, strict=True):
+        centred = x - along(shift, x.ndim, quantizer.channel_dim)
+        targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
+        for r in grid:
+            quantizer.r.copy_(r)
+            if quantizer.shift is not None:
+                quantizer.shift.copy_(shift)
+            _set_range(quantizer, x, ranges, QUICK_VALUES, candidates=8, norm=2)
+            quantized = quantizer(x)
+            error = 0.0
+            for layer, target in zip(layers, targets, strict=True):
+                error += float((layer.linear_map(quantized, _nearest(layer, r), None) - target).square().sum())
+            found.append((error / max(sum(powers), 1e-30), r, shift))
+    best = found[1] if config.formula == "profile" else min(found, key=lambda candidate: candidate[0])
+    quantizer.r.copy_(best[1])
+    if quantizer.shift is not None:
+        quantizer.shift.copy_(best[2])
+    return found[0][0], best[0]
 
 
 def _nearest(layer: QuantLayer, r: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.timesteps import TimestepGroups
 
 
@@ -21,10 +22,12 @@ class QuantLayer(nn.Module):
         weight_quantizer: maps r to the dequantized weight.
         bias: (O,) or None, in full precision.
         bias_shift: (G, O) correction of the output's mean error for each timestep group, or None.
+        shift_bias: (O,) what the input's shift contributes to the output, W shift in full precision, or None.
     """
 
     channel_dim: int
     bias_shift: Tensor | None
+    shift_bias: Tensor | None
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class QuantLayer(nn.Module):
         self.input_quantizer = input_quantizer
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_buffer("bias_shift", None)
+        self.register_buffer("shift_bias", None)
 
     @property
     def learned_weight(self) -> AdaRoundWeight:
@@ -58,13 +62,34 @@ class QuantLayer(nn.Module):
         scale = self.weight_quantizer.scale
         self.register_buffer("bias_shift", scale.new_zeros(groups, self.out_channels))
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output sees its inputs whole: a shift of the input is then a constant of the output."""
+        raise NotImplementedError
+
+    def allow_shift(self) -> None:
+        """Give the layer a contribution of its input's shift, zero until it is set."""
+        self.register_buffer("shift_bias", self.weight_quantizer.scale.new_zeros(self.out_channels))
+
+    @torch.no_grad()
+    def set_shift(self) -> None:
+        """Take over the input quantizer's shift."""
+        shift = self.input_quantizer.shift
+        if shift is not None and self.shift_bias is not None:
+            weight = self.learned_weight.weight
+            constant = along(shift, weight.ndim - 1, 0)  # (C, 1, 1) or (C,): one pixel, one token
+            self.shift_bias.copy_(self.linear_map(constant[None], weight, None).flatten())
+
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input and compute the output."""
         return self.compute(self.input_quantizer(x))
 
     def compute(self, quantized: Tensor) -> Tensor:
         """The layer's output for an input that is quantized already."""
-        y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), self.bias)
+        bias: Tensor | None = self.bias
+        if self.shift_bias is not None:
+            bias = self.shift_bias if bias is None else bias + self.shift_bias
+        y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), bias)
         if self.bias_shift is None:
             return y
         shift = self.bias_shift[self.input_quantizer.groups.current]  # (B, O)
@@ -87,7 +112,13 @@ class QuantConv2d(QuantLayer):
         self.stride, self.padding, self.dilation = source.stride, source.padding, source.dilation
         self.groups, self.padding_mode = source.groups, source.padding_mode
         self.in_channels = source.in_channels
+        self.kernel_size = source.kernel_size
         self._pad = source._reversed_padding_repeated_twice
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1 x 1 kernel without padding."""
+        return all(size == 1 for size in self.kernel_size) and not any(self._pad)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution with a given weight."""
@@ -105,6 +136,11 @@ class QuantLinear(QuantLayer):
     def __init__(self, source: nn.Linear, *args: Any) -> None:
         super().__init__(*args)
         self.in_features = source.in_features
+
+    @property
+    def pointwise(self) -> bool:
+        """Always."""
+        return True
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The affine map with a given weight."""

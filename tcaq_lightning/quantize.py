@@ -127,6 +127,7 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     for module in list(denoiser.modules()):
         if isinstance(module, Attention):
             _share_input_quantizer(module)
+    _allow_shifts(denoiser)
     for name in find_quantized_units(denoiser):
         shifted = output_layer(denoiser.get_submodule(name), name)
         if shifted is not None and isinstance(layer := denoiser.get_submodule(shifted[0]), QuantLayer):
@@ -221,6 +222,23 @@ def _share_input_quantizer(attention: Attention) -> None:
     if len({layer.input_quantizer.bits for layer in layers}) == 1:
         for layer in layers[1:]:
             layer.input_quantizer = layers[0].input_quantizer
+
+
+def readers(module: nn.Module) -> dict[int, list[QuantLayer]]:
+    """Layers within a module by the id of the input quantizer that they read."""
+    found: dict[int, list[QuantLayer]] = {}
+    for layer in quant_layers(module).values():
+        found.setdefault(id(layer.input_quantizer), []).append(layer)
+    return found
+
+
+def _allow_shifts(denoiser: nn.Module) -> None:
+    """Let inputs be shifted where all layers that read them are pointwise."""
+    for layers in readers(denoiser).values():
+        if all(layer.pointwise for layer in layers):
+            layers[0].input_quantizer.allow_shift()
+            for layer in layers:
+                layer.allow_shift()
 
 
 def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:

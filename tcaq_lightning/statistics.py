@@ -37,6 +37,18 @@ class RangeStatistics:
         torch.minimum(self.low, other.low, out=self.low)
         torch.maximum(self.high, other.high, out=self.high)
 
+    def centre(self) -> Tensor:
+        """(C,) mean over the groups of the middle of each channel's range; 0 where nothing was seen."""
+        seen = self.high >= self.low  # (G, C)
+        middles = torch.where(seen, (self.low + self.high) / 2, torch.zeros_like(self.low))
+        return middles.sum(0) / seen.sum(0).clamp(min=1)
+
+    def shifted(self, shift: Tensor) -> RangeStatistics:
+        """The statistics of x - shift, for `shift` (C,)."""
+        moved = RangeStatistics(*self.low.shape)
+        moved.low, moved.high = self.low - shift, self.high - shift
+        return moved
+
     def magnitude(self) -> Tensor:
         """(G, C) largest magnitude; 0 where nothing was seen."""
         return torch.maximum(self.high, -self.low).clamp(min=0)

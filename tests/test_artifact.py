@@ -66,6 +66,9 @@ def set_parameters(denoiser: nn.Module, reparameterize: bool = True) -> None:
         layer.learned_weight.search(layer.input_quantizer.r)
         v = layer.learned_weight.v
         v.copy_(torch.randn(v.shape, generator=generator))
+        if reparameterize and layer.input_quantizer.shift is not None:
+            layer.input_quantizer.shift.copy_(torch.randn(layer.input_quantizer.shift.shape, generator=generator) / 9)
+            layer.set_shift()
         if layer.bias_shift is not None:
             layer.bias_shift.copy_((torch.randn(layer.bias_shift.shape, generator=generator) / 50).half())
 
@@ -243,6 +246,7 @@ def test_contents(artifact: Path, frozen_pipeline: DDIMPipeline) -> None:
         "activation_bits": 8,
         "symmetric": True,
         "reparameterized": True,
+        "shifted": True,
         "input_of": "mid_block.attentions.0.to_q",
     }
     with safe_open(artifact / WEIGHTS, "pt") as file:

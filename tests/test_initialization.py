@@ -92,6 +92,24 @@ def test_a_channel_of_another_size_is_worth_an_r(make_twins: Any, observe: Any) 
     assert unit.to_q.input_quantizer.r.max() > 1.5  # type: ignore[union-attr, operator]
 
 
+def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: Any) -> None:
+    twins = make_twins(samples=16)
+    unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION)
+    centres = torch.linspace(-20, 20, 16)
+    unit.group_norm.bias.data += centres  # type: ignore[union-attr, operator]
+    observed = observe(unit, data, twins.context)
+    with torch.no_grad(), full_precision(unit):
+        expected = data.run(unit, twins.context, torch.arange(16), CPU)
+    choices = initialize(unit, data, torch.arange(len(data)), twins.context, observed, TCRConfig(), DAQConfig(), CPU)
+    before, after = choices.reparameterization["to_q.input_quantizer"]
+    assert after < 0.1 * before
+    shift = unit.to_q.input_quantizer.shift  # type: ignore[union-attr]
+    torch.testing.assert_close(shift, observed.ranges["to_q.input_quantizer"].centre())
+    assert (shift - centres).abs().max() < 3  # type: ignore[operator]
+    with torch.no_grad(), full_precision(unit):
+        torch.testing.assert_close(data.run(unit, twins.context, torch.arange(16), CPU), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_without_tcr_r_is_one(make_twins: Any, observe: Any) -> None:
     _, unit, _, choices = prepared(make_twins, observe, RESNET, TCRConfig(enabled=False), DAQConfig())
     assert choices.reparameterization == {}

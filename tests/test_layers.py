@@ -82,6 +82,47 @@ def test_bias_shift_goes_to_each_samples_group(layer: nn.Module) -> None:
     torch.testing.assert_close(holder(x, timesteps) - before, expected.expand_as(before), rtol=1e-4, atol=1e-5)
 
 
+POINTWISE: dict[str, tuple[nn.Module, bool]] = {
+    "linear": (nn.Linear(4, 6, bias=False), True),
+    "1 x 1": (nn.Conv2d(4, 6, 1), True),
+    "1 x 1, stride, grouped": (nn.Conv2d(4, 6, 1, stride=2, groups=2), True),
+    "1 x 1, padded": (nn.Conv2d(4, 6, 1, padding=1), False),
+    "3 x 3": (nn.Conv2d(4, 6, 3), False),
+}
+
+
+@pytest.mark.parametrize(("layer", "pointwise"), POINTWISE.values(), ids=POINTWISE.keys())
+def test_shifting_the_input_of_a_pointwise_layer_is_exact(layer: nn.Module, pointwise: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 6, 6)
+    expected = layer(x)
+    holder, _ = quantized(layer)
+    quant = holder.layer
+    assert isinstance(quant, QuantLayer)
+    assert quant.pointwise == pointwise
+    assert (quant.input_quantizer.shift is not None) == (quant.shift_bias is not None) == pointwise
+    if quant.input_quantizer.shift is not None:
+        quant.input_quantizer.shift.copy_(torch.randn(4) * 3)
+        quant.set_shift()
+        assert quant.shift_bias is not None
+        assert quant.shift_bias.abs().min() > 0
+    with full_precision(holder):
+        torch.testing.assert_close(holder(x, 0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shift_is_allowed_only_where_all_readers_are_pointwise() -> None:
+    attention = Attention(query_dim=8, heads=2, dim_head=4)
+    holder, _ = quantized(attention)
+    for layer in quant_layers(holder).values():
+        assert layer.input_quantizer.shift is not None
+        assert layer.shift_bias is not None
+    shift = attention.to_q.input_quantizer.shift
+    assert attention.to_v.input_quantizer.shift is shift
+    assert all(
+        q.shift is None for n, q in quantizers(attention).items() if n.startswith("processor.") and hasattr(q, "r")
+    )
+
+
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1, "dim_head": 8},
     "several heads": {"heads": 4, "dim_head": 2},

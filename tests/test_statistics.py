@@ -44,3 +44,17 @@ def test_limits_are_those_of_the_scaled_values() -> None:
         scaled = x[groups == g] / r
         assert low[g] == scaled.min()
         assert high[g] == scaled.max()
+
+
+def test_centre_and_shifted_ranges() -> None:
+    x, groups = torch.randn(8, 3, 4) + torch.tensor([5.0, -2.0, 0.0, 1.0]), torch.tensor([0, 1] * 4)
+    statistics = RangeStatistics(3, 4)  # one group is not seen
+    statistics.update(x, groups, -1)
+    parts = [x[groups == g].flatten(0, 1) for g in range(2)]
+    middles = [(p.amin(0) + p.amax(0)) / 2 for p in parts]
+    torch.testing.assert_close(statistics.centre(), (middles[0] + middles[1]) / 2)
+    shift = torch.tensor([5.0, -2.0, 0.5, 1.0])
+    of_shifted = RangeStatistics(3, 4)
+    of_shifted.update(x - shift, groups, -1)
+    torch.testing.assert_close(statistics.shifted(shift).low, of_shifted.low)
+    torch.testing.assert_close(statistics.shifted(shift).magnitude(), of_shifted.magnitude())

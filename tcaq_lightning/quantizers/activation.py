@@ -15,14 +15,24 @@ def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
     return table[groups].reshape(-1, *[1] * (dims - 1))
 
 
+def along(values: Tensor, dims: int, channel_dim: int) -> Tensor:
+    """(C,) values beside a tensor of `dims` axes with its channels on `channel_dim`."""
+    shape = [1] * dims
+    shape[channel_dim] = -1
+    return values.view(shape)
+
+
 class ActivationQuantizer(nn.Module):
     """Uniform affine quantizer of one tensor, reparameterized by channel (METHOD sections 1 and 3).
 
     x^ = r_d s_g (clip(round(x / (r_d s_g)) + z_g, 0, 2^b - 1) - z_g): the division by r and the multiplication back
-    (which real kernels find in the weights) are one step of r_d s_g, so TCR costs nothing here.
+    (which real kernels find in the weights) are one step of r_d s_g, so TCR costs nothing here. Where the layer is
+    pointwise, x is x - shift, and the layer adds what the shift contributes (channel shifting of Outlier Suppression+,
+    Wei et al. 2023): with padding, zeros would have to be shifted too.
 
     Attributes:
         delta: (G,) steps s. zero_point: (G,) integer-valued. r: (C,), all ones where TCR is off.
+        shift: (C,) centres of the channels' ranges, or None where they stay.
         log_delta, log_r: relative changes that are being learned; None outside of a fit.
         enabled: off while statistics are taken.
         headroom: factor on searched ranges. Other than 1 nothing is learned, since learning would take it away.
@@ -32,6 +42,7 @@ class ActivationQuantizer(nn.Module):
     delta: Tensor
     zero_point: Tensor
     r: Tensor
+    shift: Tensor | None
 
     def __init__(self, bits: int, groups: TimestepGroups, channels: int = 1, channel_dim: int = -1) -> None:
         super().__init__()
@@ -44,8 +55,17 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("delta", torch.ones(groups.num_groups))
         self.register_buffer("zero_point", torch.zeros(groups.num_groups))
         self.register_buffer("r", torch.ones(channels))
+        self.register_buffer("shift", None)
         self.log_delta: nn.Parameter | None = None
         self.log_r: nn.Parameter | None = None
+
+    def allow_shift(self) -> None:
+        """Give the quantizer a shift, zero until it is set; every layer that reads it must be pointwise."""
+        self.register_buffer("shift", torch.zeros_like(self.r))
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x - shift."""
+        return x if self.shift is None else x - along(self.shift, x.ndim, self.channel_dim)
 
     def begin_learning(self, reparameterize: bool) -> dict[str, list[nn.Parameter]]:
         """Make the steps, and r if asked, learnable; returns the new parameters by kind."""
@@ -75,15 +95,14 @@ class ActivationQuantizer(nn.Module):
         return self.r if self.log_r is None else self.r * (self.log_r - self.log_r.mean()).exp()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize (B, ...) values, each sample by its timestep group."""
+        """Shift and quantize (B, ...) values, each sample by its timestep group."""
+        x = self.centred(x)
         if not self.enabled:
             return x
         current = self.groups.current
         step = per_sample(self.steps(), current, x.ndim)
         if self.r.numel() > 1:
-            shape = [1] * x.ndim
-            shape[self.channel_dim] = -1
-            step = step * self.scales().view(shape)
+            step = step * along(self.scales(), x.ndim, self.channel_dim)
         zero = per_sample(self.zero_point, current, x.ndim)
         quantized = fake_quantize(x, step, -zero, 2**self.bits - 1 - zero)
         if self.drop_probability and torch.is_grad_enabled():  # units stay in evaluation mode throughout a fit
