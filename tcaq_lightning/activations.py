@@ -29,6 +29,7 @@ class UnitData:
         spec: how the flattened arguments form (args, kwargs).
         targets: (N, ...) the full-precision unit's outputs in the full-precision stream.
         groups: (N,) timestep group of each sample.
+        weights: (G, C) of squared errors by timestep group and output channel; None weighs all of them 1.
     """
 
     inputs: list[Tensor]
@@ -36,6 +37,7 @@ class UnitData:
     spec: TreeSpec
     targets: Tensor
     groups: Tensor
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.targets.shape[0]

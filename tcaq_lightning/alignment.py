@@ -18,6 +18,7 @@ from tcaq_lightning.fitting import warn_of_damage
 from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
 from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
 from tcaq_lightning.unit_calibration import reconstruct_unit
+from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
     _leave_headroom(work)
     rounds: list[dict[str, Any]] = []
     best: tuple[float, dict[str, Tensor]] | None = None
+    _weigh_errors(work)
     samples = work.trajectories
     for round_index in range(work.config.num_rounds):
         if round_index:
@@ -71,6 +73,16 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
 def _leave_headroom(work: Calibration) -> None:
     """Widen the ranges of layers that read the residual stream, or the noisy sample, with no norm in between."""
     for layer in quant_layers(work.quantized).values():
+def _weigh_errors(work: Calibration) -> None:
+    """Measure what the units' errors do to the samples."""
+    if not work.config.reconstruction.enabled or work.config.reconstruction.weighting == "uniform":
+        return
+    gain = sampler_gain(work.scheduler, work.trajectories.timesteps)
+    work.sensitivities = unit_sensitivities(
+        work.full, work.graph, work.context, work.trajectories, gain, work.batch_size, work.config.seed
+    )
+
+
         if layer.name in work.graph.direct:
             reads_sample = any(layer.name == unit or layer.name.startswith(f"{unit}.") for unit in work.graph.readers)
             layer.input_quantizer.headroom = SAMPLE_HEADROOM if reads_sample else STREAM_HEADROOM

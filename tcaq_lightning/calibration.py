@@ -48,6 +48,8 @@ class Calibration:
         observers: Lightning callbacks of observation passes. learners: of fits.
         listener: told what happens.
         logger: shared TensorBoard logger, or None.
+        records: of the units, in the order in which they were finished.
+        sensitivities: by unit, (G, C) weights of its squared output error; empty weighs all alike.
     """
 
     config: Config
@@ -63,6 +65,7 @@ class Calibration:
     learners: Sequence[pl.Callback] = ()
     logger: Logger | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
+    sensitivities: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -238,6 +238,9 @@ class ReconstructionConfig:
                 0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr
             )
         _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
+    weighting: Literal["sensitivity", "uniform"] = "sensitivity"
+    """sensitivity: a unit's errors weigh, by timestep group and channel, what they do to the final sample; uniform: all
+    weigh the same."""
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 
 

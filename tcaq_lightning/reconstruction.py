@@ -17,6 +17,7 @@ from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
+from tcaq_lightning.sensitivity import channel_means
 from tcaq_lightning.timesteps import TimestepGroups
 
 Phase = Literal["r", "v"]
@@ -31,11 +32,12 @@ BIAS_RATE = 0.1
 """Share of a sample's mean error that the bias correction of its group takes over in one step."""
 
 
-def block_error(output: Tensor, target: Tensor) -> Tensor:
+def block_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared difference summed over channels, averaged over the rest (METHOD section 2).
 
     Args:
         output, target: (B, C, H, W), (B, T, C) or (B, C).
+        weights: (B, C) of the squares; None weighs all of them 1.
 
     Returns:
         Scalar.
@@ -43,15 +45,8 @@ def block_error(output: Tensor, target: Tensor) -> Tensor:
     >>> block_error(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
     tensor(3.)
     """
-    channel_dim = 1 if output.ndim == 4 else -1
-    return (output - target).square().sum(channel_dim).mean()
-
-
-def channel_means(x: Tensor) -> Tensor:
-    """Means of each sample's channels: (B, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
-    if x.ndim == 2:
-        return x
-    return x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1)
+    squares = channel_means((output - target).square())
+    return (squares if weights is None else squares * weights).sum(1).mean()
 
 
 def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
@@ -184,8 +179,10 @@ class BlockReconstruction(pl.LightningModule):
         chosen = self.train_samples[draw_indices(len(self.train_samples), self.config.batch_size, seeds)]
         output = self.data.run(self.unit, self.context, chosen, self.device)
         target = self.data.targets[chosen].to(self.device)
-        error = block_error(output, target)
-        self._follow_mean_error(target - output.detach(), self.data.groups[chosen].to(self.device))
+        groups = self.data.groups[chosen].to(self.device)
+        weights = None if self.data.weights is None else self.data.weights.to(self.device)[groups]
+        error = block_error(output, target, weights)
+        self._follow_mean_error(target - output.detach(), groups)
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
         if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
@@ -211,15 +208,17 @@ class BlockReconstruction(pl.LightningModule):
 
 
 @torch.no_grad()
-def unit_error(
+def squared_errors(
     unit: nn.Module, data: UnitData, samples: Tensor, context: TimestepGroups, batch_size: int, device: torch.device
-) -> float:
-    """Mean block error of the unit as it is now, over the given samples."""
-    total = 0.0
+) -> Tensor:
+    """(G, C) squared error of the unit as it is now, over the given samples; its sum is the mean block error."""
+    channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
+    sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
     for chosen in torch.split(samples, batch_size):
         output = data.run(unit, context, chosen, device)
-        total += float(block_error(output, data.targets[chosen].to(device))) * len(chosen)
-    return total / len(samples)
+        squares = channel_means((output - data.targets[chosen].to(device)).square_())
+        sums.index_add_(0, data.groups[chosen], squares.double().cpu())
+    return (sums / len(samples)).float()
 
 
 @torch.no_grad()

@@ -23,15 +23,18 @@ from tcaq_lightning.quantize import (
     quantizers,
     restore_quantization_state,
 )
-from tcaq_lightning.reconstruction import mean_errors, unit_error
+from tcaq_lightning.reconstruction import mean_errors, squared_errors
+from tcaq_lightning.sensitivity import normalized_weights
 from tcaq_lightning.trainers import make_trainer
 
 log = logging.getLogger(__name__)
 
-BIAS_SAMPLES = 640
-"""About as many samples give the mean errors of a unit's output channels: every image has many pixels."""
-REFINE_LOGIT = 0.5
-"""Logits of a later round start within [-0.5, 0.5], so that a rounding can still flip."""
+OBSERVED_SAMPLES = 640
+"""About as many samples give ranges and distributions: every image has many pixels."""
+BIAS_SAMPLES = 320
+"""About as many samples give the mean errors of a unit's output channels."""
+REFINE_LOGIT = 2.0
+"""Logits of a later round start within [-2, 2]: close to the rounded weights, yet a rounding can still flip."""
 
 
 def reconstruct_unit(work: Calibration, round_index: int, position: int, data: UnitData) -> dict[str, Any]:
@@ -57,11 +60,13 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
     incoming = quantization_state(unit)
     roundings = _roundings(unit)
 
-    def held_out_error() -> float:
+    def held_out_squares() -> Tensor:
         with clock("gate"):
-            return unit_error(unit, data, held_out, work.context, work.batch_size, work.device)
+            return squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
 
-    record["before"] = record["after"] = held_out_error()
+    squares = held_out_squares()
+    data.weights = weights = normalized_weights(work.sensitivities.get(name, torch.ones_like(squares)), squares)
+    record["before"] = record["after"] = float((squares * weights).sum())
     if config.reconstruction.enabled and quantizers(unit):
         if round_index:
             _soften(unit)
@@ -72,7 +77,7 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
                     undecided = fit_unit(work, unit, data, train, phase, iterations, round_index, position)  # type: ignore[arg-type]
         with clock("gate"):
             _correct_bias(work, unit, name, data, train)
-        record["after"] = record["learned"] = held_out_error()
+        record["after"] = record["learned"] = float((held_out_squares() * weights).sum())
         record["undecided"] = undecided
         if config.reconstruction.gate and not record["learned"] <= record["before"]:
             restore_quantization_state(unit, incoming)

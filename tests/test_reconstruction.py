@@ -29,7 +29,7 @@ from tcaq_lightning.reconstruction import (
     block_error,
     draw_indices,
     mean_errors,
-    unit_error,
+    squared_errors,
 )
 from tcaq_lightning.trainers import make_trainer
 
@@ -134,7 +134,7 @@ def test_the_error_falls_and_the_unit_ends_hard(prepare: Any, name: str) -> None
     twins, unit, data = prepared
     samples = torch.arange(16)
     keys = {k: v.shape for k, v in quantization_state(unit).items()}
-    nearest = unit_error(unit, data, samples, twins.context, 5, CPU)
+    nearest = squared_errors(unit, data, samples, twins.context, 5, CPU).sum()
     r_phase = module_of(prepared, "r", 15)
     fit(r_phase)
     r_phase.finish()
@@ -143,7 +143,7 @@ def test_the_error_falls_and_the_unit_ends_hard(prepare: Any, name: str) -> None
     assert set(v_phase.losses) == {"reconstruction", "rounding"}
     undecided = v_phase.undecided()
     v_phase.finish()
-    assert unit_error(unit, data, samples, twins.context, 5, CPU) < 0.9 * nearest
+    assert squared_errors(unit, data, samples, twins.context, 5, CPU).sum() < 0.9 * nearest
     assert undecided < 0.3
     assert {k: v.shape for k, v in quantization_state(unit).items()} == keys
     assert all(layer.learned_weight.rounding is Rounding.HARD for layer in quant_layers(unit).values())
@@ -235,12 +235,17 @@ def test_rates_are_annealed_but_for_the_roundings(prepare: Any) -> None:
     assert seen["steps"] == pytest.approx([module.config.step_lr * f for f in (1, 0.8535534, 0.5, 0.1464466)])
 
 
-def test_unit_error_is_the_mean_over_all_samples(prepare: Any) -> None:
-    twins, unit, data = prepare(RESNET)
+@pytest.mark.parametrize("name", [RESNET, ATTENTION, "time_embedding"])
+def test_squared_errors_sum_to_the_mean_block_error_with_any_weights(prepare: Any, name: str) -> None:
+    twins, unit, data = prepare(name)
     samples = torch.tensor([0, 3, 4, 9, 15])
     with torch.no_grad():
-        expected = float(block_error(data.run(unit, twins.context, samples, CPU), data.targets[samples]))
-    assert unit_error(unit, data, samples, twins.context, 2, CPU) == pytest.approx(expected, rel=1e-4)
+        output, target = data.run(unit, twins.context, samples, CPU), data.targets[samples]
+    got = squared_errors(unit, data, samples, twins.context, 2, CPU)  # (G, C)
+    torch.testing.assert_close(got.sum(), block_error(output, target), rtol=1e-4, atol=0)
+    weights = torch.rand(got.shape)
+    expected = block_error(output, target, weights[data.groups[samples]])
+    torch.testing.assert_close((got * weights).sum(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("name", "channel_dim"), [(RESNET, 1), (ATTENTION, 1), ("time_embedding", -1)])

@@ -1,0 +1,151 @@
+"""How much an error in a unit's output, at a timestep and in a channel, changes the final sample.
+
+A plain block error is dominated by the last timesteps, where a denoiser's errors are largest and matter least. Weights
+that follow the error to the sample let rounding be learned for the sample. Two factors, both to second order and for
+errors that are independent of each other:
+
+- from the unit's output to the denoiser's prediction: the squared Jacobian, by random projection;
+- from the prediction to the final sample: how far the sampler carries it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.trajectories import Trajectories
+from tcaq_lightning.units import UnitGraph
+
+DATA_VARIANCE = 4.0
+"""Variance of the data along the smooth directions that a denoiser's errors have. The shipped model's sampler carries
+single-step errors of a quantized denoiser to its images as the formula says with this value, within a factor of two."""
+PROBES = 4
+"""Samples of each timestep group that the Jacobians are estimated from."""
+
+
+def sampler_gain(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Squared error of the final sample by squared error of the prediction at each denoiser call.
+
+    With the noise level sigma_t = sqrt((1 - abar_t) / abar_t), an error in eps moves x_0's estimate by
+    (sigma_t - sigma_s) times itself in the step from t to s, and the rest of the flow contracts it from sigma_s to 0 as
+    it contracts data of variance v: c_t = (sigma_t - sigma_s)^2 v / (v + sigma_s^2).
+
+    Args:
+        scheduler: a diffusers scheduler. Of one without `alphas_cumprod`, all calls weigh the same.
+        timesteps: (S,) of the denoiser calls of a trajectory.
+
+    Returns:
+        (S,), mean 1.
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(alphas, Tensor):
+        return torch.ones(len(timesteps))
+    index = timesteps.double().round().long().clamp(0, len(alphas) - 1).cpu()
+    alpha = alphas.double().cpu()[index].clamp(min=1e-8)  # 0 where the noise schedule ends without any signal
+    sigma = ((1 - alpha) / alpha).sqrt()
+    levels = torch.cat([torch.zeros(1, dtype=sigma.dtype), torch.unique(sigma)])  # ascending; the sampler ends at 0
+    following = levels[torch.searchsorted(levels, sigma) - 1]
+    gain = (sigma - following) ** 2 * DATA_VARIANCE / (DATA_VARIANCE + following**2)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "v_prediction":
+        gain = gain * alpha  # eps = sqrt(abar) v + sqrt(1 - abar) x_t
+    elif kind == "sample":
+        gain = gain / sigma.clamp(min=1e-8) ** 2  # eps = (x_t - sqrt(abar) x_0) / sqrt(1 - abar)
+    return (gain / gain.mean()).float()
+
+
+def unit_sensitivities(
+    full: nn.Module,
+    graph: UnitGraph,
+    context: TimestepGroups,
+    trajectories: Trajectories,
+    gain: Tensor,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Weight of every unit's squared output error, by timestep group and channel.
+
+    For a random sign vector v, the expected square of d(v eps)/du is the column norm of the Jacobian d eps/du, so one
+    backward pass for all units estimates every weight at once.
+
+    Args:
+        full: full-precision denoiser.
+        graph: its units.
+        context: timestep groups.
+        trajectories: full-precision calibration data.
+        gain: (S,) from `sampler_gain`.
+        batch_size: samples per pass.
+        seed: of the sign vectors.
+
+    Returns:
+        By unit name, (G, C), non-negative; its scale is that of the sample's squared error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(full.parameters()).device
+    groups = context.of(trajectories.timesteps)  # (S,)
+    calls_of_group = torch.bincount(groups, minlength=context.num_groups).clamp(min=1)
+    share = gain / calls_of_group[groups] / PROBES  # of each call in its group's mean
+    sums: dict[str, Tensor] = {}
+    for probe in range(PROBES):
+        inputs = trajectories.inputs[:, probe % trajectories.num_trajectories]  # (S, C, H, W)
+        for calls in torch.split(torch.arange(len(inputs)), batch_size):
+            timesteps = trajectories.timesteps[calls]
+            squares = _squared_jacobians(full, graph, inputs[calls].to(device), timesteps, generator)
+            for name, square in squares.items():
+                table = sums.setdefault(name, torch.zeros(context.num_groups, square.shape[1]))
+                table.index_add_(0, groups[calls], square.float().cpu() * share[calls, None])
+    return sums
+
+
+def _squared_jacobians(
+    full: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """(B, C) mean square of the gradient of a random projection of the prediction, by unit."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def receive(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.requires_grad_()
+            return output * 1  # glue may write in place
+
+        return receive
+
+    handles = [full.get_submodule(name).register_forward_hook(keep(name)) for name in graph.names]
+    try:
+        with torch.enable_grad():
+            prediction = full(x, timesteps.to(x.device), return_dict=False)[0][:, : x.shape[1]]  # without variances
+            signs = torch.randint(2, prediction.shape, generator=generator).to(prediction) * 2 - 1
+            gradients = torch.autograd.grad(
+                (prediction * signs).sum(), list(outputs.values()), allow_unused=True, materialize_grads=True
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: channel_means(g.square()) for name, g in zip(outputs, gradients, strict=True)}
+
+
+def channel_means(x: Tensor) -> Tensor:
+    """Means of each sample's channels: (B, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
+    if x.ndim == 2:
+        return x
+    return x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1)
+
+
+def normalized_weights(weights: Tensor, squares: Tensor) -> Tensor:
+    """Scale weights such that they leave the present error as it is; uniform ones where they are all 0.
+
+    Args:
+        weights: (G, C) from `unit_sensitivities`.
+        squares: (G, C) the unit's present squared error by group and channel.
+
+    >>> normalized_weights(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [2.0]]))
+    tensor([[0.5000],
+            [1.5000]])
+    """
+    weighted = (weights * squares).sum()
+    if not weighted > 0:
+        return torch.ones_like(weights)
+    return weights * (squares.sum() / weighted)
