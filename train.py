@@ -86,7 +86,7 @@ def main() -> None:
 
     # calibration data: the denoiser inputs that the full-precision sampler visits
     calibration = config.calibration
-    indices = range(calibration.num_trajectories + calibration.held_out_trajectories)
+    indices = calibration.indices
     with counting(console, "trajectories", len(indices)) as advance:
         trajectories = stored_trajectories(
             run.directory / "calibration" / "trajectories.safetensors",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tcaq_lightning.activations import Streams
@@ -16,9 +18,9 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
 from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
+from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
 from tcaq_lightning.unit_calibration import reconstruct_unit
-from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +51,19 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
 
 def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
     _leave_headroom(work)
-    rounds: list[dict[str, Any]] = []
-    best: tuple[float, dict[str, Tensor]] | None = None
     _weigh_errors(work)
-    samples = work.trajectories
+    rounds: list[dict[str, Any]] = []
+    best: tuple[float, dict[str, Tensor], Trajectories] | None = None
+    calibration = work.config.calibration
+    samples = work.trajectories.select(slice(calibration.num_trajectories + calibration.held_out_trajectories))
     for round_index in range(work.config.num_rounds):
-        if round_index:
+        if best is not None:
             share = work.config.par.final_share * round_index / work.config.par.rounds
-            samples = _aligned_samples(work, share, round_index)
+            samples = _aligned_samples(work, share, round_index, best[2])
         _run_round(work, round_index, samples)
         record, sampled = _measure_round(work, round_index)
         if best is None or record["mean_mismatch"] < best[0]:
-            best = record["mean_mismatch"], quantization_state(work.quantized)
+            best = record["mean_mismatch"], quantization_state(work.quantized), sampled
         else:
             record["kept"] = False
             restore_quantization_state(work.quantized, best[1])
@@ -70,9 +73,6 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
     return rounds
 
 
-def _leave_headroom(work: Calibration) -> None:
-    """Widen the ranges of layers that read the residual stream, or the noisy sample, with no norm in between."""
-    for layer in quant_layers(work.quantized).values():
 def _weigh_errors(work: Calibration) -> None:
     """Measure what the units' errors do to the samples."""
     if not work.config.reconstruction.enabled or work.config.reconstruction.weighting == "uniform":
@@ -83,34 +83,39 @@ def _weigh_errors(work: Calibration) -> None:
     )
 
 
+def _leave_headroom(work: Calibration) -> None:
+    """Widen the ranges of layers that read the residual stream, or the noisy sample, with no norm in between."""
+    for layer in quant_layers(work.quantized).values():
         if layer.name in work.graph.direct:
             reads_sample = any(layer.name == unit or layer.name.startswith(f"{unit}.") for unit in work.graph.readers)
             layer.input_quantizer.headroom = SAMPLE_HEADROOM if reads_sample else STREAM_HEADROOM
 
 
-def _aligned_samples(work: Calibration, share: float, round_index: int) -> Trajectories:
-    """A round's samples: a share of the trajectories by the quantized sampler as it now is, from the same noise."""
-    quantized = _quantized_trajectories(work, round_index, held_out_only=False)
-    learned = work.config.calibration.num_trajectories
-    seed = work.config.seed * 1009 + round_index
-    parts = [
-        mixed(work.trajectories.select(part), quantized.select(part), share, seed)
-        for part in (slice(0, learned), slice(learned, None))
-    ]
-    return Trajectories.join(parts)
+def _aligned_samples(work: Calibration, share: float, round_index: int, held_out: Trajectories) -> Trajectories:
+    """A round's samples: a share of the trajectories by the quantized sampler as it now is, from the same noise.
+
+    Args:
+        work: the calibration.
+        share: rho_m.
+        round_index: m.
+        held_out: the quantized sampler's held-out trajectories.
+    """
+    total, seed = work.config.calibration.num_trajectories, work.config.seed * 1009 + round_index
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    learned = order[: max(1, round(work.config.par.trajectories * total))]
+    replaced, unchanged = learned.tensor_split([round(share * len(learned))])
+    path = work.run.round_dir(round_index) / "trajectories.safetensors"
+    parts = [_quantized_trajectories(work, path, replaced.tolist())] if len(replaced) else []
+    judges = slice(work.config.calibration.held_out_trajectories)
+    judged = mixed(work.held_out.select(judges), held_out.select(judges), share, seed)
+    return Trajectories.join([*parts, work.trajectories.select(unchanged), judged])
 
 
-def _quantized_trajectories(work: Calibration, round_index: int, held_out_only: bool) -> Trajectories:
-    """The quantized sampler's trajectories at the start of a round (or held-out ones at its end), kept on disk."""
-    calibration = work.config.calibration
-    total = calibration.num_trajectories + calibration.held_out_trajectories
-    indices = range(calibration.num_trajectories if held_out_only else 0, total)
-    path = work.run.round_dir(round_index) / ("held_out.safetensors" if held_out_only else "trajectories.safetensors")
+def _quantized_trajectories(work: Calibration, path: Path, indices: Sequence[int]) -> Trajectories:
+    """The quantized sampler's trajectories, kept on disk."""
+    sampler, seed = work.config.calibration.sampler, work.config.seed
     return stored_trajectories(
-        path,
-        lambda: collect(
-            work.quantized, work.scheduler, calibration.sampler, indices, work.config.seed, work.batch_size
-        ),
+        path, lambda: collect(work.quantized, work.scheduler, sampler, indices, seed, work.batch_size)
     )
 
 
@@ -129,9 +134,10 @@ def stored_trajectories(path: Path, make: Any) -> Trajectories:
 def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any], Trajectories]:
     """Mismatch of the quantized sampler on held-out noise (METHOD section 5)."""
     started = time.perf_counter()
-    sampled = _quantized_trajectories(work, round_index, held_out_only=True)
-    learned = work.config.calibration.num_trajectories
-    distances = mismatch(sampled, work.trajectories.select(slice(learned, None)))
+    path = work.run.round_dir(round_index) / "held_out.safetensors"
+    indices = work.config.calibration.indices[work.config.calibration.num_trajectories :]
+    sampled = _quantized_trajectories(work, path, indices)
+    distances = mismatch(sampled, work.held_out)
     record = {
         "round": round_index,
         "timesteps": work.trajectories.timesteps.tolist(),

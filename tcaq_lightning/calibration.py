@@ -44,7 +44,7 @@ class Calibration:
         scheduler: the pipeline's own scheduler.
         graph: units in execution order.
         context: timestep groups of the quantized denoiser.
-        trajectories: full-precision trajectories; the last `held_out_trajectories` of them are held out.
+        trajectories: full-precision trajectories; those after the first `num_trajectories` are held out.
         observers: Lightning callbacks of observation passes. learners: of fits.
         listener: told what happens.
         logger: shared TensorBoard logger, or None.
@@ -77,11 +77,15 @@ class Calibration:
         """Samples per pass outside of the optimisation."""
         return self.config.calibration.batch_size
 
-    def split(self) -> tuple[Tensor, Tensor]:
-        """Numbers of the samples to learn from and of the held-out ones, among all S * N samples."""
-        steps, count = self.trajectories.num_steps, self.trajectories.num_trajectories
-        grid = torch.arange(steps * count).view(steps, count)
-        learned = self.config.calibration.num_trajectories
+    @property
+    def held_out(self) -> Trajectories:
+        """Full-precision trajectories of the held-out noises, for the mismatch."""
+        return self.trajectories.select(slice(self.config.calibration.num_trajectories, None))
+
+    def split(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the samples to learn from and of the held-out ones, among all S * N samples of a round."""
+        grid = torch.arange(samples).view(self.trajectories.num_steps, -1)
+        learned = grid.shape[1] - self.config.calibration.held_out_trajectories
         return grid[:, :learned].flatten(), grid[:, learned:].flatten()
 
 

@@ -57,7 +57,9 @@ class CalibrationConfig:
     num_trajectories: int = 64
     """Trajectories to calibrate on; each gives one sample per sampler step."""
     held_out_trajectories: int = 8
-    """Further trajectories, for the held-out losses, the gate and the mismatch."""
+    """Further trajectories, for the held-out losses and the gate."""
+    mismatch_trajectories: int = 32
+    """Trajectories after the first num_trajectories that the two samplers' mismatch is measured on."""
     batch_size: int = 64
     """Samples per forward pass outside of the optimisation."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -71,7 +73,18 @@ class CalibrationConfig:
             "at least 1",
             self.held_out_trajectories,
         )
+        _require(
+            self.mismatch_trajectories >= self.held_out_trajectories,
+            "calibration.mismatch_trajectories",
+            f"at least calibration.held_out_trajectories ({self.held_out_trajectories})",
+            self.mismatch_trajectories,
+        )
         _require(self.batch_size >= 1, "calibration.batch_size", "at least 1", self.batch_size)
+
+    @property
+    def indices(self) -> range:
+        """Numbers of all noises that calibration samples from."""
+        return range(self.num_trajectories + self.mismatch_trajectories)
 
 
 @dataclass
@@ -187,15 +200,18 @@ class PARConfig:
     """Off: round 0 only, with all iterations."""
     rounds: int = 1
     """Rounds M after round 0."""
-    final_share: float = 0.5
+    final_share: float = 1.0
     """Share rho_M of the last round's trajectories that the quantized sampler draws; round m takes m / M of it."""
     share: float = 0.3
     """Share of all iterations that the later rounds take together."""
+    trajectories: float = 0.5
+    """Share of the calibration trajectories that a later round learns from, drawn anew for each round."""
 
     def __post_init__(self) -> None:
         _require(self.rounds >= 1, "par.rounds", "at least 1 (par.enabled switches them off)", self.rounds)
         _require(0 < self.share < 1, "par.share", "between 0 and 1", self.share)
         _require(0 < self.final_share <= 1, "par.final_share", "in (0, 1]", self.final_share)
+        _require(0 < self.trajectories <= 1, "par.trajectories", "in (0, 1]", self.trajectories)
 
 
 @dataclass
@@ -222,6 +238,9 @@ class ReconstructionConfig:
     """Share of the V phase without regulariser."""
     qdrop: float = 0.0
     """Probability with which an element of an activation stays in full precision during optimisation (QDrop)."""
+    weighting: Literal["sensitivity", "uniform"] = "sensitivity"
+    """sensitivity: a unit's errors weigh, by timestep group and channel, what they do to the final sample; uniform: all
+    weigh the same."""
     bias_correction: bool = True
     """Correct the mean error of each unit's output channels, for each timestep group."""
     gate: bool = True
@@ -238,9 +257,6 @@ class ReconstructionConfig:
                 0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr
             )
         _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
-    weighting: Literal["sensitivity", "uniform"] = "sensitivity"
-    """sensitivity: a unit's errors weigh, by timestep group and channel, what they do to the final sample; uniform: all
-    weigh the same."""
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 
 

@@ -20,7 +20,7 @@ from tcaq_lightning.units import UnitGraph
 STEP_COST = 4.5
 """An optimisation step of all units against one full-precision forward of the same batch, measured on CPUs: forward,
 twice that backward, fake quantization, and Adam."""
-PASSES = 12
+PASSES = 4
 """Forward passes over all calibration samples that a round costs outside of the optimisation: both streams, the
 observation, searches, gate, bias correction, and sampling for the next round."""
 

@@ -41,7 +41,7 @@ class Trajectories:
         """All samples: x_t (S*N, C, H, W) and t (S*N,), the steps outermost."""
         return self.inputs.flatten(0, 1), self.timesteps.repeat_interleave(self.num_trajectories)
 
-    def select(self, part: slice) -> Trajectories:
+    def select(self, part: slice | Tensor) -> Trajectories:
         """Some of the trajectories."""
         return Trajectories(self.inputs[:, part], self.timesteps, self.finals[part])
 

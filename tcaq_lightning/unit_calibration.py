@@ -42,7 +42,7 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
     config, name = work.config, work.graph.names[position]
     unit = work.quantized.get_submodule(name)
     tag = f"round{round_index}/{position:02d}-{name}"
-    train, held_out = work.split()
+    train, held_out = work.split(len(data))
     clock = _Clock()
     record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
 
@@ -91,7 +91,7 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
 
 
 def _observe(work: Calibration, unit: nn.Module, data: UnitData, train: Tensor) -> Observations:
-    module = UnitObservation(unit, data, train, work.context, work.batch_size)
+    module = UnitObservation(unit, data, _some(train, OBSERVED_SAMPLES), work.context, work.batch_size)
     with full_precision(unit):
         make_trainer(work.config.trainer, work.observers, work.logger).predict(module, return_predictions=False)
     return module.observed
@@ -119,10 +119,14 @@ def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData,
         return
     layer, factor = shifted
     assert layer.bias_shift is not None
-    samples = train[:: max(1, len(train) // BIAS_SAMPLES)]
-    errors = mean_errors(unit, data, samples, work.context, work.batch_size, work.device)
+    errors = mean_errors(unit, data, _some(train, BIAS_SAMPLES), work.context, work.batch_size, work.device)
     corrected = layer.bias_shift + errors.to(layer.bias_shift) * factor
     layer.bias_shift.copy_(corrected.half())  # the artifact holds float16: nothing is left to round off there
+
+
+def _some(samples: Tensor, count: int) -> Tensor:
+    """About `count` of the samples, spread evenly."""
+    return samples[:: max(1, len(samples) // count)]
 
 
 class _Clock:

@@ -110,6 +110,7 @@ def settings(model: Path) -> Settings:
         "calibration": {
             "num_trajectories": 4,
             "held_out_trajectories": 2,
+            "mismatch_trajectories": 3,
             "batch_size": 8,
             "sampler": {"num_steps": 3},
         },

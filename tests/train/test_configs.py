@@ -67,6 +67,7 @@ def test_runs(path: Path, command: Any, model: Path, tmp_path: Path) -> None:
         "model.path": model,
         "calibration.num_trajectories": 4,
         "calibration.held_out_trajectories": 2,
+        "calibration.mismatch_trajectories": 2,
         "calibration.sampler.num_steps": 3,
         "quantization.activation.timestep_groups": min(
             3, yaml.safe_load(path.read_text())["quantization"]["activation"]["timestep_groups"]
