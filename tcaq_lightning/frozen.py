@@ -116,6 +116,7 @@ def freeze(denoiser: nn.Module) -> None:
             layer.input_quantizer.shift = None
         if layer.input_quantizer.shift is None:
             layer.shift_bias = None
+        layer.fold_shift()
         if layer.bias_shift is not None:
             largest = torch.finfo(torch.float16).max
             layer.bias_shift.copy_(layer.bias_shift.clamp(-largest, largest).half())
@@ -198,6 +199,7 @@ def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: 
     if entry.shifted:
         inputs.allow_shift()
         layer.allow_shift()
+        layer.fold_shift()
     if entry.bias_shift:
         layer.allow_bias_shift()
     return layer

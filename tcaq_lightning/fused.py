@@ -60,8 +60,8 @@ class Stored:
 def stored_tensors(denoiser: nn.Module, layers: dict[str, LayerEntry]) -> list[Stored]:
     """What is stored, in order; a shared tensor once, and nothing that the table says is neutral.
 
-    Blobs: `codes` (packed weights), `zero_points` (uint8), `bias_shifts` (float16), and the rest by dtype (`float32`:
-    scales, steps, exponents, r, biases and all parameters in full precision).
+    Blobs: `codes` (packed weights), `zero_points` (uint8), `shifts` and `bias_shifts` (float16), and the rest by dtype
+    (`float32`: scales, steps, exponents, r, biases and all parameters in full precision).
     """
     symmetric = {f"{name}.weight_quantizer.zero_point" for name, entry in layers.items() if entry.symmetric}
     reparameterized = {f"{name}.input_quantizer.r" for name, entry in layers.items() if entry.reparameterized}
@@ -81,6 +81,8 @@ def stored_tensors(denoiser: nn.Module, layers: dict[str, LayerEntry]) -> list[S
             stored.append(Stored(key, tensor, "codes", torch.uint8, owner.bits))
         elif isinstance(owner, (IntegerWeight, ActivationQuantizer)) and attribute == "zero_point":
             stored.append(Stored(key, tensor, "zero_points", torch.uint8))
+        elif isinstance(owner, ActivationQuantizer) and attribute == "shift":
+            stored.append(Stored(key, tensor, "shifts", torch.float16))
         elif isinstance(owner, QuantLayer) and attribute == "bias_shift":
             stored.append(Stored(key, tensor, "bias_shifts", torch.float16))
         else:

@@ -213,7 +213,7 @@ def _set_r(
         grids = [torch.stack([torch.ones_like(quantizer.r), tcr.published_r(magnitude, config.truncation)])]
     else:
         if quantizer.shift is not None:
-            shifts.append(ranges.centre().to(x.device))
+            shifts.append(ranges.centre().half().to(x))  # the artifact holds float16
         magnitudes = [ranges.shifted(shift.cpu()).magnitude().to(x.device) for shift in shifts]
         grids = [tcr.candidates(magnitude, weights, config.truncation) for magnitude in magnitudes]
     powers = [float(layer.linear_map(x, layer.learned_weight.weight, None).square().sum()) for layer in layers]

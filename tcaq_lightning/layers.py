@@ -22,7 +22,8 @@ class QuantLayer(nn.Module):
         weight_quantizer: maps r to the dequantized weight.
         bias: (O,) or None, in full precision.
         bias_shift: (G, O) correction of the output's mean error for each timestep group, or None.
-        shift_bias: (O,) what the input's shift contributes to the output, W shift in full precision, or None.
+        shift_bias: (O,) what the input's shift contributes to the output, W shift in full precision, or None. Once the
+            weights are integers it is part of the bias.
     """
 
     channel_dim: int
@@ -79,6 +80,14 @@ class QuantLayer(nn.Module):
             weight = self.learned_weight.weight
             constant = along(shift, weight.ndim - 1, 0)  # (C, 1, 1) or (C,): one pixel, one token
             self.shift_bias.copy_(self.linear_map(constant[None], weight, None).flatten())
+
+    @torch.no_grad()
+    def fold_shift(self) -> None:
+        """Make what the shift contributes part of the bias; the same bits come out."""
+        if self.shift_bias is not None:
+            bias = self.shift_bias if self.bias is None else self.bias + self.shift_bias
+            self.bias = nn.Parameter(bias, requires_grad=False)
+            self.shift_bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize the input and compute the output."""

@@ -38,10 +38,11 @@ class RangeStatistics:
         torch.maximum(self.high, other.high, out=self.high)
 
     def centre(self) -> Tensor:
-        """(C,) mean over the groups of the middle of each channel's range; 0 where nothing was seen."""
+        """(C,) mean over the groups of the middle of each channel's range; 0 where nothing was seen or it is huge."""
         seen = self.high >= self.low  # (G, C)
         middles = torch.where(seen, (self.low + self.high) / 2, torch.zeros_like(self.low))
-        return middles.sum(0) / seen.sum(0).clamp(min=1)
+        centre = middles.sum(0) / seen.sum(0).clamp(min=1)
+        return torch.where(centre.abs() < torch.finfo(torch.float16).max, centre, torch.zeros_like(centre))
 
     def shifted(self, shift: Tensor) -> RangeStatistics:
         """The statistics of x - shift, for `shift` (C,)."""

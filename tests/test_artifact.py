@@ -67,7 +67,9 @@ def set_parameters(denoiser: nn.Module, reparameterize: bool = True) -> None:
         v = layer.learned_weight.v
         v.copy_(torch.randn(v.shape, generator=generator))
         if reparameterize and layer.input_quantizer.shift is not None:
-            layer.input_quantizer.shift.copy_(torch.randn(layer.input_quantizer.shift.shape, generator=generator) / 9)
+            layer.input_quantizer.shift.copy_(
+                torch.randn(layer.input_quantizer.shift.shape, generator=generator).half() / 8
+            )
             layer.set_shift()
         if layer.bias_shift is not None:
             layer.bias_shift.copy_((torch.randn(layer.bias_shift.shape, generator=generator) / 50).half())
@@ -253,7 +255,8 @@ def test_contents(artifact: Path, frozen_pipeline: DDIMPipeline) -> None:
         sizes = {key: (str(file.get_tensor(key).dtype), file.get_tensor(key).numel()) for key in file.keys()}  # noqa: SIM118
     layers = quant_layers(frozen_pipeline.unet).values()
     activations = [q for q in quantizers(frozen_pipeline.unet).values() if isinstance(q, ActivationQuantizer)]
-    assert sizes.keys() == {"codes", "zero_points", "bias_shifts", "float32"}
+    assert sizes.keys() == {"codes", "zero_points", "shifts", "bias_shifts", "float32"}
+    assert sizes["shifts"] == ("torch.float16", sum(q.shift.numel() for q in activations if q.shift is not None))
     assert sizes["codes"] == ("torch.uint8", sum(-(-layer.weight_quantizer.codes.numel() // 2) for layer in layers))
     assert sizes["zero_points"] == ("torch.uint8", 3 * len(activations))
     shifts = [layer.bias_shift.numel() for layer in layers if layer.bias_shift is not None]

@@ -108,6 +108,10 @@ def test_shifting_the_input_of_a_pointwise_layer_is_exact(layer: nn.Module, poin
         assert quant.shift_bias.abs().min() > 0
     with full_precision(holder):
         torch.testing.assert_close(holder(x, 0), expected, rtol=1e-5, atol=1e-5)
+        before = holder(x, 0)
+        quant.fold_shift()
+        assert quant.shift_bias is None
+        assert torch.equal(holder(x, 0), before)
 
 
 def test_a_shift_is_allowed_only_where_all_readers_are_pointwise() -> None:
