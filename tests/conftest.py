@@ -11,10 +11,10 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tcaq_lightning.activations import Streams, UnitData
-from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
+from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
 from tcaq_lightning.daq import decide_by_likelihood
 from tcaq_lightning.histogram import LogHistogram
-from tcaq_lightning.initialization import Observations
+from tcaq_lightning.initialization import Choices, Observations, initialize
 from tcaq_lightning.quantize import full_precision, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.statistics import RangeStatistics
@@ -121,5 +121,22 @@ def observe() -> Callable[..., Observations]:
                 observed.ranges[name] = RangeStatistics(context.num_groups, x.shape[quantizer.channel_dim])
                 observed.ranges[name].update(x, data.groups, quantizer.channel_dim)
         return observed
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def initialized(observe: Callable[..., Observations]) -> Callable[..., tuple[nn.Module, UnitData, Choices]]:
+    """Sets a unit's quantizers from all its data: (twins, name, tcr, daq)."""
+
+    def run(
+        twins: Twins, name: str, tcr: TCRConfig | None = None, daq: DAQConfig | None = None
+    ) -> tuple[nn.Module, UnitData, Choices]:
+        unit, data, context = twins.unit(name), twins.data_of(name), twins.context
+        samples, observed = torch.arange(len(data)), observe(unit, data, context)
+        choices = initialize(
+            unit, data, samples, context, observed, tcr or TCRConfig(), daq or DAQConfig(), torch.device("cpu")
+        )
+        return unit, data, choices
 
     return run

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tcaq_lightning.config import DAQConfig, TCRConfig
-from tcaq_lightning.initialization import Choices, capture_inputs, initialize, probe_indices
+from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
 from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.range_search import search_symmetric
@@ -31,14 +31,10 @@ def test_probes_are_balanced_sorted_and_distinct(drawn: list[int], total: int) -
 
 
 def prepared(
-    make_twins: Any, observe: Any, name: str, tcr: TCRConfig, daq: DAQConfig
+    make_twins: Any, initialized: Any, name: str, tcr: TCRConfig | None = None, daq: DAQConfig | None = None
 ) -> tuple[Any, nn.Module, Any, Choices]:
     twins = make_twins(samples=16)
-    unit, data = twins.unit(name), twins.data_of(name)
-    choices = initialize(
-        unit, data, torch.arange(len(data)), twins.context, observe(unit, data, twins.context), tcr, daq, CPU
-    )
-    return twins, unit, data, choices
+    return (twins, *initialized(twins, name, tcr, daq))
 
 
 def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
@@ -57,8 +53,8 @@ def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [RESNET, ATTENTION, "conv_in", "time_embedding"])
-def test_searched_r_is_no_worse_than_none(make_twins: Any, observe: Any, name: str) -> None:
-    _, unit, _, choices = prepared(make_twins, observe, name, TCRConfig(), DAQConfig())
+def test_searched_r_is_no_worse_than_none(make_twins: Any, initialized: Any, name: str) -> None:
+    _, unit, _, choices = prepared(make_twins, initialized, name)
     of_layers = {n for n in quantizers(unit) if n.endswith("input_quantizer")}
     assert set(choices.reparameterization) == of_layers
     for before, after in choices.reparameterization.values():
@@ -73,26 +69,17 @@ def test_searched_r_is_no_worse_than_none(make_twins: Any, observe: Any, name: s
         assert torch.equal(weight.delta, search_symmetric(scaled.flatten(1), weight.bits))
 
 
-def test_a_channel_of_another_size_is_worth_an_r(make_twins: Any, observe: Any) -> None:
+def test_a_channel_of_another_size_is_worth_an_r(make_twins: Any, initialized: Any) -> None:
     twins = make_twins(samples=16)
-    unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION)
+    unit = twins.unit(ATTENTION)
     unit.group_norm.weight.data[::4] *= 20  # type: ignore[union-attr, index, operator]
-    choices = initialize(
-        unit,
-        data,
-        torch.arange(len(data)),
-        twins.context,
-        observe(unit, data, twins.context),
-        TCRConfig(),
-        DAQConfig(),
-        CPU,
-    )
+    _, _, choices = initialized(twins, ATTENTION)
     before, after = choices.reparameterization["to_q.input_quantizer"]
     assert after < 0.7 * before
     assert unit.to_q.input_quantizer.r.max() > 1.5  # type: ignore[union-attr, operator]
 
 
-def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: Any) -> None:
+def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: Any, initialized: Any) -> None:
     twins = make_twins(samples=16)
     unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION)
     centres = torch.linspace(-20, 20, 16)
@@ -100,7 +87,7 @@ def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: 
     observed = observe(unit, data, twins.context)
     with torch.no_grad(), full_precision(unit):
         expected = data.run(unit, twins.context, torch.arange(16), CPU)
-    choices = initialize(unit, data, torch.arange(len(data)), twins.context, observed, TCRConfig(), DAQConfig(), CPU)
+    _, _, choices = initialized(twins, ATTENTION)
     before, after = choices.reparameterization["to_q.input_quantizer"]
     assert after < 0.1 * before
     shift = unit.to_q.input_quantizer.shift  # type: ignore[union-attr]
@@ -110,23 +97,23 @@ def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: 
         torch.testing.assert_close(data.run(unit, twins.context, torch.arange(16), CPU), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_without_tcr_r_is_one(make_twins: Any, observe: Any) -> None:
-    _, unit, _, choices = prepared(make_twins, observe, RESNET, TCRConfig(enabled=False), DAQConfig())
+def test_without_tcr_r_is_one(make_twins: Any, initialized: Any) -> None:
+    _, unit, _, choices = prepared(make_twins, initialized, RESNET, TCRConfig(enabled=False))
     assert choices.reparameterization == {}
     assert all(bool((layer.input_quantizer.r == 1).all()) for layer in quant_layers(unit).values())
 
 
-def test_the_published_formula_is_within_its_bounds(make_twins: Any, observe: Any) -> None:
-    _, unit, _, _ = prepared(make_twins, observe, RESNET, TCRConfig(formula="profile", truncation=4.0), DAQConfig())
+def test_the_published_formula_is_within_its_bounds(make_twins: Any, initialized: Any) -> None:
+    _, unit, _, _ = prepared(make_twins, initialized, RESNET, TCRConfig(formula="profile", truncation=4.0))
     r = torch.cat([layer.input_quantizer.r for layer in quant_layers(unit).values()])
     assert r.min() >= 1
     assert r.max() <= 4
     assert r.max() > 1
 
 
-def test_an_initialized_unit_is_close_to_full_precision(make_twins: Any, observe: Any) -> None:
+def test_an_initialized_unit_is_close_to_full_precision(make_twins: Any, initialized: Any) -> None:
     for name in (RESNET, ATTENTION):
-        twins, unit, data, _ = prepared(make_twins, observe, name, TCRConfig(), DAQConfig())
+        twins, unit, data, _ = prepared(make_twins, initialized, name)
         with torch.no_grad():
             output = data.run(unit, twins.context, torch.arange(16), CPU)
             with full_precision(unit):
@@ -135,9 +122,9 @@ def test_an_initialized_unit_is_close_to_full_precision(make_twins: Any, observe
 
 
 @pytest.mark.parametrize("family", ["log2", "log_sqrt2", "adalog"])
-def test_error_rule_picks_the_smaller_output_error(make_twins: Any, observe: Any, family: Any) -> None:
+def test_error_rule_picks_the_smaller_output_error(make_twins: Any, initialized: Any, family: Any) -> None:
     daq = DAQConfig(rule="error", family=family)
-    twins, unit, data, choices = prepared(make_twins, observe, ATTENTION, TCRConfig(), daq)
+    twins, unit, data, choices = prepared(make_twins, initialized, ATTENTION, daq=daq)
     choice = choices.attention[SOFTMAX]
     assert torch.equal(choice.logarithmic, choice.by_error)
     assert torch.equal(choice.by_error, choice.log_error < choice.uniform_error)
@@ -162,8 +149,8 @@ def test_error_rule_picks_the_smaller_output_error(make_twins: Any, observe: Any
         )
 
 
-def test_likelihood_rule_follows_the_fits_and_both_are_recorded(make_twins: Any, observe: Any) -> None:
-    _, unit, _, choices = prepared(make_twins, observe, ATTENTION, TCRConfig(), DAQConfig(rule="likelihood"))
+def test_likelihood_rule_follows_the_fits_and_both_are_recorded(make_twins: Any, initialized: Any) -> None:
+    _, unit, _, choices = prepared(make_twins, initialized, ATTENTION, daq=DAQConfig(rule="likelihood"))
     choice = choices.attention[SOFTMAX]
     assert choice.logarithmic.tolist() == choice.by_likelihood.tolist() == [fit.R > 0 for fit in choice.fits]
     assert torch.equal(quantizers(unit)[SOFTMAX].tau > 0, choice.logarithmic)
@@ -172,7 +159,7 @@ def test_likelihood_rule_follows_the_fits_and_both_are_recorded(make_twins: Any,
     assert all(len(v) == 2 for v in record.values())
 
 
-def test_without_daq_every_group_is_uniform(make_twins: Any, observe: Any) -> None:
-    _, unit, _, choices = prepared(make_twins, observe, ATTENTION, TCRConfig(), DAQConfig(enabled=False))
+def test_without_daq_every_group_is_uniform(make_twins: Any, initialized: Any) -> None:
+    _, unit, _, choices = prepared(make_twins, initialized, ATTENTION, daq=DAQConfig(enabled=False))
     assert not choices.attention[SOFTMAX].logarithmic.any()
     assert not quantizers(unit)[SOFTMAX].tau.any()

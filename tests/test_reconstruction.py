@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tcaq_lightning.activations import UnitData
-from tcaq_lightning.config import (
-    DAQConfig,
-    LayerRule,
-    QuantizationConfig,
-    ReconstructionConfig,
-    TCRConfig,
-    TrainerConfig,
-)
-from tcaq_lightning.initialization import initialize
+from tcaq_lightning.config import LayerRule, QuantizationConfig, ReconstructionConfig, TrainerConfig
 from tcaq_lightning.quantize import quant_layers, quantization_state, quantizers
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.reconstruction import (
@@ -40,22 +32,12 @@ Prepared = tuple[Any, nn.Module, UnitData]
 
 
 @pytest.fixture
-def prepare(make_twins: Any, observe: Any) -> Callable[[str], Prepared]:
+def prepare(make_twins: Any, initialized: Any) -> Callable[[str], Prepared]:
     """A unit of the quantized twin, initialized."""
 
     def run(name: str) -> Prepared:
         twins = make_twins(samples=16)
-        unit, data = twins.unit(name), twins.data_of(name)
-        initialize(
-            unit,
-            data,
-            torch.arange(len(data)),
-            twins.context,
-            observe(unit, data, twins.context),
-            TCRConfig(),
-            DAQConfig(),
-            CPU,
-        )
+        unit, data, _ = initialized(twins, name)
         return twins, unit, data
 
     return run
@@ -263,19 +245,9 @@ def test_mean_errors_equal_a_loop(prepare: Any, name: str, channel_dim: int) -> 
     assert not only_first[1].any()
 
 
-def test_an_attention_without_quantized_projections_can_be_fitted(make_twins: Any, observe: Any) -> None:
+def test_an_attention_without_quantized_projections_can_be_fitted(make_twins: Any, initialized: Any) -> None:
     twins = make_twins(QuantizationConfig(rules=[LayerRule("mid_block.attentions.0.to_*", keep=True)]), samples=16)
-    unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION)
-    initialize(
-        unit,
-        data,
-        torch.arange(len(data)),
-        twins.context,
-        observe(unit, data, twins.context),
-        TCRConfig(),
-        DAQConfig(),
-        CPU,
-    )
+    unit, data, _ = initialized(twins, ATTENTION)
     module = module_of((twins, unit, data), "v", 2)
     fit(module)
     assert module.undecided() == 0
