@@ -24,7 +24,7 @@ from tcaq_lightning.unit_calibration import reconstruct_unit
 
 log = logging.getLogger(__name__)
 
-SAMPLE_HEADROOM, STREAM_HEADROOM = 2.0, 1.35
+SAMPLE_HEADROOM, STREAM_HEADROOM = 1.5, 1.35
 """How much wider the ranges of unnormalized inputs are than what calibration sees: of the noisy sample, and of the
 residual stream. Where a pixel lies outside of a tight range on the linear path from the noisy sample to the output, the
 denoiser does not see how much noise it has, and leaves the rest in the image, amplified."""
