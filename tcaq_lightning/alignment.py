@@ -24,10 +24,11 @@ from tcaq_lightning.unit_calibration import reconstruct_unit
 
 log = logging.getLogger(__name__)
 
-SAMPLE_HEADROOM, STREAM_HEADROOM = 1.5, 1.35
-"""How much wider the ranges of unnormalized inputs are than what calibration sees: of the noisy sample, and of the
-residual stream. Where a pixel lies outside of a tight range on the linear path from the noisy sample to the output, the
-denoiser does not see how much noise it has, and leaves the rest in the image, amplified."""
+SAMPLE_HEADROOM, COARSE_SAMPLE_HEADROOM, STREAM_HEADROOM = 1.5, 2.0, 1.35
+"""How much wider the ranges of unnormalized inputs are than what calibration sees: of the noisy sample, of it where
+activations have fewer than 6 bits and the sampler drifts farther, and of the residual stream. Where a pixel lies
+outside of a tight range on the linear path from the noisy sample to the output, the denoiser does not see how much
+noise it has, and leaves the rest in the image, amplified."""
 
 
 def calibrate(work: Calibration) -> list[dict[str, Any]]:
@@ -85,10 +86,12 @@ def _weigh_errors(work: Calibration) -> None:
 
 def _leave_headroom(work: Calibration) -> None:
     """Widen the ranges of layers that read the residual stream, or the noisy sample, with no norm in between."""
+    coarse = work.config.quantization.activation.bits < 6
+    of_sample = COARSE_SAMPLE_HEADROOM if coarse else SAMPLE_HEADROOM
     for layer in quant_layers(work.quantized).values():
         if layer.name in work.graph.direct:
             reads_sample = any(layer.name == unit or layer.name.startswith(f"{unit}.") for unit in work.graph.readers)
-            layer.input_quantizer.headroom = SAMPLE_HEADROOM if reads_sample else STREAM_HEADROOM
+            layer.input_quantizer.headroom = of_sample if reads_sample else STREAM_HEADROOM
 
 
 def _aligned_samples(work: Calibration, share: float, round_index: int, held_out: Trajectories) -> Trajectories:
