@@ -21,9 +21,9 @@ from tcaq_lightning.units import UnitGraph
 
 DATA_VARIANCE = 4.0
 """Variance of the data along the smooth directions that a denoiser's errors have. The shipped model's sampler carries
-single-step errors of a quantized denoiser to its images as the formula says with this value, within a factor of two."""
+single-step errors of a quantized denoiser to its images as the formula says with this value, to a factor of three."""
 PROBES = 4
-"""Samples of each timestep group that the Jacobians are estimated from."""
+"""Samples of each denoiser call that the Jacobians are estimated from."""
 
 
 def sampler_gain(scheduler: Any, timesteps: Tensor) -> Tensor:
