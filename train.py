@@ -108,6 +108,7 @@ def main() -> None:
             scheduler=pipeline.scheduler,
             graph=graph,
             context=context,
+            limits=plan.limits,
             trajectories=trajectories,
             listener=RunLog(progress, writer, held_out, config.logging.grid_images),
             observers=[ActivationStatistics(), DistributionFitting()],
@@ -135,9 +136,8 @@ def main() -> None:
         )
     images = [to_images(x) for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
     save_grid(*(x[: config.logging.grid_images] for x in images), run.directory / "samples" / "grid.png")
-    sizes = {"full": denoiser_bytes(full), "quantized": artifact_sizes(artifact)}
     seconds = seconds_by_stage(work.records, rounds) | metrics.seconds
-    content = metrics.to_dict() | {"bytes": sizes}
+    content = metrics.to_dict() | {"bytes": {"full": denoiser_bytes(full), "quantized": artifact_sizes(artifact)}}
     summary = write_report(run.directory, content, coverage, seconds, work.records, rounds)
     if writer is not None:
         log_results(writer, config, summary, *images)

@@ -7,7 +7,8 @@ knowledge of the model is needed. Outputs that no later unit depends on are free
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tcaq_lightning.prefetch import read_ahead
+from tcaq_lightning.storage import ActivationStorage, Ledger, Tier
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.units import Stop, UnitGraph, patched_forwards
+
+TensorKind = tuple[tuple[int, ...], torch.dtype]
+"""Shape without the batch axis, and type of the values."""
+
+
+@dataclass
+class Batch:
+    """Some of a unit's calibration samples, on the device.
+
+    Attributes:
+        args, kwargs: the unit's arguments. targets: its full-precision outputs. groups: (B,) timestep groups.
+        weights: (B, C) of squared errors by sample and output channel; None weighs all of them 1.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Tensor
+    groups: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -30,6 +52,8 @@ class UnitData:
         targets: (N, ...) the full-precision unit's outputs in the full-precision stream.
         groups: (N,) timestep group of each sample.
         weights: (G, C) of squared errors by timestep group and output channel; None weighs all of them 1.
+        dtype: that floating-point values are computed in; the store may hold narrower ones.
+        executed: on how many samples the quantized unit has run so far.
     """
 
     inputs: list[Tensor]
@@ -38,24 +62,41 @@ class UnitData:
     targets: Tensor
     groups: Tensor
     weights: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    executed: int = 0
 
     def __len__(self) -> int:
         return self.targets.shape[0]
 
-    def arguments(self, index: Tensor | slice, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the unit for the chosen samples."""
-        batched = iter(self.inputs)
+    def read(self, index: Tensor | slice, device: torch.device) -> Batch:
+        """The chosen samples."""
+        stored = iter(self.inputs)
         total = len(self.inputs) + len(self.constants)
-        leaves = [self.constants[i] if i in self.constants else next(batched)[index].to(device) for i in range(total)]
+        leaves = [
+            self.constants[i] if i in self.constants else self._load(next(stored), index, device) for i in range(total)
+        ]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        return args, kwargs
+        targets, groups = self._load(self.targets, index, device), self.groups[index]
+        weights = None if self.weights is None else self.weights[groups.to(self.weights.device)].to(device)
+        return Batch(args, kwargs, targets, groups.to(device), weights)
+
+    def batches(self, indices: Iterable[Tensor | slice], device: torch.device) -> Generator[Batch, None, None]:
+        """Batch after batch, the next one read while the present one is computed."""
+        return read_ahead(lambda index: self.read(index, device), indices)
 
     def run(self, unit: nn.Module, context: TimestepGroups, index: Tensor | slice, device: torch.device) -> Tensor:
         """The unit's output on the chosen samples."""
-        args, kwargs = self.arguments(index, device)
-        with context.using(self.groups[index].to(device)):
-            output: Tensor = unit(*args, **kwargs)
+        return self.run_batch(unit, context, self.read(index, device))
+
+    def run_batch(self, unit: nn.Module, context: TimestepGroups, batch: Batch) -> Tensor:
+        """The unit's output on a batch."""
+        self.executed += len(batch.groups)
+        with context.using(batch.groups):
+            output: Tensor = unit(*batch.args, **batch.kwargs)
         return output
+
+    def _load(self, stored: Tensor, index: Tensor | slice, device: torch.device) -> Tensor:
+        return stored[index].to(device, self.dtype if stored.is_floating_point() else stored.dtype)
 
 
 class Streams:
@@ -70,6 +111,7 @@ class Streams:
         context: the quantized denoiser's timestep groups.
         x, timesteps: (N, C, H, W) and (N,), the calibration samples.
         batch_size: samples per pass.
+        storage: where outputs and inputs are kept.
     """
 
     def __init__(
@@ -81,11 +123,13 @@ class Streams:
         x: Tensor,
         timesteps: Tensor,
         batch_size: int,
+        storage: ActivationStorage,
     ) -> None:
         self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
         self.x, self.timesteps = x, timesteps
         self.groups = context.of(timesteps)
         self.batch_size = batch_size
+        self.storage = storage
         self.device = next(full.parameters()).device
         self._full: dict[str, Tensor] = {}
         self._quantized: dict[str, Tensor] = {}
@@ -101,7 +145,7 @@ class Streams:
         targets = self._allocate(name)
         for batch, (args, kwargs) in self._replays(self.full, self._full, position):
             with torch.no_grad():
-                targets[batch] = unit(*args, **kwargs).to(targets.device)
+                targets[batch] = unit(*args, **kwargs)
         self._full[name] = targets
 
         inputs: list[Tensor] = []
@@ -111,30 +155,40 @@ class Streams:
             leaves, spec = tree_flatten(arguments)
             batched = [x for x in leaves if self._is_batched(x, batch)]
             if not inputs:
-                inputs = [torch.empty(len(self.x), *x.shape[1:], dtype=x.dtype) for x in batched]
+                inputs = [self.storage.allocate((len(self.x), *x.shape[1:]), x.dtype) for x in batched]
                 constants = {i: x for i, x in enumerate(leaves) if not self._is_batched(x, batch)}
             for stored, x in zip(inputs, batched, strict=True):
-                stored[batch] = x.to(stored.device)
+                stored[batch] = x
         assert spec is not None
-        return UnitData(inputs, constants, spec, targets, self.groups)
+        return UnitData(inputs, constants, spec, targets, self.groups, dtype=self.x.dtype)
 
     @torch.no_grad()
     def store(self, position: int, data: UnitData) -> None:
-        """Run the finished quantized unit on its inputs, keep its outputs, and free what no later unit needs."""
+        """Run the finished quantized unit on its inputs, keep its outputs, and free what no later unit needs.
+
+        The unit's inputs are freed too: `data` is used up.
+        """
         name = self.graph.names[position]
         alive = self.graph.alive_after(position)
         if name in alive:
             unit = self.quantized.get_submodule(name)
             outputs = self._allocate(name)
-            for batch in self._batches():
-                outputs[batch] = data.run(unit, self.context, batch, self.device).to(outputs.device)
+            for index, batch in zip(self._batches(), data.batches(self._batches(), self.device), strict=True):
+                outputs[index] = data.run_batch(unit, self.context, batch)
             self._quantized[name] = outputs
+        while data.inputs:
+            self.storage.free(data.inputs.pop())
         for stored in (self._full, self._quantized):
             for done in set(stored) - alive:
-                del stored[done]
+                self.storage.free(stored.pop(done))
+
+    def executions(self, position: int) -> dict[str, int]:
+        """On how many samples `load` and `store` run the unit at `position`, by stream."""
+        kept = self.graph.names[position] in self.graph.alive_after(position)
+        return {"full_stream": len(self.x), "quantized_stream": len(self.x) if kept else 0}
 
     def _allocate(self, name: str) -> Tensor:
-        return torch.empty(len(self.x), *self.graph.output_shapes[name], dtype=self.x.dtype)
+        return self.storage.allocate((len(self.x), *self.graph.output_shapes[name]), self.x.dtype)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.x), self.batch_size):
@@ -166,7 +220,7 @@ class Streams:
             if outputs is None:  # freed: NaN, so that a use of it would show at once
                 shape = (batch.stop - batch.start, *self.graph.output_shapes[name])
                 return torch.full((), torch.nan, device=self.device).expand(shape)
-            return outputs[batch].to(self.device, copy=True)  # glue may write in place
+            return outputs[batch].to(self.device, self.x.dtype, copy=True)  # glue may write in place
 
         return forward
 
@@ -175,22 +229,41 @@ def _stop(*args: Any, **kwargs: Any) -> None:
     raise Stop(args, kwargs)
 
 
-def store_bytes(graph: UnitGraph, inputs: Sequence[int], samples: int, element_size: int = 4) -> int:
-    """Largest number of bytes that the store holds at once.
+def store_peaks(
+    graph: UnitGraph,
+    inputs: Sequence[Sequence[TensorKind]],
+    samples: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    limits: dict[Tier, float],
+) -> dict[Tier, int]:
+    """Largest number of bytes that the store holds at once, by tier.
 
     Args:
         graph: units with their output shapes.
-        inputs: elements of each unit's inputs per sample, in execution order.
+        inputs: shape (without the batch axis) and type of each of the units' inputs, in execution order.
         samples: N.
-        element_size: bytes of a value.
+        dtype: of the units' outputs. stored: what floating-point values are stored as.
+        limits: bytes by tier.
+
+    Raises:
+        UserError: the limits are too small.
     """
+    ledger = Ledger(limits)
 
-    def size(name: str) -> int:
-        return torch.Size(graph.output_shapes[name]).numel()
+    def place(shape: tuple[int, ...], kind: torch.dtype) -> tuple[Tier, int]:
+        nbytes = samples * math.prod(shape) * (stored if kind.is_floating_point else kind).itemsize
+        return ledger.place(nbytes), nbytes
 
-    peak = 0
+    outputs: dict[str, list[tuple[Tier, int]]] = {}
     for position, name in enumerate(graph.names):
-        before = graph.alive_after(position - 1) if position else set()
-        held = 2 * sum(size(n) for n in before) + inputs[position] + 2 * size(name)
-        peak = max(peak, held)
-    return peak * samples * element_size
+        alive = graph.alive_after(position)
+        shape = graph.output_shapes[name]
+        outputs[name] = [place(shape, dtype)]
+        read = [place(*tensor) for tensor in inputs[position]]
+        if name in alive:
+            outputs[name].append(place(shape, dtype))
+        gone = [b for n in outputs.keys() - alive for b in outputs.pop(n)]
+        for booking in (*read, *gone):
+            ledger.free(*booking)
+    return ledger.peak

@@ -19,6 +19,7 @@ from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_te
 from tcaq_lightning.fitting import warn_of_damage
 from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
 from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
+from tcaq_lightning.storage import ActivationStorage
 from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
 from tcaq_lightning.unit_calibration import reconstruct_unit
 
@@ -158,7 +159,9 @@ def _run_round(work: Calibration, round_index: int, samples: Trajectories) -> No
     streams = None
     if None in restored:  # a finished round needs no streams
         x, timesteps = samples.flat()
-        streams = Streams(work.full, work.quantized, work.graph, work.context, x, timesteps, work.batch_size)
+        stored = getattr(torch, work.config.calibration.storage)
+        storage = ActivationStorage(work.limits, work.device, work.run.directory, stored)
+        streams = Streams(work.full, work.quantized, work.graph, work.context, x, timesteps, work.batch_size, storage)
     for position, (name, record) in enumerate(zip(names, restored, strict=True)):
         work.listener.unit_started(round_index, position, name)
         if streams is not None:
@@ -179,6 +182,7 @@ def _advance(
         name = work.graph.names[position]
         record = reconstruct_unit(work, round_index, position, data)
         record["seconds"]["streams"] = loaded
+        record["executions"] |= streams.executions(position)
         state = quantization_state(work.quantized.get_submodule(name))
         save_tensors(work.run.unit_file(round_index, position, name), state, record)
         for phase in ("r", "v"):

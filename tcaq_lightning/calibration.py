@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tcaq_lightning.config import Config
 from tcaq_lightning.initialization import Choices, Observations
 from tcaq_lightning.run import Run
+from tcaq_lightning.storage import Tier
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trajectories import Trajectories
 from tcaq_lightning.units import UnitGraph
@@ -44,6 +45,7 @@ class Calibration:
         scheduler: the pipeline's own scheduler.
         graph: units in execution order.
         context: timestep groups of the quantized denoiser.
+        limits: bytes of stored activations by tier.
         trajectories: full-precision trajectories; those after the first `num_trajectories` are held out.
         observers: Lightning callbacks of observation passes. learners: of fits.
         listener: told what happens.
@@ -59,6 +61,7 @@ class Calibration:
     scheduler: Any
     graph: UnitGraph
     context: TimestepGroups
+    limits: dict[Tier, float]
     trajectories: Trajectories
     listener: Listener
     observers: Sequence[pl.Callback] = ()

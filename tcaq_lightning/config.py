@@ -51,6 +51,28 @@ class SamplerConfig:
 
 
 @dataclass
+class MemoryBudget:
+    """Gigabytes (10^9 bytes) for stored activations; the device is filled first, then the host, then the disk."""
+
+    device: float | None = None
+    """In the memory of a GPU; null: half of what is free there. A CPU's memory counts as the host's."""
+    host: float | None = None
+    """In host memory; null: half of what is available."""
+    disk: float | None = None
+    """In memory-mapped files in RUN_DIR; null: what is free there."""
+
+    def __post_init__(self) -> None:
+        for name in ("device", "host", "disk"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value < math.inf,
+                f"calibration.memory_budget.{name}",
+                "finite and at least 0, or null",
+                value,
+            )
+
+
+@dataclass
 class CalibrationConfig:
     """The model's own samples that it is calibrated on."""
 
@@ -62,6 +84,10 @@ class CalibrationConfig:
     """Trajectories after the first num_trajectories that the two samplers' mismatch is measured on."""
     batch_size: int = 64
     """Samples per forward pass outside of the optimisation."""
+    storage: Literal["float32", "bfloat16"] = "float32"
+    """What stored activations are kept as; bfloat16 takes half the memory and rounds them to 8 bits."""
+    memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
+    """Memory for stored activations."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Sampler of the trajectories; images are evaluated with it too, unless evaluation.sampler says otherwise."""
 
@@ -392,5 +418,5 @@ class Config:
         return values
 
 
-UNRELATED_TO_RESULT = ("run_dir", "trainer", "logging")
-"""Top-level keys that may change when a run is resumed."""
+UNRELATED_TO_RESULT = ("run_dir", "trainer", "logging", "calibration.memory_budget")
+"""Keys that may change when a run is resumed, with all that is under them."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tcaq_lightning.activations import store_bytes
+from tcaq_lightning.activations import TensorKind, store_peaks
 from tcaq_lightning.config import Config
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.quantize import CoverageRow
+from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
 
 STEP_COST = 4.5
@@ -33,7 +37,8 @@ class Plan:
         units: number of units. samples: calibration samples, held-out ones included.
         layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
-        store_bytes: largest size of the activation store. model_bytes: both denoisers.
+        store_bytes: largest size of the activation store, by tier. limits: what it may take, by tier.
+        model_bytes: both denoisers.
         seconds: estimated duration of the calibration.
     """
 
@@ -42,7 +47,8 @@ class Plan:
     layers: dict[str, int]
     kept: list[str]
     steps: int
-    store_bytes: int
+    store_bytes: dict[Tier, int]
+    limits: dict[Tier, float]
     model_bytes: int
     seconds: float
 
@@ -54,15 +60,14 @@ class Plan:
         """For the console."""
         table = Table(title="plan", show_header=False, title_justify="left")
         bits = ", ".join(f"{count} x {label}" for label, count in self.layers.items())
-        gigabytes = (self.store_bytes + self.model_bytes) / 1e9
+        tiers = [f"{tier} {nbytes / GIGABYTE:.2f}" for tier, nbytes in self.store_bytes.items() if nbytes]
         table.add_row("units", str(self.units))
         table.add_row("layers and matmuls", bits)
         table.add_row("kept in full precision", ", ".join(self.kept) or "nothing but norms")
         table.add_row("calibration samples", str(self.samples))
         table.add_row("optimisation steps", str(self.steps))
-        table.add_row(
-            "memory", f"{gigabytes:.2f} GB: store {self.store_bytes / 1e9:.2f}, models {self.model_bytes / 1e9:.2f}"
-        )
+        table.add_row("stored activations", f"{', '.join(tiers)} GB")
+        table.add_row("models", f"{self.model_bytes / GIGABYTE:.2f} GB")
         table.add_row("time", f"about {self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s")
         return table
 
@@ -87,7 +92,7 @@ def make_plan(
         calls: denoiser calls of one trajectory.
     """
     with torch.no_grad():
-        inputs = _input_sizes(denoiser, graph, x[:1], timesteps[:1])
+        inputs = _inputs(denoiser, graph, x[:1], timesteps[:1])
         started = time.perf_counter()
         denoiser(x, timesteps, return_dict=False)
         forward = (time.perf_counter() - started) / len(x)  # of one sample
@@ -98,36 +103,46 @@ def make_plan(
     layers: dict[str, int] = {}
     for row in coverage:
         layers[row.bits] = layers.get(row.bits, 0) + 1
+    stored = getattr(torch, calibration.storage)
+    limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir)
     return Plan(
         units=len(graph.names),
         samples=samples,
         layers=layers,
         kept=[row.name for row in coverage if row.note == "kept by rule"],
         steps=steps * len(graph.names),
-        store_bytes=store_bytes(graph, inputs, samples),
+        store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, samples, x.dtype, stored, tiers)),
+        limits=limits,
         model_bytes=3 * sum(p.numel() * p.element_size() for p in denoiser.parameters()),  # V is as large as W
         seconds=forward * (optimisation + PASSES * samples * config.num_rounds),
     )
 
 
-def _input_sizes(denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor) -> list[int]:
-    """Elements of each unit's inputs for one sample."""
-    sizes: dict[str, int] = {}
+def _store_peaks(limits: dict[Tier, float], peaks: Callable[[dict[Tier, float]], dict[Tier, int]]) -> dict[Tier, int]:
+    """Bytes of the store by tier; a budget that is too small is refused with the least that would do."""
+    try:
+        return peaks(limits)
+    except UserError as error:
+        least = math.ceil(peaks(limits | {"disk": math.inf})["disk"] / 1e3) / 1e6
+        raise UserError(f"{error}, or raise calibration.memory_budget.disk to at least {least:.6f} GB") from error
 
-    def hook(name: str) -> object:
-        def receive(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            sizes[name] = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+
+def _inputs(denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor) -> list[list[TensorKind]]:
+    """Shape without the batch axis, and type, of each unit's inputs."""
+    found: dict[str, list[TensorKind]] = {}
+
+    def hook(name: str) -> Any:
+        def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+            found[name] = [(tuple(t.shape[1:]), t.dtype) for t in tensors]
 
         return receive
 
-    handles = [
-        denoiser.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True)  # type: ignore[arg-type]
-        for n in graph.names
-    ]
+    handles = [denoiser.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in graph.names]
     denoiser(x, timesteps, return_dict=False)
     for handle in handles:
         handle.remove()
-    return [sizes[n] for n in graph.names]
+    return [found[n] for n in graph.names]
 
 
 def coverage_table(rows: list[CoverageRow]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tcaq_lightning.activations import UnitData
+from tcaq_lightning.activations import Batch, UnitData
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import quant_layers, quantizers
@@ -113,6 +113,7 @@ class BlockReconstruction(pl.LightningModule):
         self.learned: dict[str, list[nn.Parameter]] = {"v": [], "r": [], "steps": [], "weight_scales": []}
         self._begin()
         self.losses: dict[str, Tensor] = {}
+        self._batches: Generator[Batch, None, None]
 
     def _begin(self) -> None:
         rounding = Rounding.SOFT if self.phase == "v" else Rounding.NEAREST
@@ -165,6 +166,22 @@ class BlockReconstruction(pl.LightningModule):
         ]
         return torch.optim.Adam(groups, foreach=True)
 
+    def on_train_start(self) -> None:
+        """Read the batches of all steps that are left, one ahead."""
+        steps = range(self.global_step, self.iterations)
+        self._batches = self.data.batches(map(self._draw, steps), self.device)
+
+    def on_train_end(self) -> None:
+        """Stop reading."""
+        self._batches.close()
+
+    def _seeds(self, step: int) -> tuple[int, ...]:
+        return (*self.seeds, ord(self.phase), step, self.global_rank)
+
+    def _draw(self, step: int) -> Tensor:
+        count = len(self.train_samples)
+        return self.train_samples[draw_indices(count, self.config.batch_size, self._seeds(step))]
+
     def on_train_batch_start(self, batch: int, batch_idx: int) -> None:
         """Cosine rates, a function of the step alone."""
         decay = 0.5 * (1 + math.cos(math.pi * self.global_step / self.iterations))
@@ -173,16 +190,13 @@ class BlockReconstruction(pl.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One step on freshly drawn samples."""
-        seeds = (*self.seeds, ord(self.phase), self.global_step, self.global_rank)
         if self.config.qdrop:
-            torch.manual_seed(sum(s * p for s, p in zip(seeds, (1, 7919, 104729, 31, 1299709, 15485863), strict=True)))
-        chosen = self.train_samples[draw_indices(len(self.train_samples), self.config.batch_size, seeds)]
-        output = self.data.run(self.unit, self.context, chosen, self.device)
-        target = self.data.targets[chosen].to(self.device)
-        groups = self.data.groups[chosen].to(self.device)
-        weights = None if self.data.weights is None else self.data.weights.to(self.device)[groups]
-        error = block_error(output, target, weights)
-        self._follow_mean_error(target - output.detach(), groups)
+            primes = (1, 7919, 104729, 31, 1299709, 15485863)
+            torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
+        samples = next(self._batches)
+        output = self.data.run_batch(self.unit, self.context, samples)
+        error = block_error(output, samples.targets, samples.weights)
+        self._follow_mean_error(samples.targets - output.detach(), samples.groups)
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
         if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
@@ -197,7 +211,7 @@ class BlockReconstruction(pl.LightningModule):
         if self.shifted is not None:
             layer, factor = self.shifted
             assert layer.bias_shift is not None
-            counts = torch.bincount(groups, minlength=len(layer.bias_shift))[groups, None]
+            counts = (groups[:, None] == groups).sum(1, keepdim=True)  # bincount would wait for the device
             rate = BIAS_RATE / (BIAS_RATE * counts).clamp(min=1)  # many samples of a group must not overshoot
             layer.bias_shift.index_add_(0, groups, channel_means(residual) * rate, alpha=factor)
 
@@ -214,10 +228,9 @@ def squared_errors(
     """(G, C) squared error of the unit as it is now, over the given samples; its sum is the mean block error."""
     channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
     sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
-    for chosen in torch.split(samples, batch_size):
-        output = data.run(unit, context, chosen, device)
-        squares = channel_means((output - data.targets[chosen].to(device)).square_())
-        sums.index_add_(0, data.groups[chosen], squares.double().cpu())
+    for batch in data.batches(torch.split(samples, batch_size), device):
+        squares = channel_means((data.run_batch(unit, context, batch) - batch.targets).square_())
+        sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
     return (sums / len(samples)).float()
 
 
@@ -234,9 +247,9 @@ def mean_errors(
     channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
     sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
     counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
-    for chosen in torch.split(samples, batch_size):
-        difference = data.targets[chosen].to(device) - data.run(unit, context, chosen, device)
-        groups = data.groups[chosen]
+    for batch in data.batches(torch.split(samples, batch_size), device):
+        difference = batch.targets - data.run_batch(unit, context, batch)
+        groups = batch.groups.cpu()
         sums.index_add_(0, groups, channel_means(difference).double().cpu())
-        counts.index_add_(0, groups, torch.ones(len(chosen), 1, dtype=torch.float64))
+        counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
     return (sums / counts.clamp(min=1)).float()

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def settings_of_result(config: Config) -> dict[str, Any]:
     >>> settings_of_result(Config())["model"]
     {'path': 'fashion-mnist-ddpm'}
     """
-    values = {k: v for k, v in config.to_dict().items() if k not in (*UNRELATED_TO_RESULT, "evaluation")}
+    values = _without(config.to_dict(), (*UNRELATED_TO_RESULT, "evaluation"))
     local = Path(config.model.path)
     return values | {"model": {"path": local.resolve().name if local.exists() else config.model.path}}
 
@@ -145,8 +146,14 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     return [] if a == b else [prefix]
 
 
+def _without(values: dict[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Nested values without some dotted keys."""
+    kept = {k: v for k, v in values.items() if f"{prefix}{k}" not in keys}
+    return {k: _without(v, keys, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in kept.items()}
+
+
 def _may_change(key: str) -> bool:
-    return key.split(".", maxsplit=1)[0] in UNRELATED_TO_RESULT
+    return any(f"{key}.".startswith(f"{other}.") for other in UNRELATED_TO_RESULT)
 
 
 def _lookup(config: dict[str, Any], key: str) -> Any:

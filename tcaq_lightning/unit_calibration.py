@@ -43,7 +43,7 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
     unit = work.quantized.get_submodule(name)
     tag = f"round{round_index}/{position:02d}-{name}"
     train, held_out = work.split(len(data))
-    clock = _Clock()
+    clock = _Clock(data)
     record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
 
     if round_index == 0:
@@ -87,6 +87,7 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
             )
     record["flipped"] = float((_roundings(unit) != roundings).float().mean()) if len(roundings) else 0.0
     record["seconds"] = clock.seconds
+    record |= {"executions": clock.executions, "samples": len(data)}
     return record
 
 
@@ -130,13 +131,16 @@ def _some(samples: Tensor, count: int) -> Tensor:
 
 
 class _Clock:
-    """Seconds by stage."""
+    """Seconds by stage, and on how many samples the unit ran in each."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: UnitData) -> None:
+        self.data = data
         self.seconds: dict[str, float] = {}
+        self.executions: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, executed = time.perf_counter(), self.data.executed
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        self.executions[stage] = self.executions.get(stage, 0) + self.data.executed - executed

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,11 @@ from tcaq_lightning.initialization import Choices, Observations, initialize
 from tcaq_lightning.quantize import full_precision, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.statistics import RangeStatistics
+from tcaq_lightning.storage import ActivationStorage
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.units import UnitGraph, trace_units
+
+CPU = torch.device("cpu")
 
 
 def _make_unet(size: int = 8, channels: tuple[int, int] = (8, 16), head_dim: int = 8, attention: bool = True) -> Any:
@@ -59,9 +63,11 @@ class Twins:
     rows: list[Any]
     x: Tensor
     timesteps: Tensor
+    storage: ActivationStorage | None = None
 
     def streams(self, batch_size: int = 4) -> Streams:
-        return Streams(self.full, self.quantized, self.graph, self.context, self.x, self.timesteps, batch_size)
+        storage = self.storage or ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, CPU, Path())
+        return Streams(self.full, self.quantized, self.graph, self.context, self.x, self.timesteps, batch_size, storage)
 
     def data_of(self, name: str) -> UnitData:
         """The unit's inputs when all units before it are in full precision."""

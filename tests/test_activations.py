@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tcaq_lightning.activations import Streams, UnitData, store_bytes
+from tcaq_lightning.activations import Streams, UnitData, store_peaks
 from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
+from tcaq_lightning.storage import ActivationStorage, Tier
 
 CPU = torch.device("cpu")
 
@@ -72,8 +75,9 @@ def set_quantizers(model: Any) -> None:
 def walk(twins: Any, streams: Streams) -> dict[str, UnitData]:
     data = {}
     for position, name in enumerate(twins.graph.names):
-        data[name] = streams.load(position)
-        streams.store(position, data[name])
+        loaded = streams.load(position)
+        data[name] = dataclasses.replace(loaded, inputs=list(loaded.inputs))  # the store takes them back
+        streams.store(position, loaded)
     return data
 
 
@@ -134,23 +138,57 @@ def test_every_unit_runs_at_most_once_per_stream_and_sample(make_twins: Any) -> 
         assert count == (0 if (kind, name) == ("quantized", last) else len(twins.x)), (kind, name)
 
 
-def test_outputs_that_nobody_needs_are_freed(make_twins: Any) -> None:
+def kinds_of_inputs(twins: Any) -> list[list[Any]]:
+    inputs, _ = by_batches(twins, twins.full, len(twins.x))
+    return [[(tuple(v.shape[1:]), v.dtype) for v in inputs[name]] for name in twins.graph.names]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("host", [10**9, 60_000, 0])
+def test_outputs_that_nobody_needs_are_freed(make_twins: Any, tmp_path: Path, host: int, stored: torch.dtype) -> None:
     twins = make_twins()
+    limits: dict[Tier, float] = {"device": 0, "host": host, "disk": 10**9}
+    twins.storage = ActivationStorage(limits, CPU, tmp_path, stored)
     streams = twins.streams()
-    largest = 0
     for position in range(len(twins.graph.names)):
-        data = streams.load(position)
-        held = sum(v.nbytes for store in (streams._full, streams._quantized) for v in store.values())
-        largest = max(largest, held + sum(v.nbytes for v in data.inputs))
-        streams.store(position, data)
+        streams.store(position, streams.load(position))
         alive = twins.graph.alive_after(position)
-        assert set(streams._quantized) == alive
-        assert set(streams._full) == alive
-    assert not streams._full
-    assert not streams._quantized
-    sizes = [sum(v[0].numel() for v in walk_inputs) for walk_inputs in by_batches(twins, twins.full, 10)[0].values()]
-    estimate = store_bytes(twins.graph, sizes, len(twins.x))
-    assert largest <= estimate <= 1.5 * largest
+        assert set(streams._quantized) == set(streams._full) == alive
+        held = [*streams._full.values(), *streams._quantized.values()]
+        assert sum(v.nbytes for v in held) == sum(twins.storage.ledger.used.values())
+    assert not any(twins.storage.ledger.used.values())
+    peaks = store_peaks(twins.graph, kinds_of_inputs(twins), len(twins.x), torch.float32, stored, limits)
+    assert peaks == twins.storage.ledger.peak
+    assert (peaks["disk"] > 0) == (host < 10**9)
+
+
+def test_where_it_is_stored_changes_nothing(make_twins: Any, tmp_path: Path) -> None:
+    stored = []
+    for host in (10**9, 60_000, 0):
+        twins = make_twins()
+        torch.manual_seed(0)
+        set_quantizers(twins.quantized)
+        twins.storage = ActivationStorage({"device": 0, "host": host, "disk": 10**9}, CPU, tmp_path)
+        streams, values = twins.streams(), []
+        for position in range(len(twins.graph.names)):
+            data = streams.load(position)
+            values += [v.clone() for v in (*data.inputs, data.targets)]
+            streams.store(position, data)
+        stored.append(values)
+    for other in stored[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(stored[0], other, strict=True))
+
+
+def test_bfloat16_rounds_what_is_stored_and_nothing_else(make_twins: Any, tmp_path: Path) -> None:
+    twins, name = make_twins(), "mid_block.resnets.0"
+    exact = twins.data_of(name)
+    twins.storage = ActivationStorage({"device": 0, "host": 10**9, "disk": 0}, CPU, tmp_path, torch.bfloat16)
+    narrow = twins.data_of(name)
+    batch = narrow.read(slice(2, 5), CPU)
+    assert narrow.targets.dtype == narrow.inputs[0].dtype == torch.bfloat16
+    assert batch.targets.dtype == batch.args[0].dtype == torch.float32
+    for got, expected in ((batch.targets, exact.targets[2:5]), (batch.args[0], exact.inputs[0][2:5])):
+        assert 0 < float((got - expected).square().sum() / expected.square().sum()) < 1e-4
 
 
 def test_a_freed_output_is_nan_wherever_it_is_used(make_twins: Any) -> None:

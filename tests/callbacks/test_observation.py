@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from callbacks import ActivationStatistics, DistributionFitting
-from tcaq_lightning.activations import Streams
 from tcaq_lightning.config import TrainerConfig
 from tcaq_lightning.observation import UnitObservation
 from tcaq_lightning.quantize import full_precision, quantizers
@@ -18,9 +17,9 @@ from tcaq_lightning.trainers import make_trainer
 def test_every_quantizer_of_an_attention_is_observed_once(make_twins: Any) -> None:
     twins = make_twins()
     position = next(i for i, n in enumerate(twins.graph.names) if "attentions" in n)
-    x = torch.randn(6, *twins.x.shape[1:])
-    timesteps = torch.tensor([10, 10, 500, 500, 900, 900])
-    streams = Streams(twins.full, twins.quantized, twins.graph, twins.context, x, timesteps, batch_size=4)
+    twins.x = torch.randn(6, *twins.x.shape[1:])
+    twins.timesteps = torch.tensor([10, 10, 500, 500, 900, 900])
+    streams = twins.streams()
     for earlier in range(position):
         streams.store(earlier, streams.load(earlier))
     data = streams.load(position)
