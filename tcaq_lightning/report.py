@@ -38,7 +38,8 @@ def write_report(
         coverage: rows of the coverage table.
         seconds: by stage of the run.
         units: one record for each unit and round: `round`, `unit`, `before`, `after`, `kept`, and where they apply
-            `learned`, `undecided`, `flipped`, and `attention`, by softmax quantizer `AttentionChoice.to_dict()`.
+            `learned`, `undecided`, `flipped`, `executions` by stage with the number of `samples`, and `attention`, by
+            softmax quantizer `AttentionChoice.to_dict()`.
         rounds: one record for each round: `round`, `timesteps`, `mismatch`, `mean_mismatch`, `kept`.
 
     Returns:
@@ -118,6 +119,8 @@ def render(content: Record, samples: Sequence[Path] = ()) -> str:
     units = content.get("units") or []
     if units:
         parts += _units(units)
+    if any(u.get("executions") for u in units):
+        parts += _executions(units)
     attention = [(u["unit"], name, a) for u in units for name, a in (u.get("attention") or {}).items()]
     if attention:
         parts += _attention(attention)
@@ -162,6 +165,23 @@ def _units(units: Sequence[Record]) -> list[str]:
     header = ["round", "unit", "error before", "learned", "error after", "undecided", "flipped", "gate"]
     text = "Errors of a unit's output on held-out calibration samples; shares of weights in per cent."
     return ["## Units", text, gate, _markdown(header, rows)]
+
+
+def _executions(units: Sequence[Record]) -> list[str]:
+    """How often a unit ran on each calibration sample, by round and stage."""
+    counted = [u for u in units if u.get("executions")]
+    stages = list(dict.fromkeys(stage for u in counted for stage in u["executions"]))
+    rows = []
+    for number in sorted({u["round"] for u in counted}):
+        members = [u for u in counted if u["round"] == number]
+        samples = sum(u["samples"] for u in members)
+        runs = (sum(u["executions"].get(stage, 0) for u in members) / samples for stage in stages)
+        rows.append((str(number), *(f"{n:.3f}" for n in runs)))
+    text = (
+        "How often a unit ran on a calibration sample, mean over the units: once in each stream, whatever the depth "
+        "(the last unit's outputs feed no other, and are not stored), and in the stages of its own calibration."
+    )
+    return ["## Executions", text, _markdown(["round", *stages], rows)]
 
 
 def _attention(attention: Sequence[tuple[str, str, Record]]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tcaq_lightning.daq import LogHistogram, TailFit, decide_by_likelihood
 from tcaq_lightning.initialization import AttentionChoice
 from tcaq_lightning.quantize import CoverageRow
-from tcaq_lightning.report import final_table, headline, write_report
+from tcaq_lightning.report import final_table, headline, render, write_report
 
 COVERAGE = [
     CoverageRow("conv_in", "Conv2d", "W8 A8", "", 1234),
@@ -113,6 +113,18 @@ def test_everything_is_written(tmp_path: Path) -> None:
         with Image.open(tmp_path / "plots" / f"{name}.png") as plot:
             assert plot.width > 300
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_executions_are_shown_by_round_and_stage() -> None:
+    units = [
+        {**UNITS[0], "round": 0, "samples": 10, "executions": {"full_stream": 10, "gate": 5}},
+        {**UNITS[0], "round": 0, "samples": 10, "executions": {"full_stream": 10}},
+        {**UNITS[0], "round": 1, "samples": 4, "executions": {"full_stream": 4, "learn_v": 8}},
+    ]
+    text = render({"units": units})
+    assert "| round | full_stream | gate | learn_v |" in text
+    assert "| 0 | 1.000 | 0.250 | 0.000 |" in text
+    assert "| 1 | 1.000 | 0.000 | 2.000 |" in text
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:

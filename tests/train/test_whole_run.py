@@ -83,6 +83,21 @@ def test_files(run_dir: Path) -> None:
     assert not [p for p in run_dir.rglob("*") if p.name.startswith(".") or p.suffix == ".ckpt"]
 
 
+def test_executions_are_counted(run_dir: Path, settings: Settings) -> None:
+    calibration, steps = settings["calibration"], settings["calibration"]["sampler"]["num_steps"]
+    units = json.loads((run_dir / "metrics.json").read_text())["units"]
+    for unit in units:
+        learned = calibration["num_trajectories"] if unit["round"] == 0 else calibration["num_trajectories"] // 2
+        assert unit["samples"] == steps * (learned + calibration["held_out_trajectories"])
+        counts = unit["executions"]
+        assert counts["full_stream"] == unit["samples"]
+        assert counts["quantized_stream"] == (0 if unit["unit"] == "conv_out" else unit["samples"])
+        optimised = (counts.get("learn_r", 0) + counts["learn_v"]) / settings["reconstruction"]["batch_size"]
+        assert optimised == {0: 12, 1: 8}[unit["round"]]
+        assert ("observe" in counts) == (unit["round"] == 0)
+    assert "## Executions" in (run_dir / "report.md").read_text()
+
+
 def test_tensorboard(run_dir: Path) -> None:
     events = EventAccumulator(str(run_dir / "tensorboard"), {"images": 0, "histograms": 0}).Reload()
     tags: dict[str, Any] = events.Tags()
