@@ -62,7 +62,8 @@ def plot_tail(counts: Tensor, edges: Tensor, fit: TailFit, title: str = "") -> F
     centres = (edges[1:-1] * edges[2:]).sqrt()
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.set(xscale="log", yscale="log", xlabel="post-softmax value", ylabel="density", title=title)
+    axes.set(xscale="log", yscale="log", xlabel="post-softmax value", ylabel="density")
+    axes.set_title(title, fontsize=8)  # a layer's name is long
     axes.plot(centres[drawn].numpy(), density[drawn].numpy(), ".", color="0.5", label="histogram")
     if fit.reliable:
         x = torch.logspace(float(torch.tensor(fit.xmin).log10()), 0, 200, dtype=torch.float64).clamp(fit.xmin, 1.0)
