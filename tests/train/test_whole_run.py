@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def test_artifact_is_that_of_another_directory(run_dir: Path, undisturbed: Path)
         assert b"/tiny" not in content
 
 
+@pytest.fixture
+def threads(settings: Settings) -> Iterator[None]:
+    """As many as the run had: the order of float sums depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings["trainer"]["threads"])
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 def test_artifact_samples_what_was_measured(run_dir: Path, settings: Settings) -> None:
     metrics = json.loads((run_dir / "metrics.json").read_text())
     sampler, drawn = SamplerConfig(num_steps=3), []
