@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from callbacks.hooks import QuantizerInputs
@@ -22,3 +23,10 @@ class ActivationStatistics(QuantizerInputs):
         if name not in ranges:
             ranges[name] = RangeStatistics(context.num_groups, x.shape[quantizer.channel_dim])
         ranges[name].update(x, context.current, quantizer.channel_dim)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the hooks and reduce the ranges over the ranks."""
+        super().on_predict_end(trainer, pl_module)
+        assert isinstance(pl_module, UnitObservation)
+        for ranges in pl_module.observed.ranges.values():
+            ranges.reduce()

@@ -24,8 +24,9 @@ class DistributionFitting(QuantizerInputs):
         histograms[name].update(x, context.current)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the hooks and fit every group's tail."""
+        """Remove the hooks, reduce the histograms over the ranks and fit every group's tail."""
         super().on_predict_end(trainer, pl_module)
         assert isinstance(pl_module, UnitObservation)
         for name, histogram in pl_module.observed.histograms.items():
+            histogram.reduce()
             pl_module.observed.fits[name] = decide_by_likelihood(histogram)

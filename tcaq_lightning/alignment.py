@@ -5,22 +5,31 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcaq_lightning.activations import Streams
 from tcaq_lightning.calibration import Calibration
+from tcaq_lightning.config import Config
+from tcaq_lightning.distributed import broadcast, on_main, total
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
-from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
+from tcaq_lightning.quantize import (
+    check_quantization_state,
+    quant_layers,
+    quantization_state,
+    restore_quantization_state,
+)
+from tcaq_lightning.run import Run
 from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
+from tcaq_lightning.shards import Shard
 from tcaq_lightning.storage import ActivationStorage
-from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
+from tcaq_lightning.trajectories import Trajectories, collect_together, mismatch, mixed
 from tcaq_lightning.unit_calibration import reconstruct_unit
 
 log = logging.getLogger(__name__)
@@ -106,7 +115,7 @@ def _aligned_samples(work: Calibration, share: float, round_index: int, held_out
     """
     total, seed = work.config.calibration.num_trajectories, work.config.seed * 1009 + round_index
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    learned = order[: max(1, round(work.config.par.trajectories * total))]
+    learned = order[: work.config.learned_trajectories(round_index)]
     replaced, unchanged = learned.tensor_split([round(share * len(learned))])
     path = work.run.round_dir(round_index) / "trajectories.safetensors"
     parts = [_quantized_trajectories(work, path, replaced.tolist())] if len(replaced) else []
@@ -119,20 +128,46 @@ def _quantized_trajectories(work: Calibration, path: Path, indices: Sequence[int
     """The quantized sampler's trajectories, kept on disk."""
     sampler, seed = work.config.calibration.sampler, work.config.seed
     return stored_trajectories(
-        path, lambda: collect(work.quantized, work.scheduler, sampler, indices, seed, work.batch_size)
+        path, lambda: collect_together(work.quantized, work.scheduler, sampler, indices, seed, work.batch_size)
     )
 
 
-def stored_trajectories(path: Path, make: Any) -> Trajectories:
-    """Trajectories from a file of the run, made and written if it is missing or damaged."""
-    if path.exists():
-        try:
-            return Trajectories(**load_tensors(path)[0])
-        except DamagedFileError as error:
-            log.warning("%s; made again", error)
-    trajectories: Trajectories = make()
-    save_tensors(path, trajectories.tensors())
+def calibration_trajectories(
+    config: Config, run: Run, full: nn.Module, scheduler: Any, advance: Callable[[int], None] | None = None
+) -> Trajectories:
+    """The trajectories that calibration starts from, of the full-precision sampler; kept on disk.
+
+    Args:
+        config, run: the run.
+        full: full-precision denoiser.
+        scheduler: the pipeline's own scheduler.
+        advance: told the number of trajectories just done.
+    """
+    data = config.calibration
+    return stored_trajectories(
+        run.directory / "calibration" / "trajectories.safetensors",
+        lambda: collect_together(full, scheduler, data.sampler, data.indices, config.seed, data.batch_size, advance),
+    )
+
+
+def stored_trajectories(path: Path, make: Callable[[], Trajectories]) -> Trajectories:
+    """Trajectories from a file of the run, made and written if it is missing or damaged; the same on every rank."""
+    tensors = on_main(lambda: _stored(path))
+    if tensors is not None:
+        return Trajectories(**tensors)
+    trajectories = make()
+    on_main(lambda: save_tensors(path, trajectories.tensors()))
     return trajectories
+
+
+def _stored(path: Path) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        return load_tensors(path)[0]
+    except DamagedFileError as error:
+        log.warning("%s; made again", error)
+        return None
 
 
 def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any], Trajectories]:
@@ -150,59 +185,85 @@ def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any],
         "kept": True,
         "seconds": time.perf_counter() - started,
     }
-    return record, sampled
+    return broadcast(record), sampled
 
 
 def _run_round(work: Calibration, round_index: int, samples: Trajectories) -> None:
     names = work.graph.names
     restored = [_restored(work, round_index, position) for position in range(len(names))]
+    held_out = work.config.calibration.held_out_trajectories
+    groups = work.context.of(samples.timesteps)
+    shard = Shard.deal(groups, samples.num_trajectories - held_out, held_out)
     streams = None
     if None in restored:  # a finished round needs no streams
-        x, timesteps = samples.flat()
+        x, timesteps = samples.select(shard.trajectories).flat()
         stored = getattr(torch, work.config.calibration.storage)
         storage = ActivationStorage(work.limits, work.device, work.run.directory, stored)
         streams = Streams(work.full, work.quantized, work.graph, work.context, x, timesteps, work.batch_size, storage)
     for position, (name, record) in enumerate(zip(names, restored, strict=True)):
         work.listener.unit_started(round_index, position, name)
         if streams is not None:
-            record = _advance(work, round_index, position, streams, record)
+            record = _advance(work, round_index, position, streams, shard, record)
         assert record is not None
         work.records.append(record)
         work.listener.unit_finished(round_index, position, record)
 
 
 def _advance(
-    work: Calibration, round_index: int, position: int, streams: Streams, record: dict[str, Any] | None
+    work: Calibration, round_index: int, position: int, streams: Streams, shard: Shard, record: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Propagate both streams through a unit, which is reconstructed first if it has no record yet."""
     started = time.perf_counter()
     data = streams.load(position)
     loaded = time.perf_counter() - started
     if record is None:
-        name = work.graph.names[position]
-        record = reconstruct_unit(work, round_index, position, data)
+        record = reconstruct_unit(work, round_index, position, data, shard)
         record["seconds"]["streams"] = loaded
-        record["executions"] |= streams.executions(position)
-        state = quantization_state(work.quantized.get_submodule(name))
-        save_tensors(work.run.unit_file(round_index, position, name), state, record)
-        for phase in ("r", "v"):
-            work.run.checkpoint(round_index, position, phase).unlink(missing_ok=True)
+        executions = record["executions"] | streams.executions(position)
+        counts = total(torch.tensor(list(executions.values())))
+        record["executions"] = dict(zip(executions, counts.tolist(), strict=True))
+        record = _settle(work, round_index, position, record)
     streams.store(position, data)
     del data
     gc.collect()
     return record
 
 
+def _settle(work: Calibration, round_index: int, position: int, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a unit's state and record, those of rank 0, which every rank has afterwards."""
+    name = work.graph.names[position]
+    unit = work.quantized.get_submodule(name)
+    state, record = broadcast((quantization_state(unit), record))
+    restore_quantization_state(unit, state)
+
+    def write() -> None:
+        save_tensors(work.run.unit_file(round_index, position, name), state, record)
+        for phase in ("r", "v"):
+            work.run.checkpoint(round_index, position, phase).unlink(missing_ok=True)
+
+    on_main(write)
+    return record
+
+
 def _restored(work: Calibration, round_index: int, position: int) -> dict[str, Any] | None:
     """Put a finished unit's state back; None if it is not finished or its file is damaged."""
     name = work.graph.names[position]
-    path = work.run.unit_file(round_index, position, name)
+    unit = work.quantized.get_submodule(name)
+    found = on_main(lambda: _stored_unit(work.run.unit_file(round_index, position, name), unit))
+    if found is None:
+        return None
+    state, record = found
+    restore_quantization_state(unit, state)
+    return record
+
+
+def _stored_unit(path: Path, unit: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
         state, record = load_tensors(path)
-        restore_quantization_state(work.quantized.get_submodule(name), state)
+        check_quantization_state(unit, state)
     except (DamagedFileError, KeyError) as error:
         warn_of_damage(path, error)
         return None
-    return dict(record)
+    return state, dict(record)

@@ -85,12 +85,6 @@ class Calibration:
         """Full-precision trajectories of the held-out noises, for the mismatch."""
         return self.trajectories.select(slice(self.config.calibration.num_trajectories, None))
 
-    def split(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the samples to learn from and of the held-out ones, among all S * N samples of a round."""
-        grid = torch.arange(samples).view(self.trajectories.num_steps, -1)
-        learned = grid.shape[1] - self.config.calibration.held_out_trajectories
-        return grid[:, :learned].flatten(), grid[:, learned:].flatten()
-
 
 def seconds_by_stage(records: list[dict[str, Any]], rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of a whole calibration by stage, over all commands that took part in it."""

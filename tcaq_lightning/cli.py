@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import signal
 import sys
 import threading
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from tcaq_lightning.errors import UserError
+from tcaq_lightning.environment import started_rank
+from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.memory import reuse_freed_memory
 
 EXIT_USER_ERROR = 2
+EXIT_RANK_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -38,41 +41,59 @@ ENVIRONMENT_ERRORS = {
 def run_cli(function: Callable[[], int | None]) -> int:
     """Run a command and turn what ends it into an exit code.
 
+    Of several processes that torchrun, SLURM or the command itself started, only the first one complains.
+
     Args:
         function: the command; None stands for success.
 
     Returns:
         0 or what the command returns; 2 after one line on stderr for a user's mistake, a wrong argument or a file
-        system that is full or closed; 130 after Ctrl-C, 143 after SIGTERM. Faults of the program propagate.
+        system that is full or closed; 75 after one line when another process of the run is lost; 130 after Ctrl-C, 143
+        after SIGTERM. Faults of the program propagate.
 
     >>> run_cli(lambda: None)
     0
     """
     reuse_freed_memory()
     try:
-        with _sigterm_exits(), _quiet_threads():
+        with _signals_exit(), _quiet_threads():
             return function() or 0
-    except (UserError, argparse.ArgumentError) as error:
-        return _complain(str(error))
-    except OSError as error:
-        if error.errno not in ENVIRONMENT_ERRORS:
+    except BaseException as error:
+        found = ending(error)
+        if found is None:
             raise
+        code, message = found
+        if message and (started_rank() == 0 or isinstance(error, RankLostError)):
+            sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        return code
+
+
+def ending(error: BaseException) -> tuple[int, str] | None:
+    """Exit code, and message or "", of a command that `error` ended; None for a fault of the program.
+
+    >>> ending(UserError("seed must be 0"))
+    (2, 'seed must be 0')
+    """
+    if isinstance(error, (UserError, argparse.ArgumentError)):
+        return EXIT_USER_ERROR, str(error)
+    if isinstance(error, RankLostError):
+        return EXIT_RANK_LOST, str(error)
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         where = error.filename2 or error.filename or "a file of this command"
-        return _complain(f"cannot read or write {where}: {error.strerror}; free space, or choose a path you may use")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except SystemExit as end:
+        return (
+            EXIT_USER_ERROR,
+            f"cannot read or write {where}: {error.strerror}; free space, or choose a path you may use",
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, ""
+    if isinstance(error, SystemExit):
         # Lightning turns Ctrl-C within a fit into exit(1).
-        if isinstance(end.__context__, KeyboardInterrupt):
-            return EXIT_INTERRUPTED
-        if end.code is None or isinstance(end.code, int):
-            return end.code or 0
-        return _complain(str(end.code))
-
-
-def _complain(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return EXIT_USER_ERROR
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return EXIT_INTERRUPTED, ""
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0, ""
+        return EXIT_USER_ERROR, str(error.code)
+    return None
 
 
 @contextmanager
@@ -92,18 +113,24 @@ def _quiet_threads() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit(143), so that files and processes are cleaned up; a repeated one is ignored."""
+def _signals_exit() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit(143), so that files and processes are cleaned up; a repeated one is ignored.
+
+    Within a SLURM job the same holds for SIGUSR1, which `#SBATCH --signal=USR1@90` sends ahead of the time limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
 
     def leave(_number: int, _frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
         raise SystemExit(EXIT_TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

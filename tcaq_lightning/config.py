@@ -52,14 +52,14 @@ class SamplerConfig:
 
 @dataclass
 class MemoryBudget:
-    """Gigabytes (10^9 bytes) for stored activations; the device is filled first, then the host, then the disk."""
+    """Gigabytes (10^9 bytes) for each process' stored activations; the device is filled first, then host, then disk."""
 
     device: float | None = None
     """In the memory of a GPU; null: half of what is free there. A CPU's memory counts as the host's."""
     host: float | None = None
-    """In host memory; null: half of what is available."""
+    """In host memory; null: half of what is available, shared by a node's processes."""
     disk: float | None = None
-    """In memory-mapped files in RUN_DIR; null: what is free there."""
+    """In memory-mapped files in RUN_DIR; null: what is free there, shared by a node's processes."""
 
     def __post_init__(self) -> None:
         for name in ("device", "host", "disk"):
@@ -249,7 +249,7 @@ class ReconstructionConfig:
     iterations: int = 400
     """Optimisation steps for each unit, over all phases and rounds together."""
     batch_size: int = 32
-    """Samples per step."""
+    """Samples per step, over all processes together."""
     rounding_lr: float | None = None
     """Adam's rate for the rounding logits V; null: 20 / iterations of the phase, at most 0.2."""
     step_lr: float = 1e-2
@@ -316,12 +316,23 @@ class TrainerConfig:
 
     accelerator: str = "auto"
     """Lightning accelerator: auto, cpu, gpu, mps."""
+    devices: int = 1
+    """Processes on each node, one device each; torchrun and SLURM set it themselves. A run may go on with another
+    number: finished units are kept, the one that was being learned is begun again."""
+    num_nodes: int = 1
+    """Nodes; torchrun and SLURM set it themselves. Only the first process reads and writes run_dir."""
+    timeout: float = 30.0
+    """Minutes that a process waits for another one, for example while rank 0 writes, before the run ends."""
     threads: int | None = None
-    """CPU threads; null leaves torch's choice. Bit-identical repeats need the same number."""
+    """CPU threads of each process; null leaves torch's choice, or with several processes shares the cores among them.
+    Bit-identical repeats need the same number."""
     checkpoint_every: int = 100
     """Optimisation steps between two checkpoints inside a unit."""
 
     def __post_init__(self) -> None:
+        _require(self.devices >= 1, "trainer.devices", "at least 1", self.devices)
+        _require(self.num_nodes >= 1, "trainer.num_nodes", "at least 1", self.num_nodes)
+        _require(0 < self.timeout < math.inf, "trainer.timeout", "finite and positive", self.timeout)
         _require(self.threads is None or self.threads >= 1, "trainer.threads", "at least 1 or null", self.threads)
         _require(self.checkpoint_every >= 1, "trainer.checkpoint_every", "at least 1", self.checkpoint_every)
 
@@ -387,6 +398,35 @@ class Config:
                 "enough for one step in every phase and round of tcr and par",
                 self.reconstruction.iterations,
             )
+
+    def check_ranks(self) -> None:
+        """See that there is work for every rank.
+
+        Raises:
+            UserError: fewer trajectories than ranks, or a batch that cannot be dealt evenly.
+        """
+        ranks = self.trainer.devices * self.trainer.num_nodes
+        expected = f"at least the number of processes (trainer.devices x trainer.num_nodes = {ranks})"
+        for key, got in (
+            ("calibration.num_trajectories", self.calibration.num_trajectories),
+            ("calibration.held_out_trajectories", self.calibration.held_out_trajectories),
+            ("evaluation.num_trajectories", self.evaluation.num_trajectories),
+        ):
+            _require(got >= ranks, key, expected, got)
+        if self.num_rounds > 1:
+            learned = self.learned_trajectories(1)
+            _require(learned >= ranks, "par.trajectories x calibration.num_trajectories", expected, learned)
+        _require(
+            self.reconstruction.batch_size % ranks == 0,
+            "reconstruction.batch_size",
+            f"a multiple of the number of processes (trainer.devices x trainer.num_nodes = {ranks})",
+            self.reconstruction.batch_size,
+        )
+
+    def learned_trajectories(self, round_index: int) -> int:
+        """Number of trajectories that a round learns from."""
+        total = self.calibration.num_trajectories
+        return max(1, round(self.par.trajectories * total)) if round_index else total
 
     @property
     def num_rounds(self) -> int:

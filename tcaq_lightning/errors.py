@@ -1,4 +1,4 @@
-"""The one exception a user should ever see."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names the key or file, what was expected, what came and what to do. Command-line
     entry points print it on stderr and exit with code 2; no traceback is shown.
     """
+
+
+class RankLostError(Exception):
+    """Another process of the run is gone, or cannot be reached; the run has ended and can be resumed."""

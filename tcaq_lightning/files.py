@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from tcaq_lightning.distributed import on_main
+
 DIGEST_BYTES = hashlib.sha256().digest_size
 TEMPORARY = ".*.tmp"
 """Pattern of the names that files have while they are written."""
@@ -103,6 +105,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise DamagedFileError(f"{path} is damaged: {error}") from error
 
 
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint that `CheckedCheckpointIO` wrote.
+
+    Raises:
+        DamagedFileError: truncated or altered.
+    """
+    content: dict[str, Any] = torch.load(io.BytesIO(read_checked(path)), map_location=map_location, weights_only=True)
+    return content
+
+
 class CheckedCheckpointIO(TorchCheckpointIO):
     """Lightning checkpoints with a checksum, written atomically, read with `weights_only=True`."""
 
@@ -113,12 +125,9 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         write_checked(Path(path), buffer.getvalue())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint, on rank 0 for all ranks.
 
         Raises:
             DamagedFileError: truncated or altered.
         """
-        content: dict[str, Any] = torch.load(
-            io.BytesIO(read_checked(Path(path))), map_location=map_location, weights_only=True
-        )
-        return content
+        return on_main(lambda: read_checkpoint(Path(path), map_location))

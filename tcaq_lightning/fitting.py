@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.calibration import Calibration
-from tcaq_lightning.files import CheckedCheckpointIO, DamagedFileError
+from tcaq_lightning.distributed import on_main, world_size
+from tcaq_lightning.files import DamagedFileError, read_checkpoint
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
+from tcaq_lightning.quantize import (
+    check_quantization_state,
+    quant_layers,
+    quantization_state,
+    restore_quantization_state,
+)
 from tcaq_lightning.reconstruction import BlockReconstruction, Phase
 from tcaq_lightning.trainers import UnitCheckpoint, make_trainer
 from tcaq_lightning.units import output_layer
@@ -53,7 +59,9 @@ def fit_unit(
         before,
     )
     callbacks = [*work.learners, UnitCheckpoint(path, config.trainer.checkpoint_every)]
-    trainer = make_trainer(config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps)
+    trainer = make_trainer(
+        config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps, work.device
+    )
     with deterministic(work.device):
         trainer.fit(module, ckpt_path=str(path) if resumed else None, weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0
@@ -63,18 +71,29 @@ def fit_unit(
 
 def _resume_point(path: Path, unit: nn.Module) -> bool:
     """Whether a fit can go on from `path`; if so the unit gets the state in which that fit began."""
-    if not path.exists():
+    state = on_main(lambda: _checkpointed_state(path, unit))
+    if state is None:
         return False
+    restore_quantization_state(unit, state)
+    return True
+
+
+def _checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None:
+    """The unit's state in a checkpoint; None without a checkpoint to go on from, and then there is none any more."""
+    if not path.exists():
+        return None
     try:
-        checkpoint = CheckedCheckpointIO().load_checkpoint(path)
-        expected = quantization_state(unit)
+        checkpoint = read_checkpoint(path)
         state = {k.removeprefix("unit."): v for k, v in checkpoint["state_dict"].items()}
-        restore_quantization_state(unit, {k: state[k] for k in expected})
+        state = {k: state[k] for k in quantization_state(unit)}
+        check_quantization_state(unit, state)
+        if (ranks := checkpoint["ranks"]) == world_size():
+            return state
+        log.warning("%s is of a run on %d processes, not on %d; the unit is begun again", path, ranks, world_size())
     except (DamagedFileError, KeyError) as error:
         warn_of_damage(path, error)
-        path.unlink()
-        return False
-    return True
+    path.unlink()
+    return None
 
 
 def warn_of_damage(path: Path, error: DamagedFileError | KeyError) -> None:

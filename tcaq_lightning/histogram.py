@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from tcaq_lightning.distributed import total
 from tcaq_lightning.errors import UserError
 
 # Values binned at once: on a CPU the temporaries stay in cache (several times faster), elsewhere they bound the memory.
@@ -16,8 +17,7 @@ _CPU_CHUNK, _DEVICE_CHUNK = 1 << 17, 1 << 24
 class LogHistogram:
     """Streaming histogram of values in [0, 1] on a logarithmic axis, one row per timestep group.
 
-    Rows are integers and add up exactly, so pieces of a stream, workers and ranks can be combined in any order:
-    `torch.distributed.all_reduce(histogram.counts)`.
+    Rows are integers and add up exactly, so pieces of a stream, workers and ranks can be combined in any order.
 
     Args:
         num_groups: number of timestep groups G.
@@ -108,3 +108,7 @@ class LogHistogram:
                 f"{self.edges[1]:g} and {tuple(other.counts.shape)} from {other.edges[1]:g}"
             )
         self.counts += other.counts.to(self.counts.device)
+
+    def reduce(self) -> None:
+        """Add the counts of all ranks; exact."""
+        self.counts = total(self.counts.cpu()).to(self.counts.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,15 @@ from tcaq_lightning import tcr
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.daq import LogHistogram, TailFit
+from tcaq_lightning.distributed import broadcast, gather, is_mine, world_size
 from tcaq_lightning.layers import QuantConv2d, QuantLayer
-from tcaq_lightning.quantize import full_precision, quantizers, readers
+from tcaq_lightning.quantize import (
+    full_precision,
+    quantization_state,
+    quantizers,
+    readers,
+    restore_quantization_state,
+)
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
@@ -93,9 +101,11 @@ def initialize(
 ) -> Choices:
     """Set every quantizer of a unit from its quantized-stream inputs.
 
+    The quantizers are dealt to the ranks, which look at the same samples and tell each other what they have set.
+
     Args:
         unit: quantized unit, its quantizers neutral.
-        data: the unit's calibration samples.
+        data: calibration samples of the unit, the same on every rank.
         train: numbers of those that may be looked at; the others are held out.
         context: timestep groups of the denoiser.
         observed: ranges and histograms over all calibration samples.
@@ -108,7 +118,9 @@ def initialize(
     inputs = capture_inputs(unit, data, context, probe, device)
     layers_of = readers(unit)
     with context.using(groups):
-        for name, quantizer in quantizers(unit).items():
+        for number, (name, quantizer) in enumerate(quantizers(unit).items()):
+            if not is_mine(number):
+                continue
             if isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
                 choice = _set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
@@ -123,7 +135,23 @@ def initialize(
             for layer in layers:
                 layer.set_shift()
                 layer.learned_weight.search(quantizer.r)
-    return choices
+    return _exchange(unit, layers_of, choices)
+
+
+def _exchange(unit: nn.Module, layers_of: dict[int, list[QuantLayer]], choices: Choices) -> Choices:
+    """Give every rank what the others have set, and their choices."""
+    ranks = world_size()
+    if ranks == 1:
+        return choices
+    for number, quantizer in enumerate(quantizers(unit).values()):
+        modules: Sequence[nn.Module] = layers_of.get(id(quantizer)) or [quantizer]
+        for module in modules:
+            restore_quantization_state(module, broadcast(quantization_state(module), number % ranks))
+    everyone = Choices()
+    for other in gather(choices):
+        everyone.reparameterization |= other.reparameterization
+        everyone.attention |= other.attention
+    return everyone
 
 
 def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tensor:
@@ -291,4 +319,6 @@ def _set_softmax(
         chosen = torch.zeros_like(chosen)
     quantizer.delta.copy_(torch.where(chosen, log_delta, uniform_delta))
     quantizer.tau.copy_(torch.where(chosen, tau, torch.zeros_like(tau)))
-    return AttentionChoice(chosen, by_likelihood, by_error, uniform_error, log_error, fits)
+    return AttentionChoice(
+        chosen.cpu(), by_likelihood.cpu(), by_error.cpu(), uniform_error.cpu(), log_error.cpu(), fits
+    )

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tcaq_lightning.activations import TensorKind, store_peaks
 from tcaq_lightning.config import Config
+from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.quantize import CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
@@ -37,7 +38,7 @@ class Plan:
         units: number of units. samples: calibration samples, held-out ones included.
         layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
-        store_bytes: largest size of the activation store, by tier. limits: what it may take, by tier.
+        store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
         model_bytes: both denoisers.
         seconds: estimated duration of the calibration.
     """
@@ -97,24 +98,26 @@ def make_plan(
         denoiser(x, timesteps, return_dict=False)
         forward = (time.perf_counter() - started) / len(x)  # of one sample
     calibration = config.calibration
-    samples = (calibration.num_trajectories + calibration.held_out_trajectories) * calls
+    trajectories = calibration.num_trajectories, calibration.held_out_trajectories
+    samples = sum(trajectories) * calls
+    on_rank = sum(math.ceil(count / world_size()) for count in trajectories) * calls
     steps = config.reconstruction.iterations if config.reconstruction.enabled else 0
     optimisation = steps * config.reconstruction.batch_size * STEP_COST
     layers: dict[str, int] = {}
     for row in coverage:
         layers[row.bits] = layers.get(row.bits, 0) + 1
     stored = getattr(torch, calibration.storage)
-    limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir)
+    limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir, config.trainer.devices)
     return Plan(
         units=len(graph.names),
         samples=samples,
         layers=layers,
         kept=[row.name for row in coverage if row.note == "kept by rule"],
         steps=steps * len(graph.names),
-        store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, samples, x.dtype, stored, tiers)),
+        store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, on_rank, x.dtype, stored, tiers)),
         limits=limits,
         model_bytes=3 * sum(p.numel() * p.element_size() for p in denoiser.parameters()),  # V is as large as W
-        seconds=forward * (optimisation + PASSES * samples * config.num_rounds),
+        seconds=forward * (optimisation + PASSES * samples * config.num_rounds) / world_size(),
     )
 
 

@@ -281,8 +281,8 @@ def quantization_state(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in module.state_dict().items() if k not in full_precision}
 
 
-def restore_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put a state from `quantization_state` back.
+def check_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """See that a state from `quantization_state` is of this module.
 
     Raises:
         KeyError: it is the state of another module.
@@ -290,4 +290,13 @@ def restore_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> N
     expected = {k: v.shape for k, v in quantization_state(module).items()}
     if {k: v.shape for k, v in state.items()} != expected:
         raise KeyError("the stored state does not fit the unit")
+
+
+def restore_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put a state from `quantization_state` back.
+
+    Raises:
+        KeyError: it is the state of another module.
+    """
+    check_quantization_state(module, state)
     module.load_state_dict(state, strict=False)

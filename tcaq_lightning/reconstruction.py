@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from tcaq_lightning.activations import Batch, UnitData
 from tcaq_lightning.config import ReconstructionConfig
+from tcaq_lightning.distributed import average_and_gather, total, world_size
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
@@ -75,7 +76,7 @@ class BlockReconstruction(pl.LightningModule):
     Args:
         unit: quantized unit, initialized.
         data: its calibration samples.
-        train: numbers of the samples to learn from.
+        train: numbers of the samples to learn from, among this rank's.
         context: timestep groups of the denoiser.
         config: rates and weights.
         phase: "r" or "v".
@@ -114,6 +115,7 @@ class BlockReconstruction(pl.LightningModule):
         self._begin()
         self.losses: dict[str, Tensor] = {}
         self._batches: Generator[Batch, None, None]
+        self._residuals = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
 
     def _begin(self) -> None:
         rounding = Rounding.SOFT if self.phase == "v" else Rounding.NEAREST
@@ -148,6 +150,10 @@ class BlockReconstruction(pl.LightningModule):
         """One epoch of bare step numbers: resuming in it replays nothing."""
         return DataLoader(range(self.iterations), batch_size=None)  # type: ignore[arg-type]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the number of ranks: a fit goes on with that one only."""
+        checkpoint["ranks"] = world_size()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with a rate for each kind of parameter, annealed to 0 but for V's."""
         rates = {
@@ -179,8 +185,8 @@ class BlockReconstruction(pl.LightningModule):
         return (*self.seeds, ord(self.phase), step, self.global_rank)
 
     def _draw(self, step: int) -> Tensor:
-        count = len(self.train_samples)
-        return self.train_samples[draw_indices(count, self.config.batch_size, self._seeds(step))]
+        size = self.config.batch_size // world_size()
+        return self.train_samples[draw_indices(len(self.train_samples), size, self._seeds(step))]
 
     def on_train_batch_start(self, batch: int, batch_idx: int) -> None:
         """Cosine rates, a function of the step alone."""
@@ -189,14 +195,14 @@ class BlockReconstruction(pl.LightningModule):
             group["lr"] = group["initial"] * (1.0 if group["kind"] == "v" else decay)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
-        """One step on freshly drawn samples."""
+        """One step on freshly drawn samples, this rank's share of the batch."""
         if self.config.qdrop:
             primes = (1, 7919, 104729, 31, 1299709, 15485863)
             torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
         samples = next(self._batches)
         output = self.data.run_batch(self.unit, self.context, samples)
         error = block_error(output, samples.targets, samples.weights)
-        self._follow_mean_error(samples.targets - output.detach(), samples.groups)
+        self._residuals = channel_means(samples.targets - output.detach()), samples.groups
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
         if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
@@ -204,6 +210,16 @@ class BlockReconstruction(pl.LightningModule):
         penalty = self.config.rounding_weight * sum(adaround_regularizer(v, beta) for v in self.learned["v"])
         self.losses["rounding"] = torch.as_tensor(penalty).detach()
         return error + penalty
+
+    def on_after_backward(self) -> None:
+        """Average gradients over the ranks, and follow the mean error of all their samples."""
+        residuals, groups = self._residuals
+        if world_size() > 1:
+            averaged = [p.grad for kind in self.learned.values() for p in kind if p.grad is not None]
+            rows = torch.cat([groups[:, None].to(residuals), residuals], dim=1)  # (B, 1 + C)
+            rows = average_and_gather([*averaged, self.losses["reconstruction"]], rows)
+            groups, residuals = rows[:, 0].long(), rows[:, 1:]
+        self._follow_mean_error(residuals, groups)
 
     @torch.no_grad()
     def _follow_mean_error(self, residual: Tensor, groups: Tensor) -> None:
@@ -225,13 +241,13 @@ class BlockReconstruction(pl.LightningModule):
 def squared_errors(
     unit: nn.Module, data: UnitData, samples: Tensor, context: TimestepGroups, batch_size: int, device: torch.device
 ) -> Tensor:
-    """(G, C) squared error of the unit as it is now, over the given samples; its sum is the mean block error."""
+    """(G, C) squared error of the unit as it is now, over all ranks' given samples; its sum is the block error."""
     channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
     sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
     for batch in data.batches(torch.split(samples, batch_size), device):
         squares = channel_means((data.run_batch(unit, context, batch) - batch.targets).square_())
         sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
-    return (sums / len(samples)).float()
+    return (total(sums) / total(torch.tensor(len(samples)))).float()
 
 
 @torch.no_grad()
@@ -243,7 +259,10 @@ def mean_errors(
     batch_size: int,
     device: torch.device,
 ) -> Tensor:
-    """(G, C) mean of target - output for each timestep group and output channel; 0 for groups without samples."""
+    """(G, C) mean of target - output by timestep group and output channel over the given samples of all ranks.
+
+    It is 0 for groups without samples.
+    """
     channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
     sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
     counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
@@ -252,4 +271,4 @@ def mean_errors(
         groups = batch.groups.cpu()
         sums.index_add_(0, groups, channel_means(difference).double().cpu())
         counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
-    return (sums / counts.clamp(min=1)).float()
+    return (total(sums) / total(counts).clamp(min=1)).float()

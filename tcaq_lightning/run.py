@@ -15,6 +15,7 @@ import yaml
 
 from tcaq_lightning import __version__
 from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
+from tcaq_lightning.distributed import on_main
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import TEMPORARY, write_bytes, write_json
 from tcaq_lightning.pipelines import one_line
@@ -22,6 +23,8 @@ from tcaq_lightning.pipelines import one_line
 
 class Run:
     """The directory of one calibration run; the run's truth is here and not in a Trainer.
+
+    Rank 0 alone looks at it and writes to it; the other ranks are told what it found, errors too.
 
     Args:
         config: the run's configuration; a directory made with another one that affects the result is refused.
@@ -47,13 +50,16 @@ class Run:
         Raises:
             UserError: it was made with other settings, or is no run directory.
         """
+        self.manifest = on_main(self._read)
+
+    def _read(self) -> dict[str, Any]:
         path = self.directory / "manifest.json"
         if not path.exists():
             if self.directory.exists() and not self._is_fresh():
                 raise UserError(
                     f"run_dir: {self.directory} is not empty and holds no run; expected a new or empty directory"
                 )
-            return
+            return {}
         try:
             manifest = json.loads(path.read_bytes())
             earlier = manifest["config"]
@@ -64,7 +70,6 @@ class Run:
                 f"run_dir: {path} is damaged: expected what the run wrote, got {one_line(error)}; "
                 "put a copy of it back, or use another run_dir"
             ) from error
-        self.manifest = manifest
         changed = [key for key in _differences(earlier, self.config.to_dict()) if not _may_change(key)]
         if changed:
             key = changed[0]
@@ -72,6 +77,7 @@ class Run:
                 f"{key} is {_lookup(self.config.to_dict(), key)!r} but {self.directory} was made with "
                 f"{_lookup(earlier, key)!r}; use another run_dir or the same value"
             )
+        return dict(manifest)
 
     def start(self, **facts: Any) -> None:
         """Claim the directory, and write the manifest and the configuration.
@@ -79,6 +85,9 @@ class Run:
         Raises:
             UserError: another command is at work in the directory.
         """
+        on_main(lambda: self._start(facts))
+
+    def _start(self, facts: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.directory, os.O_RDONLY)  # held until the process ends, however it ends
         try:
@@ -96,7 +105,7 @@ class Run:
     def finish(self, **facts: Any) -> None:
         """Note that everything is done."""
         self.manifest |= {"finished": True, **facts}
-        self._write()
+        on_main(self._write)
 
     def _write(self) -> None:
         write_json(self.directory / "manifest.json", self.manifest)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.distributed import is_mine, total
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trajectories import Trajectories
 from tcaq_lightning.units import UnitGraph
@@ -87,23 +88,37 @@ def unit_sensitivities(
     device = next(full.parameters()).device
     groups = context.of(trajectories.timesteps)  # (S,)
     calls_of_group = torch.bincount(groups, minlength=context.num_groups).clamp(min=1)
-    share = gain / calls_of_group[groups] / PROBES  # of each call in its group's mean
-    sums: dict[str, Tensor] = {}
-    for probe in range(PROBES):
-        inputs = trajectories.inputs[:, probe % trajectories.num_trajectories]  # (S, C, H, W)
-        for calls in torch.split(torch.arange(len(inputs)), batch_size):
-            timesteps = trajectories.timesteps[calls]
-            squares = _squared_jacobians(full, graph, inputs[calls].to(device), timesteps, generator)
+    weight = gain / calls_of_group[groups] / PROBES  # of each call in its group's mean
+    sums = {
+        name: torch.zeros(context.num_groups, shape[-1 if len(shape) == 2 else 0])
+        for name, shape in graph.output_shapes.items()
+    }
+    batches = [
+        (probe % trajectories.num_trajectories, calls)
+        for probe in range(PROBES)
+        for calls in torch.split(torch.arange(trajectories.num_steps), batch_size)
+    ]
+    for number, (trajectory, calls) in enumerate(batches):
+        x = trajectories.inputs[calls, trajectory]  # (B, C, H, W)
+        signs = torch.randint(2, x.shape, generator=generator)  # the same ones however the batches are dealt
+        if is_mine(number):
+            squares = _squared_jacobians(full, graph, x.to(device), trajectories.timesteps[calls], signs)
             for name, square in squares.items():
-                table = sums.setdefault(name, torch.zeros(context.num_groups, square.shape[1]))
-                table.index_add_(0, groups[calls], square.float().cpu() * share[calls, None])
-    return sums
+                sums[name].index_add_(0, groups[calls], square.float().cpu() * weight[calls, None])
+    return {name: total(sums[name]) for name in graph.names}
 
 
 def _squared_jacobians(
-    full: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, generator: torch.Generator
+    full: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, signs: Tensor
 ) -> dict[str, Tensor]:
-    """(B, C) mean square of the gradient of a random projection of the prediction, by unit."""
+    """(B, C) mean square of the gradient of a random projection of the prediction, by unit.
+
+    Args:
+        full: full-precision denoiser.
+        graph: its units.
+        x, timesteps: (B, C, H, W) and (B,), the inputs of a batch.
+        signs: of x's shape, 0 or 1: the projection.
+    """
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -117,9 +132,11 @@ def _squared_jacobians(
     try:
         with torch.enable_grad():
             prediction = full(x, timesteps.to(x.device), return_dict=False)[0][:, : x.shape[1]]  # without variances
-            signs = torch.randint(2, prediction.shape, generator=generator).to(prediction) * 2 - 1
             gradients = torch.autograd.grad(
-                (prediction * signs).sum(), list(outputs.values()), allow_unused=True, materialize_grads=True
+                (prediction * (signs.to(prediction) * 2 - 1)).sum(),
+                list(outputs.values()),
+                allow_unused=True,
+                materialize_grads=True,
             )
     finally:
         for handle in handles:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tcaq_lightning.distributed import largest, smallest
+
 
 class RangeStatistics:
     """Smallest and largest value of each channel in each timestep group.
@@ -33,9 +35,13 @@ class RangeStatistics:
         self.high.scatter_reduce_(0, index, high.float().cpu(), "amax")
 
     def merge(self, other: RangeStatistics) -> None:
-        """Take in what another rank has seen; exact."""
+        """Take in what another one has seen; exact."""
         torch.minimum(self.low, other.low, out=self.low)
         torch.maximum(self.high, other.high, out=self.high)
+
+    def reduce(self) -> None:
+        """Take in what all ranks have seen; exact."""
+        self.low, self.high = smallest(self.low), largest(self.high)
 
     def centre(self) -> Tensor:
         """(C,) mean over the groups of the middle of each channel's range; 0 where nothing was seen or it is huge."""

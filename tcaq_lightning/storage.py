@@ -67,15 +67,22 @@ class Ledger:
         self.used[tier] -= nbytes
 
 
-def resolve_limits(budget: MemoryBudget, device: torch.device, directory: Path) -> dict[Tier, float]:
+def resolve_limits(
+    budget: MemoryBudget, device: torch.device, directory: Path, processes: int = 1
+) -> dict[Tier, float]:
     """Bytes that each tier may take; what the budget leaves open depends on what is free now.
 
     Args:
         budget: in GB, None for what the machine has.
         device: of the calibration; a CPU's memory is the host's, so that there is no device tier.
         directory: of the memory-mapped files, or one that is to be made.
+        processes: how many share what this machine has.
     """
-    limits: dict[Tier, float] = {"device": 0.0, "host": available_memory() / 2, "disk": _free_space(directory)}
+    limits: dict[Tier, float] = {
+        "device": 0.0,
+        "host": available_memory() / 2 / processes,
+        "disk": _free_space(directory) / processes,
+    }
     if device.type == "cuda":
         limits["device"] = torch.cuda.mem_get_info(device)[0] / 2
     for tier in TIERS:

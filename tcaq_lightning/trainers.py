@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
+from tcaq_lightning import distributed
 from tcaq_lightning.config import TrainerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import CheckedCheckpointIO
@@ -43,7 +46,29 @@ def choose_device(config: TrainerConfig) -> torch.device:
     except Exception as error:  # Lightning raises several kinds
         raise UserError(f"trainer.accelerator: {config.accelerator!r} cannot be used: {error}") from error
     device: torch.device = trainer.strategy.root_device
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+class RankStrategy(SingleDeviceStrategy):
+    """One rank of a data-parallel run on one device, which exchanges by itself what it has to (see `distributed`).
+
+    Lightning's DDP strategy has no place in a loop that is to cost one all-reduce a step and to end cleanly: it
+    broadcasts before each step whether rank 0 has got SIGTERM, waits for the device to read it, and calls a collective
+    from within the signal handler; and torch's DistributedDataParallel, which it wraps modules in, arranges its buckets
+    anew after a fit's first step, so that a resumed fit would round differently.
+
+    Args:
+        device: of this rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.global_rank = distributed.rank()
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this rank writes checkpoints."""
+        return self.global_rank == 0
 
 
 class UnitCheckpoint(pl.Callback):
@@ -65,17 +90,25 @@ def make_trainer(
     logger: Logger | None = None,
     max_steps: int = -1,
     log_every_n_steps: int = 20,
+    device: torch.device | None = None,
 ) -> pl.Trainer:
-    """A fresh Trainer without bars, summaries or checkpoints of its own."""
+    """A fresh Trainer without bars, summaries or checkpoints of its own, for this rank.
+
+    Args:
+        config: accelerator.
+        callbacks, logger, max_steps, log_every_n_steps: as Lightning's.
+        device: where this rank computes; None leaves it to the accelerator.
+    """
     return pl.Trainer(
         accelerator=config.accelerator,
         devices=1,
+        strategy="auto" if device is None else RankStrategy(device),
         max_epochs=1,
         max_steps=max_steps,
         callbacks=list(callbacks),
         logger=logger if logger is not None else False,
         log_every_n_steps=log_every_n_steps,
-        plugins=[CheckedCheckpointIO()],
+        plugins=[CheckedCheckpointIO(), LightningEnvironment()],  # under SLURM too: `launch` has placed this rank
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.distributed import gather, share
 from tcaq_lightning.pipelines import sample
 
 
@@ -90,6 +91,24 @@ def collect(
         parts.append(Trajectories(torch.stack(inputs), torch.stack(timesteps), finals))
         if advance is not None:
             advance(len(chosen))
+    return Trajectories.join(parts)
+
+
+def collect_together(
+    denoiser: nn.Module,
+    scheduler: Any,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> Trajectories:
+    """`collect` by all ranks, each a part of the noises; every rank gets all trajectories, in their order."""
+    mine = share(indices)
+    own = collect(denoiser, scheduler, sampler, mine, seed, batch_size, advance).tensors() if len(mine) else None
+    parts = [Trajectories(**part) for part in gather(own) if part is not None]
+    if advance is not None and len(mine) < len(indices):
+        advance(len(indices) - len(mine))
     return Trajectories.join(parts)
 
 

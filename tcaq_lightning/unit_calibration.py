@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.fitting import fit_unit, shifted_layer
-from tcaq_lightning.initialization import Observations, initialize
+from tcaq_lightning.initialization import Observations, initialize, probe_indices
 from tcaq_lightning.observation import UnitObservation
 from tcaq_lightning.quantize import (
     full_precision,
@@ -25,6 +25,7 @@ from tcaq_lightning.quantize import (
 )
 from tcaq_lightning.reconstruction import mean_errors, squared_errors
 from tcaq_lightning.sensitivity import normalized_weights
+from tcaq_lightning.shards import Shard
 from tcaq_lightning.trainers import make_trainer
 
 log = logging.getLogger(__name__)
@@ -37,24 +38,37 @@ REFINE_LOGIT = 2.0
 """Logits of a later round start within [-2, 2]: close to the rounded weights, yet a rounding can still flip."""
 
 
-def reconstruct_unit(work: Calibration, round_index: int, position: int, data: UnitData) -> dict[str, Any]:
-    """Observe, set, learn, gate; leaves the unit in its final state of this round and returns the record."""
+def reconstruct_unit(
+    work: Calibration, round_index: int, position: int, data: UnitData, shard: Shard
+) -> dict[str, Any]:
+    """Observe, set, learn, gate; leaves the unit in its final state of this round and returns the record.
+
+    Args:
+        work: the calibration.
+        round_index, position: which unit.
+        data: this rank's samples of it.
+        shard: which of all samples those are.
+    """
     config, name = work.config, work.graph.names[position]
     unit = work.quantized.get_submodule(name)
     tag = f"round{round_index}/{position:02d}-{name}"
-    train, held_out = work.split(len(data))
+    train, held_out = shard.here(shard.train), shard.here(shard.held_out)
     clock = _Clock(data)
     record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
 
     if round_index == 0:
         with clock("observe"):
-            observed = _observe(work, unit, data, train)
+            observed = _observe(work, unit, data, shard)
         with clock("search"):
-            choices = initialize(unit, data, train, work.context, observed, config.tcr, config.daq, work.device)
+            probes = shard.train[probe_indices(shard.groups[shard.train], work.context.num_groups)]
+            seen = shard.collected(data, probes)
+            everything = torch.arange(len(seen))
+            choices = initialize(unit, seen, everything, work.context, observed, config.tcr, config.daq, work.device)
+            data.executed += seen.executed
         work.listener.unit_initialized(tag, unit, observed, choices)
         if config.reconstruction.enabled:
             with clock("gate"):
-                _correct_bias(work, unit, name, data, train)  # so that learning need not make up for mean errors
+                _correct_bias(work, unit, name, data, shard)  # so that learning need not make up for mean errors
         record["attention"] = {n: choice.to_dict() for n, choice in choices.attention.items()}
         record["tcr_output_error"] = choices.reparameterization
     incoming = quantization_state(unit)
@@ -76,7 +90,7 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
                 with clock(f"learn_{phase}"):
                     undecided = fit_unit(work, unit, data, train, phase, iterations, round_index, position)  # type: ignore[arg-type]
         with clock("gate"):
-            _correct_bias(work, unit, name, data, train)
+            _correct_bias(work, unit, name, data, shard)
         record["after"] = record["learned"] = float((held_out_squares() * weights).sum())
         record["undecided"] = undecided
         if config.reconstruction.gate and not record["learned"] <= record["before"]:
@@ -87,14 +101,18 @@ def reconstruct_unit(work: Calibration, round_index: int, position: int, data: U
             )
     record["flipped"] = float((_roundings(unit) != roundings).float().mean()) if len(roundings) else 0.0
     record["seconds"] = clock.seconds
-    record |= {"executions": clock.executions, "samples": len(data)}
+    record |= {"executions": clock.executions, "samples": len(shard.groups)}
     return record
 
 
-def _observe(work: Calibration, unit: nn.Module, data: UnitData, train: Tensor) -> Observations:
-    module = UnitObservation(unit, data, _some(train, OBSERVED_SAMPLES), work.context, work.batch_size)
+def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -> Observations:
+    samples = shard.here(_some(shard.train, OBSERVED_SAMPLES))
+    if not len(samples):  # every rank takes part in the reductions at the end
+        samples = shard.here(shard.train)[:1]
+    module = UnitObservation(unit, data, samples, work.context, work.batch_size)
+    trainer = make_trainer(work.config.trainer, work.observers, work.logger, device=work.device)
     with full_precision(unit):
-        make_trainer(work.config.trainer, work.observers, work.logger).predict(module, return_predictions=False)
+        trainer.predict(module, return_predictions=False)
     return module.observed
 
 
@@ -113,14 +131,15 @@ def _roundings(unit: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData, train: Tensor) -> None:
+def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData, shard: Shard) -> None:
     """Shift the unit's output channels by their mean error, by timestep group (bias correction, Nagel et al. 2019)."""
     shifted = shifted_layer(work, unit, name)
     if shifted is None:
         return
     layer, factor = shifted
     assert layer.bias_shift is not None
-    errors = mean_errors(unit, data, _some(train, BIAS_SAMPLES), work.context, work.batch_size, work.device)
+    samples = shard.here(_some(shard.train, BIAS_SAMPLES))
+    errors = mean_errors(unit, data, samples, work.context, work.batch_size, work.device)
     corrected = layer.bias_shift + errors.to(layer.bias_shift) * factor
     layer.bias_shift.copy_(corrected.half())  # the artifact holds float16: nothing is left to round off there
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tcaq_lightning.cli import run_cli
-from tcaq_lightning.errors import UserError
+from tcaq_lightning.environment import Place
+from tcaq_lightning.errors import RankLostError, UserError
 
 
 def raising(error: BaseException) -> Any:
@@ -81,3 +82,27 @@ def test_sigterm_cleans_up(tmp_path: Path) -> None:
     assert run_cli(terminated) == 143
     assert not temporary.exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_process_complains_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, lines in ((0, 1), (1, 0)):
+        for name, value in Place(rank, rank, 2, 1, port=1).variables().items():
+            monkeypatch.setenv(name, value)
+        assert run_cli(raising(UserError("seed must be 0"))) == 2
+        assert capsys.readouterr().err.count("\n") == lines
+        assert run_cli(raising(RankLostError("rank 0 is gone"))) == 75  # nobody else may be there to say it
+        assert capsys.readouterr().err == "error: rank 0 is gone\n"
+
+
+def test_slurm_announces_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def waiting() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(10)
+
+    assert run_cli(waiting) == 143
+    assert signal.getsignal(signal.SIGUSR1) == before

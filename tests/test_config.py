@@ -17,6 +17,7 @@ from tcaq_lightning.config import (
     ReconstructionConfig,
     SamplerConfig,
     TCRConfig,
+    TrainerConfig,
     WeightConfig,
 )
 from tcaq_lightning.errors import UserError
@@ -75,3 +76,25 @@ def test_without_reconstruction_there_is_one_round_of_no_steps() -> None:
 def test_a_value_out_of_range_is_named(make: Any, key: str) -> None:
     with pytest.raises(UserError, match=key):
         make()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("calibration.num_trajectories", 3),
+        ("calibration.held_out_trajectories", 3),
+        ("evaluation.num_trajectories", 3),
+        ("reconstruction.batch_size", 30),
+        ("par.trajectories", 0.05),
+    ],
+)
+def test_every_rank_needs_its_share(key: str, value: float) -> None:
+    config = Config(trainer=TrainerConfig(devices=2, num_nodes=2))
+    config.check_ranks()
+    section, name = key.split(".")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(
+        UserError, match=rf"^{key}.*trainer\.devices x trainer\.num_nodes = 4.*got {value:g}|^par.* got 3"
+    ):
+        config.check_ranks()
+    Config().check_ranks()

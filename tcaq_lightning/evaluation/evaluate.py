@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.config import EvaluationConfig, SamplerConfig
+from tcaq_lightning.distributed import gather, on_main, rank, share, world_size
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.features import (
     REFERENCE_FILE,
@@ -196,7 +198,10 @@ def evaluate(
     if full is not None and quantized is not None:
         began = time.perf_counter()
         held_out = range(HELD_OUT_START, HELD_OUT_START + config.num_trajectories)
-        paths = collect(full, scheduler, calibration_sampler, held_out, seed, config.batch_size, advance)
+        mine = share(held_out)
+        paths = collect(full, scheduler, calibration_sampler, mine, seed, config.batch_size, advance)
+        if advance is not None and len(mine) < len(held_out):
+            advance(len(held_out) - len(mine))
         noise = noise_error(full, quantized, paths, config.batch_size)
         seconds["noise_error"] = time.perf_counter() - began
     kept = config.num_images if len(models) == 2 else 0
@@ -205,7 +210,7 @@ def evaluate(
         drawn[name] = sample_images(model, scheduler, sampler, config, kept, space, seed, cache_dir, advance)
         seconds[f"{name}_images"] = drawn[name].seconds
     began = time.perf_counter()
-    fids = {name: _fid(name, images.features, space, seed) for name, images in drawn.items()}
+    fids = on_main(lambda: {name: _fid(name, images.features, space, seed) for name, images in drawn.items()})
     seconds["fid"] = time.perf_counter() - began
     samples = {name: images.samples for name, images in drawn.items()} if kept else {}
     return Metrics(
@@ -259,7 +264,7 @@ def sample_images(
     """Sample the images of an evaluation batch by batch, keeping the first ones and the features of those for FID.
 
     A batch is kept in `cache_dir` under a name made of all that determines it, model weights included: another run
-    with the same full-precision model finds it too.
+    with the same full-precision model finds it too. The batches are dealt to the ranks; rank 0 reads and writes them.
 
     Args:
         denoiser: the model.
@@ -280,35 +285,56 @@ def sample_images(
         schedule = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # paths and versions aside
         key = [dataclasses.asdict(sampler), type(scheduler).__name__, schedule, seed, config.batch_size]
         directory = cache_dir / _fingerprint(denoiser, extractor, key)
-    batches: list[SampledImages] = []
     total = max(num_kept, num_features)
-    for start in range(0, total, config.batch_size):
-        stop = min(start + config.batch_size, total)
-        keep, measure = (max(0, min(stop, limit) - start) for limit in (num_kept, num_features))
-        path = None if directory is None else directory / f"{start:06d}.safetensors"
-        batch = None if path is None else _read_batch(path, keep, measure)
-        if batch is None:
-            began = time.perf_counter()
-            indices = range(IMAGES_START + start, IMAGES_START + stop)
-            samples = sample(denoiser, scheduler, sampler, indices, seed)
-            features = extract_features(extractor, samples[:measure]) if extractor and measure else torch.zeros(0, 0)
-            batch = SampledImages(samples[:keep].cpu(), features.cpu(), time.perf_counter() - began)
-            if path is not None:
-                tensors = {"samples": batch.samples, "features": batch.features}
-                save_tensors(path, tensors, {"seconds": batch.seconds})
-        batches.append(batch)
+    starts = range(0, total, config.batch_size)
+
+    def size(start: int, limit: int = total) -> int:
+        return max(0, min(start + config.batch_size, limit) - start)
+
+    def path(start: int) -> Path | None:
+        return None if directory is None else directory / f"{start:06d}.safetensors"
+
+    def draw(start: int) -> SampledImages:
+        began = time.perf_counter()
+        indices = range(IMAGES_START + start, IMAGES_START + start + size(start))
+        samples = sample(denoiser, scheduler, sampler, indices, seed)
+        measure = size(start, num_features)
+        features = extract_features(extractor, samples[:measure]) if extractor and measure else torch.zeros(0, 0)
+        kept = samples[: size(start, num_kept)]
+        return SampledImages(kept.cpu(), features.cpu(), time.perf_counter() - began)
+
+    def done(start: int) -> None:
         if advance is not None:
-            advance(stop - start)
+            advance(size(start))
+
+    found = on_main(lambda: [_read_batch(path(s), size(s, num_kept), size(s, num_features)) for s in starts])
+    batches = {start: SampledImages(**values) for start, values in zip(starts, found, strict=True) if values}
+    for start in batches:
+        done(start)
+    missing = [start for start in starts if start not in batches]
+    for first in range(0, len(missing), world_size()):
+        dealt = missing[first : first + world_size()]  # one batch for each rank
+        drawn = gather(vars(draw(dealt[rank()])) if rank() < len(dealt) else {})
+        for start, values in zip(dealt, drawn[: len(dealt)], strict=True):
+            batches[start] = batch = SampledImages(**values)
+            on_main(partial(_write_batch, path(start), batch))
+            done(start)
+    ordered = [batches[start] for start in starts]
     return SampledImages(
-        torch.cat([b.samples for b in batches]),
-        torch.cat([b.features for b in batches if len(b.features)] or [torch.zeros(0, 0)]),
-        sum(b.seconds for b in batches),
+        torch.cat([b.samples for b in ordered]),
+        torch.cat([b.features for b in ordered if len(b.features)] or [torch.zeros(0, 0)]),
+        sum(b.seconds for b in ordered),
     )
 
 
-def _read_batch(path: Path, keep: int, measure: int) -> SampledImages | None:
-    """A batch of the cache; None if it is not there, damaged, or holds another number of samples or features."""
-    if not path.exists():
+def _write_batch(path: Path | None, batch: SampledImages) -> None:
+    if path is not None:
+        save_tensors(path, {"samples": batch.samples, "features": batch.features}, {"seconds": batch.seconds})
+
+
+def _read_batch(path: Path | None, keep: int, measure: int) -> dict[str, Any] | None:
+    """Fields of a batch in the cache; None if it is missing, damaged, or holds other numbers of samples or features."""
+    if path is None or not path.exists():
         return None
     try:
         tensors, record = load_tensors(path)
@@ -318,7 +344,7 @@ def _read_batch(path: Path, keep: int, measure: int) -> SampledImages | None:
     samples, features = tensors["samples"], tensors["features"]
     if len(samples) != keep or len(features) != measure:
         return None
-    return SampledImages(samples, features, float(record["seconds"]))
+    return {"samples": samples, "features": features, "seconds": float(record["seconds"])}
 
 
 def _fingerprint(denoiser: nn.Module, extractor: nn.Module | None, key: Any) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.functional import mean_squared_error
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from tcaq_lightning.distributed import total
 from tcaq_lightning.pipelines import to_images
 from tcaq_lightning.trajectories import Trajectories
 
@@ -60,28 +61,25 @@ def noise_error(full: nn.Module, quantized: nn.Module, trajectories: Trajectorie
     Args:
         full: full-precision denoiser f.
         quantized: quantized denoiser q.
-        trajectories: held-out full-precision trajectories.
+        trajectories: held-out full-precision trajectories, this rank's share of them.
         batch_size: samples per forward pass.
     """
     device = next(full.parameters()).device
-    relative, bias = [], []
+    sums = []
     for x, t in zip(trajectories.inputs, trajectories.timesteps, strict=True):
-        squared, reference, total, count = 0.0, 0.0, 0.0, 0
+        squared, reference, added, count = 0.0, 0.0, 0.0, 0
         for part in torch.split(x, batch_size):
             batch = part.to(device)  # (B, C, H, W)
             target = full(batch, t.to(device), return_dict=False)[0].double()
             difference = quantized(batch, t.to(device), return_dict=False)[0].double() - target
             squared += float(difference.square().sum())
             reference += float(target.square().sum())
-            total += float(difference.sum())
+            added += float(difference.sum())
             count += difference.numel()
-        relative.append(squared / max(reference, torch.finfo(torch.float64).tiny))
-        bias.append(total / count)
-    return NoiseError(
-        trajectories.timesteps.double(),
-        torch.tensor(relative, dtype=torch.float64),
-        torch.tensor(bias, dtype=torch.float64),
-    )
+        sums.append((squared, reference, added, count))
+    squares, references, differences, counts = total(torch.tensor(sums, dtype=torch.float64)).unbind(1)  # (S,) each
+    relative = squares / references.clamp(min=torch.finfo(torch.float64).tiny)
+    return NoiseError(trajectories.timesteps.double(), relative, differences / counts)
 
 
 def image_error(quantized: Tensor, full: Tensor) -> ImageError:

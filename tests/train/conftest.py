@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from tcaq_lightning.environment import Place
 
 Settings = dict[str, Any]
 Fault = tuple[str, int, str]
@@ -33,7 +36,7 @@ class Ended:
 
 
 class Command:
-    """`python train.py ARGS`, in a process forked from one that has imported everything."""
+    """`python train.py ARGS`, in processes forked from one that has imported everything."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -53,19 +56,56 @@ class Command:
         kill_after: float | None = None,
     ) -> Ended:
         """Run it; `fault` and `limit` as in the server, SIGKILL after `kill_after` seconds."""
+        (ended,) = self._run([self._job(args, fault=fault, limit=limit)], kill_after)
+        return ended
+
+    def ranks(
+        self,
+        *args: str | Path,
+        faults: dict[int, Fault] | None = None,
+        limit: int | None = None,
+        script: str = "train.py",
+        count: int = 2,
+    ) -> list[Ended]:
+        """Run it as several processes, placed as torchrun places them; `faults` by rank, `limit` for rank 0."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        places = [Place(rank, rank, count, 1, port=port) for rank in range(count)]
+        return self._run(
+            [
+                self._job(
+                    args,
+                    script=script,
+                    environment=place.variables(),
+                    fault=(faults or {}).get(place.rank),
+                    limit=None if place.rank else limit,
+                )
+                for place in places
+            ]
+        )
+
+    def _job(self, args: tuple[str | Path, ...], **values: Any) -> dict[str, Any]:
+        return {"script": "train.py", "args": [str(a) for a in args], "environment": {}, **values}
+
+    def _run(self, jobs: list[dict[str, Any]], kill_after: float | None = None) -> list[Ended]:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        files = {name: self.directory / name for name in ("out", "err")}
-        job = {"args": [str(a) for a in args], "fault": fault, "limit": limit}
-        self.server.stdin.write(json.dumps(job | {k: str(v) for k, v in files.items()}) + "\n")
+        for number, job in enumerate(jobs):
+            job |= {name: str(self.directory / f"{name}{number}") for name in ("out", "err")}
+        self.server.stdin.write(json.dumps(jobs) + "\n")
         self.server.stdin.flush()
-        pid = int(self.server.stdout.readline())
+        pids = [int(pid) for pid in self.server.stdout.readline().split()]
         if kill_after is not None:
             time.sleep(kill_after)
-            with suppress(ProcessLookupError):  # it may have finished
-                os.kill(pid, signal.SIGKILL)
-        code = int(self.server.stdout.readline())
-        return Ended(code, files["out"].read_text(), files["err"].read_text())
+            for pid in pids:
+                with suppress(ProcessLookupError):  # it may have finished
+                    os.kill(pid, signal.SIGKILL)
+        codes = [int(code) for code in self.server.stdout.readline().split()]
+        return [
+            Ended(code, Path(job["out"]).read_text(), Path(job["err"]).read_text())
+            for code, job in zip(codes, jobs, strict=True)
+        ]
 
     def close(self) -> None:
         self.server.communicate()

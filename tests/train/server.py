@@ -1,8 +1,9 @@
-"""Runs train.py in forked processes, so that a test need not wait for its imports.
+"""Runs scripts in forked processes, so that a test need not wait for their imports.
 
-Reads a job a line, as JSON: `args`, files `out` and `err`, and optionally `fault` ("module:attribute", n, signal),
-which lets the n-th call of a function send the process that signal, and `limit`, the largest size of a file in bytes.
-Answers with two lines: the process id at once, its exit code (negative: the signal that killed it) at the end.
+Reads a line for each set of processes that run side by side, a JSON list of jobs: `script`, `args`, files `out` and
+`err`, `environment`, and optionally `fault` ("module:attribute", n, signal), which lets the n-th call of a function
+send the process that signal, and `limit`, the largest size of a file in bytes. Answers with two lines: the process ids
+at once, the exit codes (negative: the signal that killed it) at the end.
 """
 
 from __future__ import annotations
@@ -55,13 +56,14 @@ def child(job: dict[str, Any]) -> int:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     signal.alarm(LONGEST)
+    os.environ.update(job["environment"])
     if job["fault"]:
         install_fault(*job["fault"])
     if job["limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
-    sys.argv = ["train.py", *job["args"]]
+    sys.argv = [job["script"], *job["args"]]
     try:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / job["script"]), run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 - shown as the interpreter would
@@ -70,19 +72,23 @@ def child(job: dict[str, Any]) -> int:
     return 0
 
 
+def start(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = child(job)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return pid
+
+
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     preload()
     for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = child(job)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        pids = [start(job) for job in json.loads(line)]
+        print(*pids, flush=True)
+        print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
 
 
 if __name__ == "__main__":

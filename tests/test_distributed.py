@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tcaq_lightning import distributed
+from tcaq_lightning.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_one_process_communicates_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a collective in a single process")
+
+    for name in ("broadcast", "broadcast_object_list", "all_gather", "all_reduce", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, forbidden)
+    x = torch.randn(3, 2)
+    value = {"x": x}
+    assert distributed.broadcast(value) is value
+    assert distributed.gather(value) == [value]
+    assert distributed.on_main(lambda: value) is value
+    for reduced in (distributed.total(x), distributed.smallest(x), distributed.largest(x)):
+        assert reduced is x
+    assert distributed.average_and_gather([x], x) is x
+    assert list(distributed.share([1, 2, 3])) == [1, 2, 3]
+    with pytest.raises(UserError, match="mine"):
+        distributed.on_main(_raise)
+
+
+def _raise() -> None:
+    raise UserError("mine")
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("rank.py")), str(rank), str(tmp_path / "meeting")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
