@@ -262,6 +262,11 @@ class ReconstructionConfig:
     """lambda, the weight of the rounding regulariser."""
     warmup: float = 0.2
     """Share of the V phase without regulariser."""
+    patience: int | None = None
+    """Stop a phase when its held-out error, looked at ten times in it, has not fallen for so many looks; null:
+    never."""
+    autocast: bool = False
+    """Compute forward and backward passes of the optimisation in bfloat16; rounding and loss stay in float32."""
     qdrop: float = 0.0
     """Probability with which an element of an activation stays in full precision during optimisation (QDrop)."""
     weighting: Literal["sensitivity", "uniform"] = "sensitivity"
@@ -282,6 +287,7 @@ class ReconstructionConfig:
             _require(
                 0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr
             )
+        _require(self.patience is None or self.patience >= 1, "reconstruction.patience", "at least 1", self.patience)
         _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 

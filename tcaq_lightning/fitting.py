@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.distributed import on_main, world_size
+from tcaq_lightning.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.files import DamagedFileError, read_checkpoint
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import (
@@ -22,7 +24,7 @@ from tcaq_lightning.quantize import (
     quantization_state,
     restore_quantization_state,
 )
-from tcaq_lightning.reconstruction import BlockReconstruction, Phase
+from tcaq_lightning.reconstruction import BlockReconstruction, Phase, squared_errors
 from tcaq_lightning.trainers import UnitCheckpoint, make_trainer
 from tcaq_lightning.units import output_layer
 
@@ -34,12 +36,24 @@ def fit_unit(
     unit: nn.Module,
     data: UnitData,
     train: Tensor,
+    held_out: Tensor,
     phase: Phase,
     iterations: int,
     round_index: int,
     position: int,
 ) -> float:
-    """One Lightning fit, resumed from its checkpoint if there is one; returns the undecided share."""
+    """One Lightning fit, resumed from its checkpoint if there is one.
+
+    Args:
+        work: the calibration.
+        unit: quantized unit. data: this rank's samples of it.
+        train, held_out: numbers of the samples to learn from, and of those to judge by.
+        phase, iterations: which phase, and its optimisation steps.
+        round_index, position: which unit.
+
+    Returns:
+        The share of weights that were undecided at the end; 0 of an r phase.
+    """
     config = work.config
     path = work.run.checkpoint(round_index, position, phase)
     if phase == "r" and _resume_point(work.run.checkpoint(round_index, position, "v"), unit):
@@ -59,6 +73,9 @@ def fit_unit(
         before,
     )
     callbacks = [*work.learners, UnitCheckpoint(path, config.trainer.checkpoint_every)]
+    if (patience := config.reconstruction.patience) is not None:
+        error = partial(_held_out_error, work, unit, data, held_out)
+        callbacks.insert(0, EarlyStop(error, iterations, patience))  # first: a checkpoint holds what it has found
     trainer = make_trainer(
         config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps, work.device
     )
@@ -67,6 +84,13 @@ def fit_unit(
     undecided = module.undecided() if phase == "v" else 0.0
     module.finish()
     return undecided
+
+
+def _held_out_error(work: Calibration, unit: nn.Module, data: UnitData, held_out: Tensor) -> float:
+    """The unit's error on held-out samples if its fit ended now."""
+    with rounded_hard(unit):
+        squares = squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
+    return float((squares if data.weights is None else squares * data.weights).sum())
 
 
 def _resume_point(path: Path, unit: nn.Module) -> bool:

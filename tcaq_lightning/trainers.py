@@ -80,7 +80,8 @@ class UnitCheckpoint(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         """Save after a step that completes a stretch, but not after the last one: the unit file follows at once."""
-        if trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if trainer.global_step % self.every == 0 and not last:
             trainer.save_checkpoint(self.path)
 
 

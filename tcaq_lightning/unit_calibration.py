@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from tcaq_lightning.quantize import (
     quantizers,
     restore_quantization_state,
 )
-from tcaq_lightning.reconstruction import mean_errors, squared_errors
+from tcaq_lightning.reconstruction import Phase, mean_errors, squared_errors
 from tcaq_lightning.sensitivity import normalized_weights
 from tcaq_lightning.shards import Shard
 from tcaq_lightning.trainers import make_trainer
@@ -88,7 +88,9 @@ def reconstruct_unit(
         for (phase_round, phase), iterations in config.phase_iterations().items():
             if phase_round == round_index:
                 with clock(f"learn_{phase}"):
-                    undecided = fit_unit(work, unit, data, train, phase, iterations, round_index, position)  # type: ignore[arg-type]
+                    undecided = fit_unit(
+                        work, unit, data, train, held_out, cast("Phase", phase), iterations, round_index, position
+                    )
         with clock("gate"):
             _correct_bias(work, unit, name, data, shard)
         record["after"] = record["learned"] = float((held_out_squares() * weights).sum())

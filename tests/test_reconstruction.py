@@ -201,6 +201,21 @@ def test_qdrop_takes_part_in_the_fit(prepare: Any) -> None:
     assert losses[0] != losses[1]
 
 
+def test_autocast_computes_in_bfloat16_and_rounds_in_float32(prepare: Any) -> None:
+    prepared = prepare(RESNET)
+    _, unit, data = prepared
+    module = module_of(prepared, "v", 3, autocast=True)
+    seen: dict[str, list[torch.dtype]] = {"convolution": [], "rounded": []}
+    unit.conv2.input_quantizer.register_forward_hook(lambda _, __, y: seen["rounded"].append(y.dtype))
+    unit.conv1.register_forward_hook(lambda _, __, y: seen["convolution"].append(y.dtype))
+    fit(module)
+    assert set(seen["convolution"]) == {torch.bfloat16}
+    assert set(seen["rounded"]) == {torch.float32}
+    assert module.losses["reconstruction"].dtype == torch.float32
+    assert all(p.dtype == torch.float32 for kind in module.learned.values() for p in kind)
+    assert data.targets.dtype == torch.float32
+
+
 def test_rates_are_annealed_but_for_the_roundings(prepare: Any) -> None:
     module = module_of(prepare(RESNET), "v", 4)
     seen: dict[str, list[float]] = {}

@@ -50,11 +50,12 @@ MOMENTS = [
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """All that a run computes: the artifact's bytes, all states and trajectories, all figures but the seconds."""
+    """All that a run computes: the artifact's bytes, all states and trajectories, all figures but of the work done."""
     values: dict[str, Any] = dict(contents(run_dir / "quantized"))
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for record in [metrics, *metrics["units"], *metrics["rounds"]]:
         del record["seconds"]
+        record.pop("executions", None)  # of the command that finished the unit
     del metrics["stages"]
     values["metrics.json"] = metrics
     for file in sorted([*run_dir.glob("rounds/**/*.safetensors"), *run_dir.glob("calibration/*")]):
@@ -78,6 +79,16 @@ def test_killed_everywhere(command: Command, config: Path, undisturbed: Path, tm
     ended = command(*args)
     assert (ended.code, ended.err) == (0, "")
     assert_same(tmp_path / "run", undisturbed)
+
+
+def test_killed_with_patience(command: Command, config: Path, tmp_path: Path) -> None:
+    """Phases that end early are resumed to the same bits too."""
+    args = ("--config", config, "--reconstruction.patience", "1", "--par.enabled", "false")
+    assert command(*args, "--run_dir", tmp_path / "undisturbed").code == 0
+    for number in (7, 20):
+        assert command(*args, "--run_dir", tmp_path / "run", fault=(STEP, number, "SIGKILL")).code == -9
+    assert command(*args, "--run_dir", tmp_path / "run").code == 0
+    assert_same(tmp_path / "run", tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
