@@ -2,9 +2,9 @@
 
     python -m benchmarks.executions
 
-A real calibration runs. Forward hooks count the samples that pass through the full-precision layers, and a wrapper
-those that pass through the quantized layers' linear maps, in whatever way they are called; none of the tool's own
-counters is used.
+A real calibration runs. Wrappers count the samples that pass through the full-precision layers' own `forward` (a hook
+would also see a layer that a stub stands in for) and through the quantized layers' linear maps, in whatever way they
+are called; none of the tool's own counters is used.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class LayerCounter(contextlib.ExitStack):
 
     def __enter__(self) -> LayerCounter:
         super().__enter__()
-        self.callback(nn.modules.module.register_module_forward_hook(self._count_full).remove)
-        for layer_class in (QuantConv2d, QuantLinear):
-            self._wrap(layer_class, "linear_map", self._count_quantized)
+        for full_class, quantized_class in ((nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
+            self._wrap(full_class, "forward", self._count_full)
+            self._wrap(quantized_class, "linear_map", self._count_quantized)
         self._wrap(Streams, "__init__", self._see_streams)
         self._during(Streams, "load", lambda *_: "full_stream")
         self._during(Streams, "store", lambda *_: "quantized_stream")
@@ -92,12 +92,12 @@ class LayerCounter(contextlib.ExitStack):
         self.samples += len(streams.x)
         self.names = {id(m): n for n, m in streams.full.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
-    def _count_full(self, module: nn.Module, args: Any, _output: Any) -> None:
-        if self._stage and id(module) in self.names:
-            self.counts[self._stage, self.names[id(module)]] += len(args[0])
+    def _count_full(self, layer: nn.Module, x: Tensor) -> None:
+        if self._stage and id(layer) in self.names:
+            self.counts[self._stage, self.names[id(layer)]] += len(x)
 
     def _count_quantized(self, layer: Any, x: Tensor, *_: Any) -> None:
-        if self._stage:
+        if self._stage and self.names:  # before the streams, the plan tries things out
             self.counts[self._stage, layer.name] += len(x)
 
     def by_layer(self, stage: str) -> dict[str, int]:

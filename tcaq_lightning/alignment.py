@@ -17,7 +17,7 @@ from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
-from tcaq_lightning.memory import release_freed_memory
+from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
 from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.storage import ActivationStorage
@@ -48,7 +48,7 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
             "that the model works with"
         )
     gc.freeze()  # what is there now stays: the collections between units look at the units' leftovers alone
-    with naming(work.run.directory):
+    with naming(work.run.directory), freed_memory_reused(False):
         return _run_rounds(work)
 
 
@@ -84,7 +84,6 @@ def _weigh_errors(work: Calibration) -> None:
     work.sensitivities = unit_sensitivities(
         work.full, work.graph, work.context, work.trajectories, gain, work.batch_size, work.config.seed
     )
-    release_freed_memory()
 
 
 def _leave_headroom(work: Calibration) -> None:
@@ -179,7 +178,6 @@ def _advance(
     """Propagate both streams through a unit, which is reconstructed first if it has no record yet."""
     started = time.perf_counter()
     data = streams.load(position)
-    release_freed_memory()
     loaded = time.perf_counter() - started
     if record is None:
         name = work.graph.names[position]
@@ -193,7 +191,6 @@ def _advance(
     streams.store(position, data)
     del data
     gc.collect()
-    release_freed_memory()
     return record
 
 

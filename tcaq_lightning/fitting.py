@@ -15,7 +15,7 @@ from tcaq_lightning.activations import UnitData
 from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.files import CheckedCheckpointIO, DamagedFileError
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.memory import release_freed_memory
+from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.quantize import quant_layers, quantization_state, restore_quantization_state
 from tcaq_lightning.reconstruction import BlockReconstruction, Phase
 from tcaq_lightning.trainers import UnitCheckpoint, make_trainer
@@ -55,8 +55,7 @@ def fit_unit(
     )
     callbacks = [*work.learners, UnitCheckpoint(path, config.trainer.checkpoint_every)]
     trainer = make_trainer(config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps)
-    release_freed_memory()  # of earlier work: a fit's own blocks are of other sizes
-    with deterministic(work.device):
+    with deterministic(work.device), freed_memory_reused(True):
         trainer.fit(module, ckpt_path=str(path) if resumed else None, weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0
     module.finish()

@@ -225,6 +225,7 @@ class TrialWork:
         count = len(data)
         config = dataclasses.replace(self.config.reconstruction, batch_size=count, warmup=0.0)
         module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, STEPS, (0, 0, 0))
+        module.to(self.x.device)  # as a Trainer would
         optimizer = module.configure_optimizers()
         module.on_train_start()
         for step in range(STEPS):

@@ -115,6 +115,7 @@ def test_cost_of_a_finished_run(run_dir: Path) -> None:
     assert result["ratio"] == pytest.approx(result["predicted_seconds"] / result["measured_seconds"])
 
 
+@pytest.mark.slow
 def test_cost_of_large_models() -> None:
     once, twice = (
         cost(models=["stable-diffusion-v1-4"], trajectories=8, ranks=n, rank_efficiency=0.5)["predicted"][0]
