@@ -73,7 +73,7 @@ def memory(
     model: str = SHIPPED,
     threads: int = 1,
     samples: tuple[int, ...] = (256, 4096),
-    host: float = 0.1,
+    host: float = 0.5,
     sampler_steps: int = 16,
     iterations: int = 20,
     batch_size: int = 32,
