@@ -19,6 +19,7 @@ from tcaq_lightning.distributed import broadcast, on_main, total
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
+from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.quantize import (
     check_quantization_state,
     quant_layers,
@@ -56,7 +57,7 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
             "that the model works with"
         )
     gc.freeze()  # what is there now stays: the collections between units look at the units' leftovers alone
-    with naming(work.run.directory):
+    with naming(work.run.directory), freed_memory_reused(False):
         return _run_rounds(work)
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from tcaq_lightning.activations import TensorKind, store_peaks
+from tcaq_lightning.activations import TensorKind, UnitData, store_peaks
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.quantize import CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
+from tcaq_lightning.workspace import measure_footprint, unit_samples
 
 STEP_COST = 4.5
 """An optimisation step of all units against one full-precision forward of the same batch, measured on CPUs: forward,
@@ -39,7 +39,8 @@ class Plan:
         layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
         store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
-        model_bytes: both denoisers.
+        model_bytes: both denoisers with their rounding variables, and a state that a later round may put back.
+        workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.
     """
 
@@ -51,6 +52,7 @@ class Plan:
     store_bytes: dict[Tier, int]
     limits: dict[Tier, float]
     model_bytes: int
+    workspace_bytes: dict[str, int]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +70,9 @@ class Plan:
         table.add_row("calibration samples", str(self.samples))
         table.add_row("optimisation steps", str(self.steps))
         table.add_row("stored activations", f"{', '.join(tiers)} GB")
-        table.add_row("models", f"{self.model_bytes / GIGABYTE:.2f} GB")
+        table.add_row("copies of the model", f"{self.model_bytes / GIGABYTE:.2f} GB")
+        kind, workspace = max(self.workspace_bytes.items(), key=lambda item: item[1])
+        table.add_row("workspace", f"{workspace / GIGABYTE:.2f} GB (most in: {kind})")
         table.add_row("time", f"about {self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s")
         return table
 
@@ -82,7 +86,7 @@ def make_plan(
     timesteps: Tensor,
     calls: int,
 ) -> Plan:
-    """Count, and time one forward pass of the full-precision denoiser.
+    """Count, measure what memory work takes, and time one forward pass of the full-precision denoiser.
 
     Args:
         config: the run's configuration.
@@ -93,7 +97,7 @@ def make_plan(
         calls: denoiser calls of one trajectory.
     """
     with torch.no_grad():
-        inputs = _inputs(denoiser, graph, x[:1], timesteps[:1])
+        inputs = _input_kinds(unit_samples(denoiser, graph, x[:2], timesteps[:2]), graph)
         started = time.perf_counter()
         denoiser(x, timesteps, return_dict=False)
         forward = (time.perf_counter() - started) / len(x)  # of one sample
@@ -108,6 +112,7 @@ def make_plan(
         layers[row.bits] = layers.get(row.bits, 0) + 1
     stored = getattr(torch, calibration.storage)
     limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir, config.trainer.devices)
+    footprint = measure_footprint(config, denoiser, graph, x, timesteps, calls)
     return Plan(
         units=len(graph.names),
         samples=samples,
@@ -116,7 +121,8 @@ def make_plan(
         steps=steps * len(graph.names),
         store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, on_rank, x.dtype, stored, tiers)),
         limits=limits,
-        model_bytes=3 * sum(p.numel() * p.element_size() for p in denoiser.parameters()),  # V is as large as W
+        model_bytes=footprint.models,
+        workspace_bytes=footprint.workspace,
         seconds=forward * (optimisation + PASSES * samples * config.num_rounds) / world_size(),
     )
 
@@ -130,22 +136,9 @@ def _store_peaks(limits: dict[Tier, float], peaks: Callable[[dict[Tier, float]],
         raise UserError(f"{error}, or raise calibration.memory_budget.disk to at least {least:.6f} GB") from error
 
 
-def _inputs(denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor) -> list[list[TensorKind]]:
+def _input_kinds(units: dict[str, UnitData], graph: UnitGraph) -> list[list[TensorKind]]:
     """Shape without the batch axis, and type, of each unit's inputs."""
-    found: dict[str, list[TensorKind]] = {}
-
-    def hook(name: str) -> Any:
-        def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
-            found[name] = [(tuple(t.shape[1:]), t.dtype) for t in tensors]
-
-        return receive
-
-    handles = [denoiser.get_submodule(n).register_forward_pre_hook(hook(n), with_kwargs=True) for n in graph.names]
-    denoiser(x, timesteps, return_dict=False)
-    for handle in handles:
-        handle.remove()
-    return [found[n] for n in graph.names]
+    return [[(tuple(x.shape[1:]), x.dtype) for x in units[name].inputs] for name in graph.names]
 
 
 def coverage_table(rows: list[CoverageRow]) -> Table:

@@ -10,15 +10,18 @@ errors that are independent of each other:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tcaq_lightning.distributed import is_mine, total
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trajectories import Trajectories
-from tcaq_lightning.units import UnitGraph
+from tcaq_lightning.units import UnitGraph, patched_forwards
 
 DATA_VARIANCE = 4.0
 """Variance of the data along the smooth directions that a denoiser's errors have. The shipped model's sampler carries
@@ -113,6 +116,8 @@ def _squared_jacobians(
 ) -> dict[str, Tensor]:
     """(B, C) mean square of the gradient of a random projection of the prediction, by unit.
 
+    What is within a unit is computed again in the backward pass: of deep denoisers it would not fit into memory.
+
     Args:
         full: full-precision denoiser.
         graph: its units.
@@ -128,9 +133,11 @@ def _squared_jacobians(
 
         return receive
 
-    handles = [full.get_submodule(name).register_forward_hook(keep(name)) for name in graph.names]
+    modules = {name: full.get_submodule(name) for name in graph.names}
+    forwards = {name: _recomputed(module.forward) for name, module in modules.items()}
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), patched_forwards(full, forwards):
             prediction = full(x, timesteps.to(x.device), return_dict=False)[0][:, : x.shape[1]]  # without variances
             gradients = torch.autograd.grad(
                 (prediction * (signs.to(prediction) * 2 - 1)).sum(),
@@ -142,6 +149,11 @@ def _squared_jacobians(
         for handle in handles:
             handle.remove()
     return {name: channel_means(g.square()) for name, g in zip(outputs, gradients, strict=True)}
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose intermediate values are not kept for the backward pass."""
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def channel_means(x: Tensor) -> Tensor:

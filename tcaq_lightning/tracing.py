@@ -1,0 +1,122 @@
+"""What a piece of work allocates: traced on few samples, scaled to many."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+BLOCKED = {torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default}
+"""Operators whose CPU kernels work on copies of all operands in a layout of their own."""
+SIZES = (2, 3)
+"""Samples that work is traced on. Not 1: more layouts of one sample are contiguous, so that it needs fewer copies."""
+
+
+@dataclass
+class AllocationTrace:
+    """Storages in the order in which they came and went.
+
+    Attributes:
+        sizes: bytes of each storage. events: number of each storage, as i when it came and ~i when it went.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+
+    def peak(self) -> int:
+        """Largest number of bytes alive at once.
+
+        >>> AllocationTrace([5, 3, 4], [0, 1, ~0, 2]).peak()
+        8
+        """
+        alive = largest = 0
+        for event in self.events:
+            alive += self.sizes[event] if event >= 0 else -self.sizes[~event]
+            largest = max(largest, alive)
+        return largest
+
+
+class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record every tensor storage that operations of this thread make, until it is freed.
+
+    What was there before is not seen, nor what kernels allocate for themselves; convolutions on a CPU are taken to copy
+    their operands and results.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = AllocationTrace()
+        self._numbers: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in _storages((result,)) if id(x) not in self._numbers]
+        if made:  # else it was here before: a view, or what was written in place
+            given = {id(x) for x in _storages((args, tuple((kwargs or {}).values())))}
+            for storage in made:
+                if id(storage) not in given and id(storage) not in self._numbers:
+                    self._add(storage)
+        if func in BLOCKED:
+            self._pass_by(sum(x.nbytes() for x in _storages((args, result)) if x.device.type != "cuda"))
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, number = id(storage), len(self.trace.sizes)
+        self._numbers[key] = number
+        self.trace.sizes.append(storage.nbytes())
+        self.trace.events.append(number)
+        weakref.finalize(storage, self._remove, key).atexit = False
+
+    def _pass_by(self, nbytes: int) -> None:
+        """Bytes that an operation took beside its operands and results, and has freed."""
+        number = len(self.trace.sizes)
+        self.trace.sizes.append(nbytes)
+        self.trace.events += [number, ~number]
+
+    def _remove(self, key: int) -> None:
+        self.trace.events.append(~self._numbers.pop(key))
+
+
+def _storages(values: Sequence[Any]) -> Iterator[Any]:
+    """Storages of the tensors among nested sequences, as operators take and give them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, (list, tuple)):
+            yield from _storages(value)
+
+
+def scaled_peak(work: Callable[[int], Any], samples: int) -> int:
+    """Bytes that `work(samples)` would have alive at once, from traces of it on few samples.
+
+    Every storage grows linearly with the number of samples. Where the two traces do not match storage by storage,
+    their peaks are scaled.
+
+    Args:
+        work: runs on so many samples; what it returns stays alive until its end.
+        samples: to scale to.
+    """
+    first, second = (_traced(work, size) for size in SIZES)
+    if len(first.sizes) != len(second.sizes):
+        return _linear(first.peak(), second.peak(), samples)
+    sizes = [_linear(a, b, samples) for a, b in zip(first.sizes, second.sizes, strict=True)]
+    return AllocationTrace(sizes, second.events).peak()
+
+
+def _traced(work: Callable[[int], Any], samples: int) -> AllocationTrace:
+    traced = TracedAllocations()
+    with traced:
+        kept = work(samples)
+    del kept
+    return traced.trace
+
+
+def _linear(first: int, second: int, samples: int) -> int:
+    """Value at `samples` of the line through the values at `SIZES`."""
+    a, b = SIZES
+    return first + (second - first) * (samples - a) // (b - a)

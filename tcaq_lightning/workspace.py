@@ -1,0 +1,244 @@
+"""Memory that a calibration needs beside its stored activations: copies of the model, and room to work in.
+
+The room is measured, not guessed: every kind of work is really done on two and on three samples, with a quantized twin
+that is thrown away, and what it allocates is scaled to the number of samples that it will be done on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from tcaq_lightning.activations import UnitData
+from tcaq_lightning.config import Config
+from tcaq_lightning.distributed import world_size
+from tcaq_lightning.initialization import PROBES, capture_inputs
+from tcaq_lightning.quantize import quant_layers, quantization_state, quantize, quantizers, readers
+from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
+from tcaq_lightning.reconstruction import BlockReconstruction, Phase, squared_errors
+from tcaq_lightning.sensitivity import unit_sensitivities
+from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.tracing import SIZES, scaled_peak
+from tcaq_lightning.trajectories import Trajectories
+from tcaq_lightning.units import UnitGraph
+
+BATCHES_AT_HAND = 2
+"""The batch that is computed on, and the next one, which is being read."""
+STEPS = 2
+"""Optimisation steps that are traced: the first one makes the optimizer's state, the second one meets it."""
+SAMPLE_COPIES = 2
+"""Copies of the calibration samples: the trajectories, and those of the running round as the streams read them."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a run needs beside its stored activations.
+
+    Attributes:
+        models: both denoisers with their rounding variables, and the state that the best round so far left.
+        workspace: by kind of work, one of which is done at a time; each with the calibration samples themselves.
+    """
+
+    models: int
+    workspace: dict[str, int]
+
+
+def unit_samples(
+    denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, **conditioning: Any
+) -> dict[str, UnitData]:
+    """Inputs and outputs of every unit in one pass of the full-precision denoiser, all in timestep group 0.
+
+    Args:
+        denoiser: full precision.
+        graph: its units.
+        x, timesteps: (B, C, H, W) and (B,).
+        conditioning: what else the denoiser takes.
+    """
+    found: dict[str, UnitData] = {}
+    groups = torch.zeros(len(x), dtype=torch.long)
+    arguments: dict[str, tuple[list[Tensor], dict[int, Any], TreeSpec]] = {}
+
+    def enter(name: str) -> Any:
+        def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            leaves, spec = tree_flatten((args, kwargs))
+            constants = dict(enumerate(leaves))
+            batched = [i for i, v in constants.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x)]
+            arguments[name] = [constants.pop(i).clone() for i in batched], constants, spec
+
+        return receive
+
+    def leave(name: str) -> Any:
+        def receive(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            found[name] = UnitData(*arguments[name], output.clone(), groups, dtype=x.dtype)
+
+        return receive
+
+    modules = {name: denoiser.get_submodule(name) for name in graph.names}
+    handles = [m.register_forward_pre_hook(enter(n), with_kwargs=True) for n, m in modules.items()]
+    handles += [m.register_forward_hook(leave(n)) for n, m in modules.items()]
+    try:
+        with torch.no_grad():
+            denoiser(x, timesteps, return_dict=False, **conditioning)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def measure_footprint(
+    config: Config, denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, calls: int
+) -> Footprint:
+    """Do every kind of work on a few samples, and scale what it allocates.
+
+    Args:
+        config: the run's configuration.
+        denoiser: full precision; left as it is, like the random state.
+        graph: its units.
+        x, timesteps: (B, C, H, W) and (B,), inputs like those of the calibration, any number.
+        calls: denoiser calls of one trajectory.
+    """
+    few = torch.arange(SIZES[1]) % len(x)
+    work = TrialWork(config, denoiser, graph, x[few], timesteps[few])
+    distinct = work.distinct()
+    data = config.calibration
+    trajectories = len(data.indices)
+    samples = SAMPLE_COPIES * trajectories * calls * x[0].nbytes
+    groups = config.quantization.activation.timestep_groups
+    probes = groups * max(1, PROBES // groups)
+    with torch.random.fork_rng(enabled=config.reconstruction.qdrop > 0):
+        workspace = {
+            "sampling": scaled_peak(work.sample, max(data.batch_size, config.evaluation.batch_size)),
+            "search": max(work.scaled(name, work.search, probes) for name in distinct),
+            "gate": max(work.scaled(name, work.judge, data.batch_size) for name in distinct),
+        }
+        if config.reconstruction.enabled:
+            workspace["learn"] = work.learning_bytes()
+            if config.reconstruction.weighting == "sensitivity":
+                workspace["sensitivity"] = scaled_peak(work.weigh, min(data.batch_size, calls))
+    return Footprint(work.model_bytes(), {kind: samples + nbytes for kind, nbytes in workspace.items()})
+
+
+class TrialWork:
+    """The kinds of work of a calibration, done on the first of a few samples by a quantized twin of its own.
+
+    Args:
+        config: the run's configuration.
+        denoiser: full precision.
+        graph: its units.
+        x, timesteps: (B, C, H, W) and (B,), at least `SIZES[1]` samples.
+        conditioning: what else the denoiser takes.
+
+    Attributes:
+        data: the samples of every unit. twin: quantized, neutral. context: its timestep groups, a single one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        denoiser: nn.Module,
+        graph: UnitGraph,
+        x: Tensor,
+        timesteps: Tensor,
+        **conditioning: Any,
+    ) -> None:
+        self.config, self.denoiser, self.graph, self.x, self.timesteps = config, denoiser, graph, x, timesteps
+        self.data = unit_samples(denoiser, graph, x, timesteps, **conditioning)
+        self.twin, self.context = copy.deepcopy(denoiser), TimestepGroups([])
+        quantize(self.twin, config.quantization, self.context)
+
+    def model_bytes(self) -> int:
+        """As in `Footprint`."""
+        states = (self.denoiser.state_dict(), self.twin.state_dict(), quantization_state(self.twin))
+        return sum(tensor.nbytes for state in states for tensor in state.values())
+
+    def distinct(self) -> list[str]:
+        """One of all units that have equal layers and inputs, and so take the same memory."""
+        found: dict[Any, str] = {}
+        for name in self.graph.names:
+            unit, data = self.twin.get_submodule(name), self.data[name]
+            layers = tuple((key, tensor.shape) for key, tensor in unit.state_dict().items())
+            found[type(unit), layers, tuple(tensor.shape for tensor in (*data.inputs, data.targets))] = name
+        return list(found.values())
+
+    def scaled(self, name: str, work: Callable[[nn.Module, UnitData], Any], samples: int) -> int:
+        """Bytes that work on a unit takes for `samples` samples, with the batches that are at hand."""
+        unit, data = self.twin.get_submodule(name), self.data[name]
+        batch = sum(tensor[:samples].nbytes for tensor in (*data.inputs, data.targets)) * samples // len(data)
+        kept = sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
+        return kept + BATCHES_AT_HAND * batch + scaled_peak(lambda count: work(unit, _part(data, count)), samples)
+
+    def learning_bytes(self) -> int:
+        """Bytes that the optimisation of a unit takes at most."""
+        batch_size = self.config.reconstruction.batch_size // world_size()
+        phases: set[Any] = {phase for _, phase in self.config.phase_iterations()}
+        return max(
+            self.scaled(name, partial(self.learn, phase=phase), batch_size)
+            for name in self.distinct()
+            for phase in sorted(phases)
+        )
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """One call of the quantized denoiser."""
+        prediction: Tensor = self.twin(self.x[:count], self.timesteps[:count], return_dict=False)[0]
+        return prediction
+
+    def weigh(self, count: int) -> None:
+        """The backward pass through the whole denoiser that weighs the units' errors."""
+        x, timesteps = self.x[:count], self.timesteps[:count]
+        trajectories = Trajectories(x.unsqueeze(1), timesteps, x)
+        unit_sensitivities(self.denoiser, self.graph, self.context, trajectories, torch.ones(count), count, seed=0)
+
+    @torch.no_grad()
+    def search(self, unit: nn.Module, data: UnitData) -> None:
+        """One candidate of every quantizer's search, the inputs of all of them at hand."""
+        everything = torch.arange(len(data))
+        inputs = capture_inputs(unit, data, self.context, everything, self.x.device)
+        layers_of = readers(unit)
+        with self.context.using(data.groups):
+            for name, quantizer in quantizers(unit).items():
+                x = inputs[name]
+                if isinstance(quantizer, SoftmaxQuantizer):
+                    tau = quantizer.tau.new_ones(())
+                    torch.matmul(log_fake_quantize(x, quantizer.delta[0], tau, quantizer.bits) - x, x.mT)
+                    continue
+                layers, centred = layers_of.get(id(quantizer), []), quantizer.centred(x)
+                targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
+                quantized = quantizer(x)
+                for layer, target in zip(layers, targets, strict=True):
+                    (layer.linear_map(quantized, layer.learned_weight.weight, None) - target).square().sum()
+
+    def judge(self, unit: nn.Module, data: UnitData) -> None:
+        """The error of a unit's output."""
+        squared_errors(unit, data, torch.arange(len(data)), self.context, len(data), self.x.device)
+
+    def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
+        """A few optimisation steps, with the regulariser."""
+        count = len(data)
+        config = dataclasses.replace(self.config.reconstruction, batch_size=count * world_size(), warmup=0.0)
+        module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, STEPS, (0, 0, 0))
+        module.to(self.x.device)  # as a Trainer would
+        optimizer = module.configure_optimizers()
+        module.on_train_start()
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            module.training_step(step, step).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        module.on_train_end()
+        for part in (*quantizers(unit).values(), *(layer.learned_weight for layer in quant_layers(unit).values())):
+            part.end_learning()
+
+
+def _part(data: UnitData, count: int) -> UnitData:
+    """The first `count` samples."""
+    inputs = [tensor[:count] for tensor in data.inputs]
+    return dataclasses.replace(data, inputs=inputs, targets=data.targets[:count], groups=data.groups[:count])

@@ -1,0 +1,203 @@
+"""Every script runs on a tiny model and prints what it promises; the figures themselves are not looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.common import (
+    MODELS,
+    ROOT,
+    anonymous_memory,
+    calibration,
+    denoiser_config,
+    make_denoiser,
+    model_path,
+    train_here,
+)
+from benchmarks.cost import Rates, check, cost, meta_denoiser, passes
+from benchmarks.depth import depth, unet_config
+from benchmarks.executions import COMPARED, STREAMS, executions
+from benchmarks.kills import kills
+from benchmarks.memory import memory
+from benchmarks.range_search import range_search
+from benchmarks.ranks import ranks
+from benchmarks.stages import shares, stages
+from benchmarks.step import step
+from tcaq_lightning.config import Config, TrainerConfig
+from tcaq_lightning.errors import UserError
+
+SHARDED = "devices" in {f.name for f in dataclasses.fields(TrainerConfig)}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny model."""
+    directory = tmp_path_factory.mktemp("run")
+    settings = calibration(directory / "run", model_path("tiny", directory), 1, 2, 1, 2, 8, 4)
+    metrics = train_here(settings)
+    assert metrics["units"]
+    return directory / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("ddpm-cifar10-32", 35_746_307),
+        ("stable-diffusion-v1-4", 859_520_964),
+        ("stable-diffusion-xl", 2_567_463_684),
+    ],
+)
+def test_models_have_their_published_sizes(name: str, parameters: int) -> None:
+    assert sum(p.numel() for p in meta_denoiser(name).parameters()) == parameters
+
+
+def test_unknown_models_are_refused() -> None:
+    with pytest.raises(UserError, match="ddpm-cifar10-32"):
+        denoiser_config("nothing")
+
+
+def test_random_weights_are_the_same_every_time() -> None:
+    first, second = (make_denoiser(denoiser_config("tiny")).state_dict() for _ in range(2))
+    assert all((first[key] == second[key]).all() for key in first)
+
+
+def test_step() -> None:
+    result = step("tiny", steps=3, repetitions=1, batch_size=4, trajectories=1, sampler_steps=2)
+    assert set(result["phases"]) == {"r", "v"}
+    for phase in result["phases"].values():
+        assert len(phase["units"]) == 7
+        assert phase["ratio"] == phase["step_ms"] / phase["limit_ms"]
+        assert phase["worst_ratio"] == max(phase["units"].values())
+        assert min(phase["units"].values()) <= phase["ratio"] <= phase["worst_ratio"]
+
+
+def test_executions() -> None:
+    result = executions("tiny", trajectories=2, held_out=1, sampler_steps=2, iterations=8, batch_size=4)
+    assert result["once_per_stream"]
+    assert result["stored_for_nothing"] == 0
+    assert result["disagreeing_with_metrics"] == []
+    assert result["samples"] == 2 * (2 + 1) + 2 * (1 + 1)
+    assert set(COMPARED) <= set(result["per_sample"])
+    for stream in STREAMS:
+        assert result["per_sample"][stream] == {"least": 1.0, "mean": 1.0, "most": 1.0}
+    assert result["per_sample"]["search"]["least"] > 0
+
+
+def test_range_search() -> None:
+    result = range_search(channels=6, inputs=40, candidates=20, repetitions=1)
+    assert result["equal_channels"] == result["channels"] == 6
+    assert result["speed_up"] == result["loop_seconds"] / result["vectorised_seconds"]
+
+
+def test_shares_of_stages() -> None:
+    result = shares({"learn_r": 2.0, "learn_v": 5.0, "search": 1.0, "fid": 9.0}, wall=19.0)
+    assert result["calibration_seconds"] == 10.0
+    assert result["outside_share"] == pytest.approx(0.3)
+    assert result["share"] == {"learn_r": 0.2, "learn_v": 0.5, "search": 0.1, "other": 0.2}
+
+
+def test_stages_of_a_finished_run(run_dir: Path) -> None:
+    result = stages(run_dir=run_dir)
+    assert 0 < result["outside_share"] < 1
+    assert sum(result["share"].values()) == pytest.approx(1)
+
+
+def test_cost_of_a_finished_run(run_dir: Path) -> None:
+    result = check(run_dir, Rates(), repetitions=1)
+    assert {"learn_r", "learn_v", "streams", "search", "gate"} <= set(result["stages"])
+    assert result["ratio"] == pytest.approx(result["predicted_seconds"] / result["measured_seconds"])
+
+
+@pytest.mark.slow
+def test_cost_of_large_models() -> None:
+    once, twice = (
+        cost(models=["stable-diffusion-v1-4"], trajectories=8, ranks=n, rank_efficiency=0.5)["predicted"][0]
+        for n in (1, 4)
+    )
+    assert once["forward_tflop"] == pytest.approx(0.8, rel=0.2)
+    assert twice["hours"] == pytest.approx(once["hours"] / 2)
+    assert twice["store_gb_per_rank"] == pytest.approx(once["store_gb_per_rank"] / 4)
+
+
+def test_passes_grow_with_the_iterations() -> None:
+    def loop(iterations: int) -> float:
+        config = Config()
+        config.reconstruction.iterations = iterations
+        counted = passes(config, Rates(learn_r=2.0, learn_v=2.0))
+        return counted["learn_r"] + counted["learn_v"]
+
+    assert loop(400) == 2.0 * 400 * 32
+    assert loop(800) == 2 * loop(400)
+
+
+def test_deeper_unets_have_as_many_times_the_blocks() -> None:
+    counts = []
+    for k in (1, 2, 4):
+        names = {n.split(".conv1")[0] for n, _ in make_denoiser(unet_config(k, 8, 8)).named_modules() if "conv1" in n}
+        counts.append(len(names))
+    assert counts == [8, 16, 32]
+
+
+def test_one_json_line() -> None:
+    options = ["--channels", "2", "--inputs", "9", "--repetitions", "1"]
+    command = [sys.executable, "-m", "benchmarks.range_search", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = ended.stdout.splitlines()
+    assert json.loads(line)["benchmark"] == "range_search"
+
+
+def test_anonymous_memory_sees_what_is_allocated() -> None:
+    before = anonymous_memory()
+    block = bytearray(1 << 26)
+    assert anonymous_memory() - before > 0.9 * len(block)
+
+
+def test_all_models_can_be_made() -> None:
+    assert {p.stem for p in MODELS.glob("*.json")} >= {"tiny", "ddpm-cifar10-32"}
+
+
+@pytest.mark.skipif(SHARDED, reason="this version runs on several devices")
+def test_ranks_say_what_is_missing() -> None:
+    with pytest.raises(UserError, match=r"trainer\.devices"):
+        ranks("tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARDED, reason="this version runs on one device")
+def test_ranks() -> None:
+    result = ranks("tiny", iterations=8, trajectories=4, held_out=2, sampler_steps=2, batch_size=4, images=2)
+    assert set(result["efficiency"]) == {"loop", "calibration", "command"}
+
+
+@pytest.mark.slow
+def test_killed_runs_end_in_the_same_artifact() -> None:
+    result = kills(runs=2, kills_each=1, iterations=8)
+    assert result["identical"] == result["runs"] == 2
+
+
+@pytest.mark.slow
+def test_memory() -> None:
+    result = memory("tiny", samples=(16, 32), sampler_steps=4, iterations=8, batch_size=4, host=0.001)
+    assert [r["samples"] for r in result["runs"]] == [16, 32]
+    assert all(r["peak"] > 0 and r["store"] <= r["budget"] for r in result["runs"])
+
+
+@pytest.mark.slow
+def test_depth() -> None:
+    small: dict[str, Any] = {"trajectories": 2, "sampler_steps": 2, "iterations": 8, "batch_size": 4}
+    result = depth(depths=(1, 2), channels=8, size=8, **small)
+    assert result["blocks_ratio"] == 2
+    assert result["seconds_per_work"] == pytest.approx(result["seconds_ratio"] / result["flops_ratio"])
+
+
+@pytest.mark.slow
+def test_stages_of_a_run() -> None:
+    result = stages("tiny", iterations=8, trajectories=2, held_out=1, sampler_steps=2, batch_size=4)
+    assert result["seconds"]["other"] > 0

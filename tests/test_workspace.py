@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tcaq_lightning.config import (
+    ActivationConfig,
+    CalibrationConfig,
+    Config,
+    EvaluationConfig,
+    QuantizationConfig,
+    ReconstructionConfig,
+    SamplerConfig,
+)
+from tcaq_lightning.tracing import TracedAllocations
+from tcaq_lightning.units import trace_units
+from tcaq_lightning.workspace import TrialWork, _part, measure_footprint, unit_samples
+
+CALLS = 4
+
+
+def config_of(batch_size: int = 8, **reconstruction: Any) -> Config:
+    return Config(
+        quantization=QuantizationConfig(activation=ActivationConfig(timestep_groups=2)),
+        calibration=CalibrationConfig(batch_size=batch_size, sampler=SamplerConfig(num_steps=CALLS)),
+        reconstruction=ReconstructionConfig(batch_size=batch_size, **reconstruction),
+        evaluation=EvaluationConfig(batch_size=batch_size),
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(make_unet: Any) -> tuple[Any, Any, Tensor, Tensor]:
+    unet = make_unet()
+    generator = torch.Generator().manual_seed(0)
+    x, timesteps = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8)
+    return unet, trace_units(unet, lambda: unet(x[:2], timesteps[:2])), x, timesteps
+
+
+def test_nothing_is_changed(parts: Any) -> None:
+    unet, graph, x, timesteps = parts
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    state = torch.get_rng_state()
+    measure_footprint(config_of(qdrop=0.5), unet, graph, x, timesteps, CALLS)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+    assert not any(p.requires_grad for p in unet.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+def test_models_and_kinds_of_work(parts: Any) -> None:
+    unet, graph, x, timesteps = parts
+    footprint = measure_footprint(config_of(), unet, graph, x, timesteps, CALLS)
+    parameters = sum(p.nbytes for p in unet.parameters())
+    assert 3.5 * parameters < footprint.models < 5 * parameters  # W twice, V twice, and small tables
+    assert set(footprint.workspace) == {"sampling", "search", "gate", "learn", "sensitivity"}
+    small = measure_footprint(config_of(batch_size=4, weighting="uniform"), unet, graph, x, timesteps, CALLS)
+    assert all(small.workspace[kind] < footprint.workspace[kind] for kind in ("sampling", "gate", "learn"))
+    assert set(small.workspace) == {"sampling", "search", "gate", "learn"}
+    none = measure_footprint(config_of(enabled=False), unet, graph, x, timesteps, CALLS)
+    assert set(none.workspace) == {"sampling", "search", "gate"}
+
+
+@pytest.mark.parametrize("phase", ["r", "v"])
+@pytest.mark.parametrize("name", ["mid_block.resnets.0", "mid_block.attentions.0"])
+def test_a_step_takes_what_is_foretold(parts: Any, phase: Any, name: str) -> None:
+    unet, graph, x, timesteps = parts
+    work = TrialWork(config_of(), unet, graph, x, timesteps)
+    unit, data = work.twin.get_submodule(name), work.data[name]
+    with TracedAllocations() as traced:
+        work.learn(unit, data, phase)
+    foretold = work.scaled(name, lambda unit, part: work.learn(unit, part, phase), len(x))
+    batches = 2 * sum(t.nbytes for t in (*data.inputs, data.targets))
+    kept = sum(t.nbytes for n, t in unit.state_dict().items() if n.endswith((".v", "weight_quantizer.delta")))
+    assert foretold >= traced.trace.peak() + batches + kept
+    assert foretold == pytest.approx(traced.trace.peak() + batches + kept, rel=0.05)
+
+
+def test_units_of_equal_shape_are_measured_once(make_unet: Any, parts: Any) -> None:
+    unet, graph, x, timesteps = parts
+    distinct = TrialWork(config_of(), unet, graph, x, timesteps).distinct()
+    assert len(distinct) < len(graph.names)
+    assert set(distinct) <= set(graph.names)
+
+
+def test_samples_of_units_are_their_inputs_and_outputs(parts: Any) -> None:
+    unet, graph, x, timesteps = parts
+    data = unit_samples(unet, graph, x, timesteps)
+    assert list(data) == graph.names
+    resnet = unet.get_submodule("mid_block.resnets.0")
+    part = _part(data["mid_block.resnets.0"], 3)
+    batch = part.read(torch.arange(3), torch.device("cpu"))
+    with torch.no_grad():
+        output = resnet(*batch.args, **batch.kwargs)
+    torch.testing.assert_close(output, part.targets, rtol=1e-4, atol=1e-5)
