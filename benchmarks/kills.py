@@ -69,7 +69,7 @@ def kills(
         seed: of the moments, which are spread evenly over what the undisturbed run takes.
         iterations: optimisation steps of a unit.
         sampler_steps: samples of a trajectory.
-        devices: number of ranks; others than 1 need `trainer.devices`.
+        devices: number of ranks.
     """
     rng = random.Random(seed)
     identical = delivered = 0

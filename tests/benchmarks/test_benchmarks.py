@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -30,10 +29,8 @@ from benchmarks.range_search import range_search
 from benchmarks.ranks import ranks
 from benchmarks.stages import shares, stages
 from benchmarks.step import step
-from tcaq_lightning.config import Config, TrainerConfig
+from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
-
-SHARDED = "devices" in {f.name for f in dataclasses.fields(TrainerConfig)}
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +160,7 @@ def test_all_models_can_be_made() -> None:
     assert {p.stem for p in MODELS.glob("*.json")} >= {"tiny", "ddpm-cifar10-32"}
 
 
-@pytest.mark.skipif(SHARDED, reason="this version runs on several devices")
-def test_ranks_say_what_is_missing() -> None:
-    with pytest.raises(UserError, match=r"trainer\.devices"):
-        ranks("tiny")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARDED, reason="this version runs on one device")
 def test_ranks() -> None:
     result = ranks("tiny", iterations=8, trajectories=4, held_out=2, sampler_steps=2, batch_size=4, images=2)
     assert set(result["efficiency"]) == {"loop", "calibration", "command"}
