@@ -62,7 +62,7 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if id(storage) not in given and id(storage) not in self._numbers:
                     self._add(storage)
         if func in BLOCKED:
-            self._pass_by(sum(x.nbytes() for x in _storages((args, result)) if x.device.type != "cuda"))
+            self._pass_by(sum(x.nbytes() for x in _storages((args, result)) if x.device.type == "cpu"))
         return result
 
     def _add(self, storage: Any) -> None:

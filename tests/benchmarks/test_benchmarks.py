@@ -169,7 +169,7 @@ def test_ranks() -> None:
 @pytest.mark.slow
 def test_killed_runs_end_in_the_same_artifact() -> None:
     result = kills(runs=2, kills_each=1, iterations=8)
-    assert result["identical"] == result["runs"] == 2
+    assert result["identical"] == result["runs"] == result["kills"] == 2
 
 
 @pytest.mark.slow
