@@ -85,7 +85,7 @@ def calibrate_and_measure(config: Config, dry_run: bool) -> None:
     timesteps = scheduler.timesteps[:1].expand(len(probe)).to(full.device)
     pair = probe[:2].clone()
     graph = trace_units(full, lambda: full(pair, timesteps[:2]), pair)
-    plan = make_plan(config, full, graph, coverage, probe, timesteps, len(grid))
+    plan = make_plan(config, full, graph, coverage, probe, timesteps, len(grid), run.manifest.get("plan"))
     console.print(plan.table())
     if dry_run:
         console.print(coverage_table(coverage))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.quantize import CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
-from tcaq_lightning.workspace import measure_footprint, unit_samples
+from tcaq_lightning.workspace import Footprint, measure_footprint, unit_samples
 
 STEP_COST = 4.5
 """An optimisation step of all units against one full-precision forward of the same batch, measured on CPUs: forward,
@@ -35,7 +35,8 @@ class Plan:
     """What a run is going to do.
 
     Attributes:
-        units: number of units. samples: calibration samples, held-out ones included.
+        processes: that share the run. units: number of units.
+        samples: calibration samples, held-out ones included.
         layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
         store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
@@ -44,6 +45,7 @@ class Plan:
         seconds: estimated duration of the calibration.
     """
 
+    processes: int
     units: int
     samples: int
     layers: dict[str, int]
@@ -64,6 +66,8 @@ class Plan:
         table = Table(title="plan", show_header=False, title_justify="left")
         bits = ", ".join(f"{count} x {label}" for label, count in self.layers.items())
         tiers = [f"{tier} {nbytes / GIGABYTE:.2f}" for tier, nbytes in self.store_bytes.items() if nbytes]
+        if self.processes > 1:
+            table.add_row("processes", f"{self.processes}; memory is that of each")
         table.add_row("units", str(self.units))
         table.add_row("layers and matmuls", bits)
         table.add_row("kept in full precision", ", ".join(self.kept) or "nothing but norms")
@@ -85,6 +89,7 @@ def make_plan(
     x: Tensor,
     timesteps: Tensor,
     calls: int,
+    earlier: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Count, measure what memory work takes, and time one forward pass of the full-precision denoiser.
 
@@ -95,6 +100,7 @@ def make_plan(
         coverage: the coverage table.
         x, timesteps: a batch of calibration-like inputs of config.reconstruction.batch_size samples.
         calls: denoiser calls of one trajectory.
+        earlier: plan of an earlier command of the run, whose measured memory is taken over.
     """
     with torch.no_grad():
         inputs = _input_kinds(unit_samples(denoiser, graph, x[:2], timesteps[:2]), graph)
@@ -112,8 +118,12 @@ def make_plan(
         layers[row.bits] = layers.get(row.bits, 0) + 1
     stored = getattr(torch, calibration.storage)
     limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir, config.trainer.devices)
-    footprint = measure_footprint(config, denoiser, graph, x, timesteps, calls)
+    if earlier is not None and earlier.get("processes") == world_size():
+        footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
+    else:
+        footprint = measure_footprint(config, denoiser, graph, x, timesteps, calls)
     return Plan(
+        processes=world_size(),
         units=len(graph.names),
         samples=samples,
         layers=layers,

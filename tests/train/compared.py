@@ -24,5 +24,6 @@ def compared(value: Any) -> Any:
     return distributed.broadcast(value)
 
 
-alignment.broadcast = compared
-runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")
+if __name__ == "__main__":
+    alignment.broadcast = compared
+    runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")
