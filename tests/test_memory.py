@@ -17,10 +17,10 @@ def kept():
     del blocks
     return anonymous_memory() - before
 
-with freed_memory_reused(True):
-    reused = kept()
 with freed_memory_reused(False):
     returned = kept()
+with freed_memory_reused(True):
+    reused = kept()
 print(reused, returned)
 """
 

@@ -14,7 +14,7 @@ import yaml
 from tcaq_lightning.files import load_tensors
 from tests.train.conftest import Command, Settings, changed, contents
 
-STEP = "tcaq_lightning.reconstruction:BlockReconstruction.training_step"
+STEP = "tcaq_lightning.reconstruction:BlockReconstruction.on_train_batch_start"
 OBSERVE = "tcaq_lightning.observation:UnitObservation.predict_step"
 SAMPLE = "diffusers:DDIMScheduler.step"
 RENAME = "os:replace"
