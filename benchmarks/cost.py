@@ -71,9 +71,7 @@ def passes(config: Config, rates: Rates) -> dict[str, float]:
         rates: costs of a pass by stage.
     """
     data, calls = config.calibration, config.calibration.sampler.num_steps
-    learned = [data.num_trajectories] + [
-        max(1, round(config.par.trajectories * data.num_trajectories)) for _ in range(config.num_rounds - 1)
-    ]
+    learned = [config.learned_trajectories(m) for m in range(config.num_rounds)]
     samples = [calls * (n + data.held_out_trajectories) for n in learned]
     held_out = calls * data.held_out_trajectories
     corrections = config.num_rounds + 1  # two in round 0

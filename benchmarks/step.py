@@ -101,9 +101,9 @@ class Comparison:
         held_out: Tensor,
         phase: Phase,
         iterations: int,
-        round_index: int,
-        position: int,
+        *place: int,
     ) -> float:
+        _, position = place
         name, times, undecided = work.graph.names[position], StepTimes(), 0.0
         chosen = train[torch.arange(self.batch_size) % len(train)]
         plain = PlainTraining(work.full.get_submodule(name), data.read(chosen, work.device))
@@ -113,7 +113,7 @@ class Comparison:
         for _ in range(self.repetitions):
             limit += plain.seconds(iterations)
             restore_quantization_state(unit, before)
-            undecided = self.fit_unit(work, unit, data, train, held_out, phase, iterations, round_index, position)
+            undecided = self.fit_unit(work, unit, data, train, held_out, phase, iterations, *place)
             ours += times.seconds
         work.learners = learners
         return undecided

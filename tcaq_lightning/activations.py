@@ -99,6 +99,18 @@ class UnitData:
         return stored[index].to(device, self.dtype if stored.is_floating_point() else stored.dtype)
 
 
+def split_arguments(arguments: Any, batch: int) -> tuple[list[Tensor], dict[int, Any], TreeSpec]:
+    """A unit's arguments as `UnitData` keeps them: inputs, constants, spec.
+
+    Args:
+        arguments: (args, kwargs). batch: B; tensors of so many rows are inputs.
+    """
+    leaves, spec = tree_flatten(arguments)
+    constants = dict(enumerate(leaves))
+    batched = [i for i, x in constants.items() if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch]
+    return [constants.pop(i) for i in batched], constants, spec
+
+
 class Streams:
     """Stored outputs of the finished units, in the full-precision and in the quantized stream.
 
@@ -152,11 +164,10 @@ class Streams:
         constants: dict[int, Any] = {}
         spec: TreeSpec | None = None
         for batch, arguments in self._replays(self.quantized, self._quantized, position):
-            leaves, spec = tree_flatten(arguments)
-            batched = [x for x in leaves if self._is_batched(x, batch)]
+            batched, others, spec = split_arguments(arguments, batch.stop - batch.start)
             if not inputs:
                 inputs = [self.storage.allocate((len(self.x), *x.shape[1:]), x.dtype) for x in batched]
-                constants = {i: x for i, x in enumerate(leaves) if not self._is_batched(x, batch)}
+                constants = others
             for stored, x in zip(inputs, batched, strict=True):
                 stored[batch] = x
         assert spec is not None
@@ -193,10 +204,6 @@ class Streams:
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.x), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(self.x)))
-
-    @staticmethod
-    def _is_batched(x: object, batch: slice) -> bool:
-        return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch.stop - batch.start
 
     @torch.no_grad()
     def _replays(

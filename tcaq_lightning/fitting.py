@@ -75,7 +75,7 @@ def fit_unit(
     )
     callbacks = [*work.learners, UnitCheckpoint(path, config.trainer.checkpoint_every)]
     if (patience := config.reconstruction.patience) is not None:
-        error = partial(_held_out_error, work, unit, data, held_out)
+        error = partial(held_out_error, work, unit, data, held_out)
         callbacks.insert(0, EarlyStop(error, iterations, patience))  # first: a checkpoint holds what it has found
     trainer = make_trainer(
         config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps, work.device
@@ -87,8 +87,8 @@ def fit_unit(
     return undecided
 
 
-def _held_out_error(work: Calibration, unit: nn.Module, data: UnitData, held_out: Tensor) -> float:
-    """The unit's error on held-out samples if its fit ended now."""
+def held_out_error(work: Calibration, unit: nn.Module, data: UnitData, held_out: Tensor) -> float:
+    """The unit's weighted error on held-out samples; while it learns, what it would be if the fit ended now."""
     with rounded_hard(unit):
         squares = squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
     return float((squares if data.weights is None else squares * data.weights).sum())

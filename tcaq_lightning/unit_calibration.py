@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.calibration import Calibration
-from tcaq_lightning.fitting import fit_unit, shifted_layer
+from tcaq_lightning.fitting import fit_unit, held_out_error, shifted_layer
 from tcaq_lightning.initialization import Observations, initialize, probe_indices
 from tcaq_lightning.observation import UnitObservation
 from tcaq_lightning.quantize import (
@@ -73,12 +73,8 @@ def reconstruct_unit(
         record["tcr_output_error"] = choices.reparameterization
     incoming = quantization_state(unit)
     roundings = _roundings(unit)
-
-    def held_out_squares() -> Tensor:
-        with clock("gate"):
-            return squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
-
-    squares = held_out_squares()
+    with clock("gate"):
+        squares = squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
     data.weights = weights = normalized_weights(work.sensitivities.get(name, torch.ones_like(squares)), squares)
     record["before"] = record["after"] = float((squares * weights).sum())
     if config.reconstruction.enabled and quantizers(unit):
@@ -93,7 +89,7 @@ def reconstruct_unit(
                     )
         with clock("gate"):
             _correct_bias(work, unit, name, data, shard)
-        record["after"] = record["learned"] = float((held_out_squares() * weights).sum())
+            record["after"] = record["learned"] = held_out_error(work, unit, data, held_out)
         record["undecided"] = undecided
         if config.reconstruction.gate and not record["learned"] <= record["before"]:
             restore_quantization_state(unit, incoming)

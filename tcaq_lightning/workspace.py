@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec
 
-from tcaq_lightning.activations import UnitData
+from tcaq_lightning.activations import UnitData, split_arguments
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.initialization import PROBES, capture_inputs
@@ -69,10 +69,8 @@ def unit_samples(
 
     def enter(name: str) -> Any:
         def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves, spec = tree_flatten((args, kwargs))
-            constants = dict(enumerate(leaves))
-            batched = [i for i, v in constants.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(x)]
-            arguments[name] = [constants.pop(i).clone() for i in batched], constants, spec
+            inputs, constants, spec = split_arguments((args, kwargs), len(x))
+            arguments[name] = [v.clone() for v in inputs], constants, spec
 
         return receive
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from tcaq_lightning.config import TrainerConfig
 from tcaq_lightning.early_stop import EarlyStop, rounded_hard
+from tcaq_lightning.files import read_checkpoint
 from tcaq_lightning.quantize import quant_layers
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.trainers import UnitCheckpoint, make_trainer
@@ -59,18 +60,9 @@ def test_what_it_has_seen_is_in_the_checkpoint_but_none_is_written_at_the_end(tm
     path = tmp_path / "unit.ckpt"
     errors = [9.0, 8.0, 8.5, 7.5, 7.6, 7.7]
     assert run(errors, 2, UnitCheckpoint(path, 12)) == 24
-    state = torch.load(_content(path), weights_only=True)
-    assert state["global_step"] == 12  # not the last one, at which it stopped
+    assert read_checkpoint(path)["global_step"] == 12  # not the last one, at which it stopped
     assert run(errors[3:], 2, resume=path) == 24
     assert run([9.0], 2, resume=path) == 16  # the rise before the checkpoint counts
-
-
-def _content(path: Any) -> Any:
-    import io
-
-    from tcaq_lightning.files import read_checked
-
-    return io.BytesIO(read_checked(path))
 
 
 def test_rounded_hard_is_what_the_weights_would_end_as(make_twins: Any, initialized: Any) -> None:
