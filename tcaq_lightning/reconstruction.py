@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -200,7 +201,7 @@ class BlockReconstruction(pl.LightningModule):
             primes = (1, 7919, 104729, 31, 1299709, 15485863)
             torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
         samples = next(self._batches)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext():
             output = self.data.run_batch(self.unit, self.context, samples).to(samples.targets.dtype)
         error = block_error(output, samples.targets, samples.weights)
         self._residuals = channel_means(samples.targets - output.detach()), samples.groups

@@ -46,7 +46,7 @@ MOMENTS = [
     (1, STEP, 8),
     (0, SAVE, 1),  # a unit
     (1, STORE, 2),  # between units
-    (1, STEP, 60),
+    (1, STEP, 45),
     (0, SAMPLE, 2),  # mismatch after round 0
     (1, STEP, 7),  # round 1
     (0, CHECKSUMS, 1),  # the artifact
@@ -67,9 +67,9 @@ def undisturbed_pair(command: Command, config: Path, tmp_path_factory: pytest.Te
     return run_dir
 
 
-def assert_lost(ended: list[Ended], killed: int) -> None:
+def assert_lost(ended: list[Ended], killed: int, moment: Any = None) -> None:
     """The killed rank is missed in one line, by the first rank if it can."""
-    assert ended[killed].code == -9
+    assert ended[killed].code == -9, moment
     others = [e for i, e in enumerate(ended) if i != killed]
     assert [e.code for e in others] == [75] * len(others), others
     lines = "".join(e.err for e in others)
@@ -99,7 +99,7 @@ def test_two_ranks_do_what_one_does(undisturbed: Path, undisturbed_pair: Path) -
 def test_killed(command: Command, config: Path, undisturbed_pair: Path, tmp_path: Path, moments: list[Any]) -> None:
     args = ("--config", config, "--run_dir", tmp_path / "run", *QUICK)
     for rank, target, number in moments:
-        assert_lost(command.ranks(*args, faults={rank: (target, number, "SIGKILL")}), rank)
+        assert_lost(command.ranks(*args, faults={rank: (target, number, "SIGKILL")}), rank, (target, number))
     assert [(e.code, e.err) for e in command.ranks(*args)] == [(0, "")] * 2
     assert_same(tmp_path / "run", undisturbed_pair)
 
