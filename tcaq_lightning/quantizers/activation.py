@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -110,6 +113,10 @@ class ActivationQuantizer(nn.Module):
         return quantized
 
 
+_LOGARITHMIC: MutableMapping[Tensor, tuple[int | None, tuple[bool, ...]]] = WeakIdKeyDictionary()
+"""By a quantizer's `tau`: its version, and which of its groups were logarithmic then."""
+
+
 class SoftmaxQuantizer(nn.Module):
     """Quantizer of post-softmax values whose kind DAQ chooses for each timestep group (METHOD section 4).
 
@@ -150,21 +157,40 @@ class SoftmaxQuantizer(nn.Module):
         """Quantize (B, ..., T) post-softmax values."""
         if not self.enabled:
             return probabilities
+        delta, tau = (per_sample(t, self.groups.current, probabilities.ndim) for t in (self.steps(), self.tau))
+        if torch.compiler.is_compiling():  # values decide nothing there
+            return self._both(probabilities, delta, tau)
         single = self.groups.single
-        table = self.tau if single is None else self.tau[single]
-        delta = per_sample(self.steps(), self.groups.current, probabilities.ndim)
-        if not table.any():
+        logarithmic = self.logarithmic() if single is None else self.logarithmic()[single : single + 1]
+        if not any(logarithmic):
             return self._uniform(probabilities, delta)
-        tau = per_sample(self.tau, self.groups.current, probabilities.ndim)
-        if table.all():
+        if all(logarithmic):
             return log_fake_quantize(probabilities, delta, tau, self.bits)
+        return (self._apart if probabilities.device.type == "cpu" else self._both)(probabilities, delta, tau)
+
+    def logarithmic(self) -> tuple[bool, ...]:
+        """Which groups are logarithmic, read from the device only after `tau` has changed."""
+        version = None if self.tau.is_inference() else self.tau._version
+        known = _LOGARITHMIC.get(self.tau)
+        if known is None or version is None or known[0] != version:
+            known = version, tuple((self.tau > 0).tolist())
+            _LOGARITHMIC[self.tau] = known
+        return known[1]
+
+    def _apart(self, x: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
+        """The samples of each kind by themselves: the least work, but to count them the host waits for the device."""
         kinds = tau.flatten() > 0  # (B,)
         logarithmic, uniform = kinds.nonzero().squeeze(1), (~kinds).nonzero().squeeze(1)
         parts = [
-            log_fake_quantize(probabilities[logarithmic], delta[logarithmic], tau[logarithmic], self.bits),
-            self._uniform(probabilities[uniform], delta[uniform]),
+            log_fake_quantize(x[logarithmic], delta[logarithmic], tau[logarithmic], self.bits),
+            self._uniform(x[uniform], delta[uniform]),
         ]
         return torch.cat(parts)[torch.cat([logarithmic, uniform]).argsort()]
+
+    def _both(self, x: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
+        """Every sample by both kinds, and the right one chosen: the bits of `_apart`."""
+        values = log_fake_quantize(x, delta, tau.where(tau > 0, 1.0), self.bits)
+        return torch.where(tau > 0, values, self._uniform(x, delta))
 
     def _uniform(self, x: Tensor, delta: Tensor) -> Tensor:
         return fake_quantize(x, delta, delta.new_zeros(()), delta.new_full((), 2**self.bits - 1))

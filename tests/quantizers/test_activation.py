@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import per_sample
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.timesteps import TimestepGroups
@@ -121,6 +124,31 @@ def test_softmax_takes_each_groups_kind(groups: TimestepGroups, tau: list[float]
         else:
             expected.append(fake_quantize(p[b], q.delta[g], torch.tensor(0.0), torch.tensor(15.0)))
     assert torch.equal(q(p), torch.stack(expected))
+
+
+def test_softmax_of_both_kinds_without_taking_samples_apart(groups: TimestepGroups) -> None:
+    q = softmax(groups, torch.tensor([0.0, 1.0, 0.0]))
+    (log_delta,) = q.begin_learning()["steps"]
+    p = torch.randn(4, 2, 5, 5).softmax(-1).requires_grad_()
+    delta, tau = (per_sample(table, groups.current, 4) for table in (q.steps(), q.tau))
+    results = []
+    for quantize in (q._apart, q._both):
+        quantized = quantize(p, delta, tau)
+        results.append([quantized, *torch.autograd.grad(quantized.square().sum(), [p, log_delta], retain_graph=True)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_softmax_sees_every_change_of_kind(groups: TimestepGroups, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        q = softmax(groups, torch.tensor([0.0, 1.0, 0.0]))
+        assert q.logarithmic() == q.logarithmic() == (False, True, False)
+        q.tau[0] = 0.5
+        assert q.logarithmic() == (True, True, False)
+        q.tau = torch.tensor([0.0, 0.0, 1.0])
+        assert q.logarithmic() == (False, False, True)
+    assert copy.deepcopy(q).logarithmic() == (False, False, True)
 
 
 @pytest.mark.parametrize("group", [0, 1])
