@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ GAMMA = -0.1
 ZETA = 1.1
 
 
+@torch.no_grad()
 def rectified_sigmoid(v: Tensor) -> Tensor:
     """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)   (Nagel et al. 2020, eq. 23).
+
+    Without a gradient: `soft_round` and `adaround_regularizer` have theirs in closed form.
 
     >>> rectified_sigmoid(torch.tensor([-5.0, 0.0, 5.0]))
     tensor([0.0000, 0.5000, 1.0000])
     """
-    return torch.clamp(torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0, 1)
+    return torch.sigmoid(v).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
 
 
 def initial_logits(fraction: Tensor) -> Tensor:
@@ -32,6 +36,63 @@ def initial_logits(fraction: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
 
 
+def _slope(h: Tensor) -> Tensor:
+    """dh/dV, which follows from h alone: with s = sigmoid(V) it is (zeta - gamma) s (1 - s) where h is not clipped."""
+    slope = (h - GAMMA).mul_(ZETA - h).div_(ZETA - GAMMA)
+    return slope.mul_(h * (1 - h) > 0)
+
+
+class _SoftRound(torch.autograd.Function):
+    """(base + h(V)) unit, in closed form: a chain of autograd's own operations would pass over V twice as often."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
+        h = rectified_sigmoid(v)
+        ctx.save_for_backward(h, base, unit)
+        return (base + h).mul_(unit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (grad,) = grads
+        h, base, unit = ctx.saved_tensors
+        grad_v = _slope(h).mul_(grad).mul_(unit) if ctx.needs_input_grad[0] else None
+        grad_unit = (base + h).mul_(grad).sum_to_size(unit.shape) if ctx.needs_input_grad[2] else None
+        return grad_v, None, grad_unit
+
+
+def soft_round(v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
+    """A weight with soft rounding, (base + h(V)) unit   (Nagel et al. 2020, eq. 22).
+
+    Args:
+        v: rounding logits.
+        base: codes rounded down, of v's shape; no gradient.
+        unit: what a code is worth, broadcastable to v.
+
+    >>> soft_round(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0]), torch.tensor(0.5))
+    tensor([0.5000, 0.7500, 1.0000])
+    """
+    rounded: Tensor = _SoftRound.apply(v, base, unit)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+class _Regularizer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
+        h = rectified_sigmoid(v)
+        distance = (2 * h).sub_(1)
+        power = distance.abs().pow_(beta - 1)  # the slope needs this one, the value one factor more
+        ctx.save_for_backward(h, power)
+        ctx.beta = beta
+        return torch.rsub(distance.abs_().mul_(power), 1).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        h, power = ctx.saved_tensors
+        slope = _slope(h).mul_(power).mul_(-2 * ctx.beta * grad)
+        return torch.where(h < 0.5, -slope, slope), None
+
+
 def adaround_regularizer(v: Tensor, beta: float) -> Tensor:
     """Push every rounding variable to 0 or 1.
 
@@ -39,7 +100,7 @@ def adaround_regularizer(v: Tensor, beta: float) -> Tensor:
 
     Args:
         v: rounding logits, any shape.
-        beta: annealing exponent; 20 is almost flat, 2 is sharp.
+        beta: annealing exponent above 1; 20 is almost flat, 2 is sharp.
 
     Returns:
         Scalar, in number of undecided weights.
@@ -47,7 +108,8 @@ def adaround_regularizer(v: Tensor, beta: float) -> Tensor:
     >>> adaround_regularizer(torch.tensor([-10.0, 10.0]), beta=2.0)
     tensor(0.)
     """
-    return (1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)).sum()
+    penalty: Tensor = _Regularizer.apply(v, beta)  # type: ignore[no-untyped-call]
+    return penalty
 
 
 def annealed_beta(progress: float, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float:

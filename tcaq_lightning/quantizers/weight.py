@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.quantizers.range_search import search_affine, search_symmetric
-from tcaq_lightning.quantizers.rounding import initial_logits, rectified_sigmoid
+from tcaq_lightning.quantizers.rounding import initial_logits, soft_round
 from tcaq_lightning.quantizers.uniform import fake_quantize
+
+CLIPPED_LOGIT = -20.0
+"""Rounded down for good: of a weight beyond the grid's ends, which has one code whatever its rounding."""
 
 
 class Rounding(Enum):
@@ -103,6 +106,7 @@ class AdaRoundWeight(nn.Module):
         """V such that h(V) is the fraction of W r / delta, and s = delta."""
         scaled = self._scaled(r) / column(self.delta, self.weight)
         self.v.copy_(initial_logits(scaled - scaled.floor()))
+        self._floor(scaled)
         self.scale.copy_(self.delta)
 
     def begin_learning(self, rounding: Rounding, r: Tensor) -> dict[str, list[nn.Parameter]]:
@@ -114,7 +118,7 @@ class AdaRoundWeight(nn.Module):
             self.v = nn.Parameter(self._buffers.pop("v"))  # type: ignore[arg-type]
             learned["v"] = [self.v]
             with torch.no_grad():
-                self._base = torch.floor(self._scaled(r) / column(self.delta, self.weight))
+                self._base = self._floor(self._scaled(r) / column(self.delta, self.weight))
         return learned
 
     @torch.no_grad()
@@ -149,11 +153,18 @@ class AdaRoundWeight(nn.Module):
         zero = column(self.zero_point, self.weight)
         if self.rounding is Rounding.HARD:
             return dequantize(self.codes(r), zero, scale, factor)
-        low, high = -zero, 2**self.bits - 1 - zero
         if self.rounding is Rounding.NEAREST:
-            return fake_quantize(self.weight * factor, scale, low, high) / factor
+            return fake_quantize(self.weight * factor, scale, -zero, 2**self.bits - 1 - zero) / factor
         assert self._base is not None  # SOFT is entered by begin_learning alone
-        return torch.clamp(self._base + rectified_sigmoid(self.v), low, high) * scale / factor
+        return soft_round(self.v, self._base, scale / factor)
+
+    def _floor(self, scaled: Tensor) -> Tensor:
+        """W r / delta rounded down, within the grid; where it leaves the grid, V is settled."""
+        base = scaled.floor()
+        low = -column(self.zero_point, self.weight)
+        high = 2**self.bits - 1 + low
+        self.v.masked_fill_((base < low) | (base >= high), CLIPPED_LOGIT)
+        return base.clamp_(low, high)
 
     def _scaled(self, r: Tensor) -> Tensor:
         return self.weight * scale_of_inputs(r, self.weight, self.conv_groups)

@@ -12,6 +12,7 @@ from tcaq_lightning.quantizers.rounding import (
     annealed_beta,
     initial_logits,
     rectified_sigmoid,
+    soft_round,
     undecided_share,
 )
 
@@ -33,6 +34,19 @@ def test_regularizer_equals_a_loop_and_its_gradient_finite_differences(beta: flo
     loop = sum(1 - abs(2 * min(max(1.2 / (1 + math.exp(-x)) - 0.1, 0), 1) - 1) ** beta for x in v.tolist())
     assert adaround_regularizer(v, beta).item() == pytest.approx(loop)
     assert torch.autograd.gradcheck(lambda x: adaround_regularizer(x, beta), v)
+
+
+def test_soft_rounding_equals_its_formula_and_its_gradients_autograds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=generator).mul_(3).requires_grad_()
+    base = torch.randint(-8, 8, v.shape, generator=generator).double()
+    unit = torch.rand(4, 3, 1, 1, dtype=torch.float64, generator=generator).requires_grad_()
+    chain = (base + torch.clamp(1.2 * torch.sigmoid(v) - 0.1, 0, 1)) * unit
+    rounded = soft_round(v, base, unit)
+    torch.testing.assert_close(rounded, chain)
+    weights = torch.randn(v.shape, dtype=torch.float64, generator=generator)
+    expected = torch.autograd.grad((chain * weights).sum(), [v, unit])
+    torch.testing.assert_close(torch.autograd.grad((rounded * weights).sum(), [v, unit]), expected)
 
 
 def test_regularizer_is_zero_only_where_rounding_is_decided() -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.quantizers import AdaRoundWeight, IntegerWeight, Rounding
+from tcaq_lightning.quantizers.rounding import adaround_regularizer
 from tcaq_lightning.quantizers.weight import scale_of_inputs
 
 CASES = {
@@ -144,3 +145,23 @@ def test_float_is_the_weight_itself() -> None:
     quantizer, r = made("conv")
     quantizer.rounding = Rounding.FLOAT
     assert quantizer(r) is quantizer.weight
+
+
+def test_weights_beyond_the_grid_keep_their_code_whatever_is_learned() -> None:
+    quantizer, r = made("conv")
+    with torch.no_grad():
+        quantizer.delta.mul_(0.5)  # many lie outside now
+        quantizer.reset_rounding(r)
+        before = quantizer.codes(r)
+        outside = (before == 0) | (before == 15)
+        assert 0.1 < outside.float().mean() < 0.9
+        quantizer.v.clamp_(-2, 2)  # as before a later round
+    quantizer.begin_learning(Rounding.SOFT, r)
+    fixed = quantizer.v <= -9
+    assert bool(outside[fixed].all())
+    (quantizer(r).square().sum() + adaround_regularizer(quantizer.v, 2.0)).backward()
+    assert quantizer.v.grad is not None
+    assert not quantizer.v.grad[fixed].any()
+    assert bool(quantizer.v.grad[~fixed].any())
+    quantizer.end_learning()
+    assert torch.equal(quantizer.codes(r)[fixed], before[fixed])
