@@ -224,7 +224,9 @@ def _advance(
         counts = total(torch.tensor(list(executions.values())))
         record["executions"] = dict(zip(executions, counts.tolist(), strict=True))
         record = _settle(work, round_index, position, record)
+    started = time.perf_counter()
     streams.store(position, data)
+    record["seconds"]["store"] = time.perf_counter() - started
     del data
     gc.collect()
     return record
