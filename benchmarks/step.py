@@ -144,6 +144,7 @@ def step(
     batch_size: int = 32,
     trajectories: int = 4,
     sampler_steps: int = 20,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Time an optimisation step of all units against their plain training step.
 
@@ -155,17 +156,19 @@ def step(
         batch_size: samples a step.
         trajectories: calibration trajectories.
         sampler_steps: samples of each, and timestep groups.
+        compiled: the units, with torch.compile; the limit stays as it is.
     """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         path = model_path(model, directory)
         settings = calibration(
             directory / "run", path, threads, trajectories, 1, sampler_steps, 2 * steps, batch_size
-        ) | {"par.enabled": False, "tcr.share": 0.5}
+        ) | {"par.enabled": False, "tcr.share": 0.5, "reconstruction.compile": compiled}
         comparison = Comparison(fit_unit, batch_size, repetitions)
         with mock.patch.object(unit_calibration, "fit_unit", comparison):
             train_here(settings)
-    return {"model": model, "threads": threads, "batch_size": batch_size, "phases": comparison.summary()}
+    settled = {"model": model, "threads": threads, "batch_size": batch_size, "compiled": compiled}
+    return settled | {"phases": comparison.summary()}
 
 
 if __name__ == "__main__":

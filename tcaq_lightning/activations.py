@@ -84,11 +84,13 @@ class UnitData:
         """Batch after batch, the next one read while the present one is computed."""
         return read_ahead(lambda index: self.read(index, device), indices)
 
-    def run(self, unit: nn.Module, context: TimestepGroups, index: Tensor | slice, device: torch.device) -> Tensor:
+    def run(
+        self, unit: Callable[..., Tensor], context: TimestepGroups, index: Tensor | slice, device: torch.device
+    ) -> Tensor:
         """The unit's output on the chosen samples."""
         return self.run_batch(unit, context, self.read(index, device))
 
-    def run_batch(self, unit: nn.Module, context: TimestepGroups, batch: Batch) -> Tensor:
+    def run_batch(self, unit: Callable[..., Tensor], context: TimestepGroups, batch: Batch) -> Tensor:
         """The unit's output on a batch."""
         self.executed += len(batch.groups)
         with context.using(batch.groups):

@@ -267,6 +267,9 @@ class ReconstructionConfig:
     never."""
     autocast: bool = False
     """Compute forward and backward passes of the optimisation in bfloat16; rounding and loss stay in float32."""
+    compile: bool = False
+    """Compile the units with torch.compile, once for units of equal shape. That takes seconds to minutes for each
+    shape, so it pays with thousands of iterations."""
     qdrop: float = 0.0
     """Probability with which an element of an activation stays in full precision during optimisation (QDrop)."""
     weighting: Literal["sensitivity", "uniform"] = "sensitivity"

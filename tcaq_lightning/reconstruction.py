@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tcaq_lightning.activations import Batch, UnitData
+from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
 from tcaq_lightning.layers import QuantLayer
@@ -114,6 +115,7 @@ class BlockReconstruction(pl.LightningModule):
         self.steps_before = steps_before
         self.learned: dict[str, list[nn.Parameter]] = {"v": [], "r": [], "steps": [], "weight_scales": []}
         self._begin()
+        self._unit_forward = compiled(unit) if config.compile else unit.__call__
         self.losses: dict[str, Tensor] = {}
         self._batches: Generator[Batch, None, None]
         self._residuals = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
@@ -171,7 +173,8 @@ class BlockReconstruction(pl.LightningModule):
             for kind, parameters in self.learned.items()
             if parameters and rates[kind] > 0
         ]
-        return torch.optim.Adam(groups, foreach=True)
+        fused = self.device.type in ("cpu", "cuda")
+        return torch.optim.Adam(groups, fused=fused, foreach=not fused)
 
     def on_train_start(self) -> None:
         """Read the batches of all steps that are left, one ahead."""
@@ -202,7 +205,7 @@ class BlockReconstruction(pl.LightningModule):
             torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
         samples = next(self._batches)
         with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext():
-            output = self.data.run_batch(self.unit, self.context, samples).to(samples.targets.dtype)
+            output = self.data.run_batch(self._unit_forward, self.context, samples).to(samples.targets.dtype)
         error = block_error(output, samples.targets, samples.weights)
         self._residuals = channel_means(samples.targets - output.detach()), samples.groups
         self.losses = {"reconstruction": error.detach()}

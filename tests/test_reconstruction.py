@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tcaq_lightning import compilation
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.config import LayerRule, QuantizationConfig, ReconstructionConfig, TrainerConfig
 from tcaq_lightning.quantize import quant_layers, quantization_state, quantizers
@@ -214,6 +217,23 @@ def test_autocast_computes_in_bfloat16_and_rounds_in_float32(prepare: Any) -> No
     assert module.losses["reconstruction"].dtype == torch.float32
     assert all(p.dtype == torch.float32 for kind in module.learned.values() for p in kind)
     assert data.targets.dtype == torch.float32
+
+
+@pytest.mark.parametrize("phase", ["r", "v"])
+@pytest.mark.parametrize("name", [RESNET, ATTENTION])
+def test_a_compiled_unit_learns_the_same(prepare: Any, name: str, phase: Phase) -> None:
+    states = []
+    for compiles in (False, True):
+        prepared = prepare(name)
+        module = module_of(prepared, phase, 3, compile=compiles)
+        with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)):
+            compilation._compiled.cache_clear()
+            fit(module)
+        states.append({k: v.detach().clone() for k, v in module.named_parameters() if v.requires_grad})
+    compilation._compiled.cache_clear()
+    torch.compiler.reset()
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, msg=lambda m, k=key: f"{k}: {m}", rtol=1e-3, atol=1e-4)
 
 
 def test_rates_are_annealed_but_for_the_roundings(prepare: Any) -> None:

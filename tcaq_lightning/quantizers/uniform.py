@@ -16,6 +16,8 @@ from torch import Tensor
 
 def _codes(scaled: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """round(scaled) within [low, high], in place; `clamp` with tensor bounds is far slower on a CPU."""
+    if torch.compiler.is_compiling():  # it knows no `out`
+        return torch.minimum(torch.maximum(scaled.round(), low), high)
     codes = torch.maximum(scaled.round_(), low, out=scaled)
     return torch.minimum(codes, high, out=codes)
 

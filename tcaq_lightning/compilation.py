@@ -1,0 +1,52 @@
+"""torch.compile for units: compiled code that units of equal structure and shapes share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.errors import UserError
+
+VARIANTS = 1024
+"""Units of different structure, phases and shapes that one process may compile; torch's own limit is 8, after which it
+would go on uncompiled in silence."""
+
+
+def _call(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    output: Tensor = unit(*args, **kwargs)
+    return output
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """One function for all units: what is compiled for a unit serves every other that it fits."""
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    total = f"accumulated_{limit}"
+    setattr(config, limit, max(VARIANTS, getattr(config, limit)))
+    setattr(config, total, max(VARIANTS, getattr(config, total)))
+    return torch.compile(_call, dynamic=False)
+
+
+def compiled(unit: nn.Module) -> Callable[..., Tensor]:
+    """The unit's forward pass, compiled when it is called first.
+
+    Raises:
+        UserError: torch cannot compile here.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return _compiled()(unit, args, kwargs)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"reconstruction.compile: expected what torch.compile needs, such as a C++ compiler, got: {reason}; "
+                "set reconstruction.compile to false"
+            ) from error
+
+    return forward
