@@ -36,17 +36,24 @@ def compiled(unit: nn.Module) -> Callable[..., Tensor]:
     """The unit's forward pass, compiled when it is called first.
 
     Raises:
-        UserError: torch cannot compile here.
+        UserError: torch cannot compile here; the returned function raises it too.
     """
+    try:
+        call = _compiled()
+    except RuntimeError as error:  # of a Python that torch.compile does not know
+        raise _cannot_compile(error) from error
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         try:
-            return _compiled()(unit, args, kwargs)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"reconstruction.compile: expected what torch.compile needs, such as a C++ compiler, got: {reason}; "
-                "set reconstruction.compile to false"
-            ) from error
+            return call(unit, args, kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise _cannot_compile(error) from error
 
     return forward
+
+
+def _cannot_compile(error: Exception) -> UserError:
+    return UserError(
+        "reconstruction.compile: expected what torch.compile needs, such as a C++ compiler, got: "
+        f"{str(error).strip().splitlines()[0]}; set reconstruction.compile to false"
+    )

@@ -222,7 +222,8 @@ class TrialWork:
     def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
         """A few optimisation steps, with the regulariser."""
         count = len(data)
-        config = dataclasses.replace(self.config.reconstruction, batch_size=count * world_size(), warmup=0.0)
+        settings: dict[str, Any] = {"batch_size": count * world_size(), "warmup": 0.0}
+        config = dataclasses.replace(self.config.reconstruction, **settings, compile=False)  # as it is, it takes more
         module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, STEPS, (0, 0, 0))
         module.to(self.x.device)  # as a Trainer would
         optimizer = module.configure_optimizers()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +49,11 @@ def test_nothing_is_changed(parts: Any) -> None:
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
     assert not any(p.requires_grad for p in unet.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+def test_nothing_is_compiled(parts: Any) -> None:
+    with mock.patch.object(torch, "compile", side_effect=AssertionError):
+        measure_footprint(config_of(compile=True), *parts, CALLS)
 
 
 def test_models_and_kinds_of_work(parts: Any) -> None:
