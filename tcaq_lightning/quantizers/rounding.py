@@ -39,7 +39,7 @@ def initial_logits(fraction: Tensor) -> Tensor:
 def _slope(h: Tensor) -> Tensor:
     """dh/dV, which follows from h alone: with s = sigmoid(V) it is (zeta - gamma) s (1 - s) where h is not clipped."""
     slope = (h - GAMMA).mul_(ZETA - h).div_(ZETA - GAMMA)
-    return slope.mul_(h * (1 - h) > 0)
+    return slope.mul_(torch.rsub(h, 1).mul_(h).ceil_())  # 1 or 0, in float: boolean factors are slow on a CPU
 
 
 class _SoftRound(torch.autograd.Function):
@@ -80,17 +80,17 @@ class _Regularizer(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
         h = rectified_sigmoid(v)
         distance = (2 * h).sub_(1)
-        power = distance.abs().pow_(beta - 1)  # the slope needs this one, the value one factor more
-        ctx.save_for_backward(h, power)
+        length = distance.abs()
+        power = length.log().mul_(beta - 1).exp_()  # |2h - 1|^(beta - 1); `pow` takes twice as long on a CPU
+        ctx.save_for_backward(h, power.copysign(distance))
         ctx.beta = beta
-        return torch.rsub(distance.abs_().mul_(power), 1).sum()
+        return torch.rsub(length.mul_(power), 1).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         h, power = ctx.saved_tensors
-        slope = _slope(h).mul_(power).mul_(-2 * ctx.beta * grad)
-        return torch.where(h < 0.5, -slope, slope), None
+        return _slope(h).mul_(power).mul_(-2 * ctx.beta * grad), None
 
 
 def adaround_regularizer(v: Tensor, beta: float) -> Tensor:
