@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHIPPED, calibration, model_path, read_json, run, train
+from tcaq_lightning.parsing import parse_config
 
 LOOP = ("learn_r", "learn_v")
 EVALUATION = ("noise_error", "full_images", "quantized_images", "fid")
@@ -64,7 +65,13 @@ def stages(
         rounds: rounds after the first.
     """
     if run_dir is not None:
-        return {"run_dir": str(run_dir), **shares(read_json(run_dir / "metrics.json")["stages"])}
+        config, _ = parse_config(["--config", str(run_dir / "config.yaml")])
+        return {
+            "model": config.model.path,
+            "threads": config.trainer.threads,
+            "iterations": config.reconstruction.iterations,
+            **shares(read_json(run_dir / "metrics.json")["stages"]),
+        }
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         run_dir, path = directory / "run", model_path(model, directory)

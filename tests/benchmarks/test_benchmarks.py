@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks.common import (
     MODELS,
@@ -29,6 +30,7 @@ from benchmarks.range_search import range_search
 from benchmarks.ranks import ranks
 from benchmarks.stages import shares, stages
 from benchmarks.step import step
+from benchmarks.summary import draw, read_results, table
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 
@@ -102,6 +104,7 @@ def test_shares_of_stages() -> None:
 
 def test_stages_of_a_finished_run(run_dir: Path) -> None:
     result = stages(run_dir=run_dir)
+    assert result["iterations"] == 8
     assert 0 < result["outside_share"] < 1
     assert sum(result["share"].values()) == pytest.approx(1)
 
@@ -158,6 +161,45 @@ def test_anonymous_memory_sees_what_is_allocated() -> None:
 
 def test_all_models_can_be_made() -> None:
     assert {p.stem for p in MODELS.glob("*.json")} >= {"tiny", "ddpm-cifar10-32"}
+
+
+def test_summary_takes_the_last_line_of_each_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    units = {"conv_in": 1.5, "mid_block": 1.25}
+    phase = {"ratio": 1.3, "units": units}
+    memory = {"samples": 256, "ratio": 1.04, "models": 1e8, "budget": 5e8, "workspace": 2e8, "peak": 8.3e8}
+    lines = [
+        {"benchmark": "range_search", "shape": [6, 40], "threads": 1, "speed_up": 3.0},
+        {"benchmark": "step", "model": "tiny", "threads": 2, "phases": {"r": phase, "v": phase}},
+        {"benchmark": "memory", "model": "tiny", "threads": 1, "runs": [memory]},
+        {"benchmark": "kills", "model": "tiny", "runs": 20, "kills": 50, "identical": 20},
+        {"benchmark": "range_search", "shape": [6, 40], "threads": 1, "speed_up": 7.0},
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    results = read_results(path)
+    assert table(results).splitlines()[2:] == [
+        "| range_search, 1 thread | loop over channels / vectorised search, 6 x 40 |  | 7 |",
+        "| step, tiny, 2 threads | a step of phase r / plain training's | <= 1.35 | 1.30 |",
+        "| step, tiny, 2 threads | a step of phase v / plain training's | <= 1.35 | 1.30 |",
+        "| memory, tiny, 1 thread | peak / (models + budget + workspace), 256 samples | <= 1.10 | 1.04 |",
+        "| kills, tiny | bit-identical artifacts after 50 SIGKILLs | 20/20 | 20/20 |",
+    ]
+    draw(results, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > picture.height > 0
+
+
+def test_summary_of_real_results(run_dir: Path) -> None:
+    real = [{"benchmark": "stages", **stages(run_dir=run_dir)}, {"benchmark": "cost", **cost([run_dir], models=[])}]
+    assert len(table(real).splitlines()) == 2 + 1 + 1
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"model": "tiny"}'])
+def test_summary_refuses_other_files(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=r"results\.jsonl:1 must be the JSON line of a benchmark"):
+        read_results(path)
 
 
 @pytest.mark.slow

@@ -1,0 +1,226 @@
+"""README's benchmark table and plot, from the JSON lines of the other scripts.
+
+    python -m benchmarks.step --threads 1 >> results.jsonl
+    python -m benchmarks.summary --results results.jsonl --plot benchmarks.png
+
+Prints a Markdown table with one row a line, and draws the steps by unit, the memory, the depths, and the stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import auto_cli
+
+from benchmarks.stages import LOOP
+from tcaq_lightning.cli import run_cli
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.storage import GIGABYTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = dict[str, Any]
+"""What one benchmark printed."""
+
+Row = tuple[str, str, str]
+"""What was measured, the limit it is held against, and the figure."""
+
+
+def read_results(path: Path) -> list[Result]:
+    """JSON lines; the last one of each benchmark, model and number of threads counts.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not what a benchmark prints.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"--results must be a file of JSON lines, got {path}: {error.strerror}") from error
+    results = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return list({_label(result): result for result in results}.values())
+
+
+def _parse(line: str, place: str) -> Result:
+    """One line of the file, which `place` names."""
+    with contextlib.suppress(json.JSONDecodeError):
+        result = json.loads(line)
+        if isinstance(result, dict) and result.get("benchmark") in ROWS:
+            return result
+    raise UserError(f"{place} must be the JSON line of a benchmark, got {line[:60]!r}")
+
+
+def _label(result: Result) -> str:
+    """Benchmark, model and threads."""
+    parts = [result["benchmark"], result.get("model")]
+    parts += [f"{result['threads']} thread{'s' * (result['threads'] > 1)}"] if result.get("threads") else []
+    parts += ["compiled"] if result.get("compiled") else []
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _step(result: Result) -> Iterable[Row]:
+    for phase, measured in result["phases"].items():
+        yield f"a step of phase {phase} / plain training's", "<= 1.35", f"{measured['ratio']:.2f}"
+
+
+def _executions(result: Result) -> Iterable[Row]:
+    streams = [result["per_sample"][name] for name in ("full_stream", "quantized_stream")]
+    least, most = min(s["least"] for s in streams), max(s["most"] for s in streams)
+    yield "runs of a layer a sample and stream (least, most)", "1, 1", f"{least:g}, {most:g}"
+
+
+def _memory(result: Result) -> Iterable[Row]:
+    for run in result["runs"]:
+        yield f"peak / (models + budget + workspace), {run['samples']} samples", "<= 1.10", f"{run['ratio']:.2f}"
+
+
+def _depth(result: Result) -> Iterable[Row]:
+    yield f"time at {result['blocks_ratio']:g} x the blocks, by work", "<= 1.10", f"{result['seconds_per_work']:.2f}"
+    yield f"memory beside the models at {result['blocks_ratio']:g} x the blocks", "1", f"{result['memory_ratio']:.2f}"
+
+
+def _stages(result: Result) -> Iterable[Row]:
+    yield f"time outside the loop, {result['iterations']} iterations", "<= 15 %", f"{result['outside_share']:.1%}"
+
+
+def _range_search(result: Result) -> Iterable[Row]:
+    shape = " x ".join(str(size) for size in result["shape"])
+    yield f"loop over channels / vectorised search, {shape}", "", f"{result['speed_up']:.0f}"
+
+
+def _ranks(result: Result) -> Iterable[Row]:
+    for part in ("loop", "calibration"):
+        yield (
+            f"{result['devices']} ranks / {result['devices']} x one, {part}",
+            ">= 0.85",
+            (f"{result['efficiency'][part]:.2f}"),
+        )
+
+
+def _kills(result: Result) -> Iterable[Row]:
+    runs = result["runs"]
+    yield f"bit-identical artifacts after {result['kills']} SIGKILLs", f"{runs}/{runs}", f"{result['identical']}/{runs}"
+
+
+def _cost(result: Result) -> Iterable[Row]:
+    for run in result["checked"]:
+        yield f"predicted / measured seconds of {Path(run['run_dir']).name}", "", f"{run['ratio']:.2f}"
+    for model in result["predicted"]:
+        gigabytes = ", ".join(f"{model[k]:.0f}" for k in ("models_gb", "workspace_gb", "store_gb_per_rank"))
+        yield (
+            f"{model['model']}, {model['ranks']} devices: hours; GB of models, workspace, store of each",
+            "",
+            (f"{model['hours']:.0f} h; {gigabytes} GB"),
+        )
+
+
+ROWS: dict[str, Callable[[Result], Iterable[Row]]] = {
+    "step": _step,
+    "executions": _executions,
+    "memory": _memory,
+    "depth": _depth,
+    "stages": _stages,
+    "range_search": _range_search,
+    "ranks": _ranks,
+    "kills": _kills,
+    "cost": _cost,
+}
+"""What of a benchmark goes into the table."""
+
+
+def table(results: list[Result]) -> str:
+    """Markdown."""
+    heading = [("benchmark", "figure", "limit", "measured"), ("---",) * 4]
+    rows = [(_label(result), *row) for result in results for row in ROWS[result["benchmark"]](result)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in heading + rows)
+
+
+def _draw_step(axes: Axes, result: Result) -> None:
+    for phase, measured in result["phases"].items():
+        axes.plot(sorted(measured["units"].values()), marker=".", label=f"phase {phase}")
+    axes.axhline(1.35, color="gray", linestyle=":")
+    axes.set(title=_label(result), xlabel="units, sorted", ylabel="step / plain training's", yscale="log")
+    axes.legend()
+
+
+def _draw_memory(axes: Axes, result: Result) -> None:
+    names = [str(run["samples"]) for run in result["runs"]]
+    below = [0.0] * len(names)
+    for part in ("models", "budget", "workspace"):
+        heights = [run[part] / GIGABYTE for run in result["runs"]]
+        axes.bar(names, heights, bottom=below, label=part)
+        below = [a + b for a, b in zip(below, heights, strict=True)]
+    axes.plot(names, [run["peak"] / GIGABYTE for run in result["runs"]], "k_", markersize=60, label="measured peak")
+    axes.set(title=_label(result), xlabel="calibration samples", ylabel="GB")
+    axes.legend()
+
+
+def _draw_depth(axes: Axes, result: Result) -> None:
+    runs = result["runs"]
+    blocks = [run["blocks"] for run in runs]
+    for key, label in (("calibration_seconds", "time"), ("flops", "operations of a pass")):
+        axes.plot(blocks, [run[key] / runs[0][key] for run in runs], marker="o", label=label)
+    beside = [run["peak"] - run["models"] for run in runs]
+    axes.plot(blocks, [b / beside[0] for b in beside], marker="o", label="memory beside the models")
+    axes.set(title=_label(result), xlabel="residual blocks", ylabel=f"against {blocks[0]} blocks")
+    axes.legend()
+
+
+def _draw_stages(axes: Axes, result: Result) -> None:
+    shares = result["share"]
+    names = sorted(shares, key=lambda name: float(shares[name]))
+    colors = ["tab:blue" if name in LOOP else "tab:orange" for name in names]
+    axes.barh(names, [100 * shares[name] for name in names], color=colors)
+    axes.set(title=f"{_label(result)}, {result['iterations']} iterations", xlabel="% of the time (loop: blue)")
+
+
+PANELS: dict[str, Callable[[Axes, Result], None]] = {
+    "step": _draw_step,
+    "memory": _draw_memory,
+    "depth": _draw_depth,
+    "stages": _draw_stages,
+}
+"""What is drawn."""
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Write the plot.
+
+    Args:
+        results: of any benchmarks; those without a panel are passed over.
+        path: of a PNG, SVG or PDF.
+
+    Raises:
+        UserError: there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = [result for result in results if result["benchmark"] in PANELS]
+    if not drawn:
+        raise UserError(f"--plot needs a result of {', '.join(PANELS)}, got none")
+    figure = Figure(figsize=(10, 3.4 * -(-len(drawn) // 2)), layout="constrained")
+    for place, result in enumerate(drawn, 1):
+        PANELS[result["benchmark"]](figure.add_subplot(-(-len(drawn) // 2), 2, place), result)
+    figure.savefig(path, dpi=80)
+
+
+def summary(results: Path, plot: Path | None = None) -> None:
+    """Print the table, and draw the plot.
+
+    Args:
+        results: file of JSON lines.
+        plot: picture to write.
+    """
+    found = read_results(results)
+    print(table(found))
+    if plot is not None:
+        draw(found, plot)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(lambda: auto_cli(summary, as_positional=False)))
