@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 
+HALF = 0.5001
+"""Of a step: what is rounded moves by no more than a half, and by what float32 loses of codes up to 255."""
+
+
 def _codes(scaled: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """round(scaled) within [low, high], in place; `clamp` with tensor bounds is far slower on a CPU."""
     if torch.compiler.is_compiling():  # it knows no `out`
@@ -27,25 +31,24 @@ class _FakeQuantize(torch.autograd.Function):
 
     Written with float operations, in place where they can be, because on a CPU torch's native learnable kernel is
     scalar, about ten times slower than these, and arithmetic that mixes float and boolean tensors is slower still.
-    The codes are computed again for the gradient: keeping them would take twice the memory of `x`, and no less time.
+    The gradient is computed from the result, which the operation that reads it keeps for its own gradient anyway.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward(x, step, low, high)
-        return _codes(x / step, low, high).mul_(step)
+        quantized = _codes(x / step, low, high).mul_(step)
+        ctx.save_for_backward(x, step, quantized)
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
-        x, step, low, high = ctx.saved_tensors
-        scaled = x / step
-        codes = _codes(scaled.clone(), low, high)
-        inside = torch.sub(scaled, codes).abs_().le_(0.5)  # 1 where nothing was clipped, else 0
+        x, step, quantized = ctx.saved_tensors
+        inside = torch.sub(quantized, x).abs_().le_(step * HALF)  # 1 where nothing was clipped, else 0
         grad_step = None
-        if ctx.needs_input_grad[1]:
-            slope = codes.addcmul_(scaled, inside, value=-1)
-            grad_step = slope.mul_(grad).sum_to_size(step.shape)
+        if ctx.needs_input_grad[1]:  # (q - x / s) inside, q outside
+            slope = torch.addcmul(quantized, x, inside, value=-1)
+            grad_step = slope.mul_(grad).sum_to_size(step.shape) / step
         return inside.mul_(grad) if ctx.needs_input_grad[0] else None, grad_step, None, None
 
 
