@@ -52,8 +52,11 @@ def test_bfloat16_storage(command: Command, config: Path, undisturbed: Path, tmp
     ended = command(*args, STORAGE, "bfloat16")
     assert (ended.code, ended.err) == (0, "")
     assert contents(tmp_path / "run" / "quantized") != contents(undisturbed / "quantized")
-    errors = [
-        json.loads((d / "metrics.json").read_text())["noise_error"]["summary"] for d in (tmp_path / "run", undisturbed)
-    ]
-    assert errors[0] < 1.5 * errors[1]  # a tiny model, and few steps: other seeds give 0.94 to 1.24
+    errors = {"bfloat16": 0.0, "float32": 0.0}
+    for seed in range(1, 4):  # what a tiny model learns in a few steps depends on the seed
+        for storage in errors:
+            run = tmp_path / f"{storage}-{seed}"
+            assert command("--config", config, "--run_dir", run, STORAGE, storage, "--seed", seed).code == 0
+            errors[storage] += json.loads((run / "metrics.json").read_text())["noise_error"]["summary"]
+    assert errors["bfloat16"] < 1.2 * errors["float32"]
     assert_refused(command(*args), "calibration.storage", "bfloat16", "float32")
