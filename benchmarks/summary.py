@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,6 +31,9 @@ Result = dict[str, Any]
 
 Row = tuple[str, str, str]
 """What was measured, the limit it is held against, and the figure."""
+
+STEP_LIMIT = 1.35
+"""Of a step against plain training's."""
 
 
 def read_results(path: Path) -> list[Result]:
@@ -65,7 +69,7 @@ def _label(result: Result) -> str:
 
 def _step(result: Result) -> Iterable[Row]:
     for phase, measured in result["phases"].items():
-        yield f"a step of phase {phase} / plain training's", "<= 1.35", f"{measured['ratio']:.2f}"
+        yield f"a step of phase {phase} / plain training's", f"<= {STEP_LIMIT}", f"{measured['ratio']:.2f}"
 
 
 def _executions(result: Result) -> Iterable[Row]:
@@ -95,11 +99,8 @@ def _range_search(result: Result) -> Iterable[Row]:
 
 def _ranks(result: Result) -> Iterable[Row]:
     for part in ("loop", "calibration"):
-        yield (
-            f"{result['devices']} ranks / {result['devices']} x one, {part}",
-            ">= 0.85",
-            (f"{result['efficiency'][part]:.2f}"),
-        )
+        label = f"{result['devices']} ranks / {result['devices']} x one, {part}"
+        yield label, ">= 0.85", f"{result['efficiency'][part]:.2f}"
 
 
 def _kills(result: Result) -> Iterable[Row]:
@@ -112,11 +113,8 @@ def _cost(result: Result) -> Iterable[Row]:
         yield f"predicted / measured seconds of {Path(run['run_dir']).name}", "", f"{run['ratio']:.2f}"
     for model in result["predicted"]:
         gigabytes = ", ".join(f"{model[k]:.0f}" for k in ("models_gb", "workspace_gb", "store_gb_per_rank"))
-        yield (
-            f"{model['model']}, {model['ranks']} devices: hours; GB of models, workspace, store of each",
-            "",
-            (f"{model['hours']:.0f} h; {gigabytes} GB"),
-        )
+        label = f"{model['model']}, {model['ranks']} devices: hours; GB of models, workspace, store of each"
+        yield label, "", f"{model['hours']:.0f} h; {gigabytes} GB"
 
 
 ROWS: dict[str, Callable[[Result], Iterable[Row]]] = {
@@ -143,7 +141,7 @@ def table(results: list[Result]) -> str:
 def _draw_step(axes: Axes, result: Result) -> None:
     for phase, measured in result["phases"].items():
         axes.plot(sorted(measured["units"].values()), marker=".", label=f"phase {phase}")
-    axes.axhline(1.35, color="gray", linestyle=":")
+    axes.axhline(STEP_LIMIT, color="gray", linestyle=":")
     axes.set(title=_label(result), xlabel="units, sorted", ylabel="step / plain training's", yscale="log")
     axes.legend()
 
@@ -203,9 +201,10 @@ def draw(results: list[Result], path: Path) -> None:
     drawn = [result for result in results if result["benchmark"] in PANELS]
     if not drawn:
         raise UserError(f"--plot needs a result of {', '.join(PANELS)}, got none")
-    figure = Figure(figsize=(10, 3.4 * -(-len(drawn) // 2)), layout="constrained")
+    rows = math.ceil(len(drawn) / 2)
+    figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
     for place, result in enumerate(drawn, 1):
-        PANELS[result["benchmark"]](figure.add_subplot(-(-len(drawn) // 2), 2, place), result)
+        PANELS[result["benchmark"]](figure.add_subplot(rows, 2, place), result)
     figure.savefig(path, dpi=80)
 
 
