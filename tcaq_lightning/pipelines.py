@@ -14,11 +14,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
+from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
+OWN_PIPELINES = {c.__name__: c for c in (ClassConditionalLatentPipeline,)}
+"""Pipelines that model_index.json may name and diffusers lacks."""
 SEED_STRIDE = 1_000_003
 """Distance of the noise seeds of two runs, so that their samples share none."""
 
@@ -61,8 +64,9 @@ def open_pipeline(path: str) -> DiffusionPipeline:
     if name is None:
         raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
     denoiser = _load_denoiser(source, name, str(index[name][1]), local)
+    pipeline_class: Any = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        pipeline = pipeline_class.from_pretrained(
             source, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **{name: denoiser}
         )
     except Exception as error:  # whatever diffusers' loaders raise is about these files

@@ -1,0 +1,73 @@
+"""The class-conditional latent pipeline: guidance, labels, its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline, ClassEmbedder
+from tcaq_lightning.pipelines import open_pipeline
+
+
+@pytest.fixture
+def pipeline() -> ClassConditionalLatentPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(1, 1, block_out_channels=(8,), latent_channels=3, norm_num_groups=4, scaling_factor=0.5)
+    embedder = ClassEmbedder(num_classes=5, embedding_dim=12)
+    pipeline = ClassConditionalLatentPipeline(vae, unet, DDIMScheduler(), embedder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline: ClassConditionalLatentPipeline, labels: list[int], **options: object) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
+    return pipeline(labels, num_inference_steps=3, generator=generators, output_type="latent", **options).images
+
+
+def test_guidance_extrapolates_from_no_class_to_the_class(pipeline: ClassConditionalLatentPipeline) -> None:
+    """One step is linear in eps, so the guided sample lies on the line through the two others."""
+    start = torch.randn(2, 3, 4, 4)
+
+    def one_step(labels: list[int], scale: float) -> torch.Tensor:
+        pipeline.scheduler = DDIMScheduler(clip_sample=False)
+        return pipeline(labels, 1, scale, latents=start, output_type="latent").images
+
+    conditional, unconditional, guided = one_step([1, 3], 1.0), one_step([5, 5], 1.0), one_step([1, 3], 4.0)
+    torch.testing.assert_close(guided, unconditional + 4 * (conditional - unconditional), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_is_that_of_its_generator_in_any_batch(pipeline: ClassConditionalLatentPipeline) -> None:
+    both = sample(pipeline, [1, 2], guidance_scale=2.0, eta=1.0)
+    torch.testing.assert_close(sample(pipeline, [1], guidance_scale=2.0, eta=1.0), both[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_class_changes_the_sample(pipeline: ClassConditionalLatentPipeline) -> None:
+    assert not torch.equal(sample(pipeline, [1]), sample(pipeline, [2]))
+
+
+def test_a_label_that_is_no_class_is_refused(pipeline: ClassConditionalLatentPipeline) -> None:
+    with pytest.raises(ValueError, match=r"expected 0..4, or 5 for no class, got 6"):
+        sample(pipeline, [6])
+
+
+def test_opens_from_its_files_and_samples_the_same(pipeline: ClassConditionalLatentPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    opened = open_pipeline(str(tmp_path))
+    assert isinstance(opened, ClassConditionalLatentPipeline)
+    expected = pipeline([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    assert (opened([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images == expected).all()
