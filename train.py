@@ -31,21 +31,15 @@ from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.launch import launched
 from tcaq_lightning.parsing import parse_config
-from tcaq_lightning.pipelines import (
-    check_denoiser,
-    denoiser_bytes,
-    find_denoiser,
-    make_scheduler,
-    open_pipeline,
-    sample_shape,
-    to_images,
-)
+from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, open_pipeline, to_images
 from tcaq_lightning.plan import coverage_table, make_plan
 from tcaq_lightning.quantize import quantize
 from tcaq_lightning.report import final_table, write_report
 from tcaq_lightning.run import Run, settings_of_result
+from tcaq_lightning.sampling import make_sampling
 from tcaq_lightning.timesteps import TimestepGroups, group_boundaries
 from tcaq_lightning.trainers import choose_device, quiet_lightning
+from tcaq_lightning.trajectories import probe
 from tcaq_lightning.units import trace_units
 
 
@@ -67,25 +61,24 @@ def calibrate_and_measure(config: Config, dry_run: bool) -> None:
         return
 
     # the pretrained model, and everything that can be wrong with it or with the settings
-    pipeline = open_pipeline(config.model.path)
+    pipeline = open_pipeline(config.model.path, config.model.variant, getattr(torch, config.model.dtype))
     name, full = find_denoiser(pipeline)
     full.to(choose_device(config.trainer))
-    scheduler = make_scheduler(pipeline.scheduler, config.calibration.sampler)
-    check_denoiser(full, scheduler)
+    sampling = make_sampling(pipeline, config.conditioning)
+    probed = probe(full, sampling, config.calibration.sampler)
     if config.evaluation.sampler is not None:
-        make_scheduler(pipeline.scheduler, config.evaluation.sampler, "evaluation.sampler")
-    open_features(config.evaluation, full)
+        probe(full, sampling, config.evaluation.sampler, "evaluation.sampler")
+    open_features(config.evaluation, sampling.channels(full))
 
     # its quantized twin: same module tree, layers replaced, every one accounted for
-    grid = scheduler.timesteps.tolist()
-    context = TimestepGroups(group_boundaries(grid, config.quantization.activation.timestep_groups))
+    boundaries = group_boundaries(probed.timesteps.tolist(), config.quantization.activation.timestep_groups)
+    context = TimestepGroups(boundaries)
     quantized = copy.deepcopy(full)
     coverage = quantize(quantized, config.quantization, context)
-    probe = torch.randn(config.reconstruction.batch_size, *sample_shape(full), device=full.device)
-    timesteps = scheduler.timesteps[:1].expand(len(probe)).to(full.device)
-    pair = probe[:2].clone()
-    graph = trace_units(full, lambda: full(pair, timesteps[:2]), pair)
-    plan = make_plan(config, full, graph, coverage, probe, timesteps, len(grid), run.manifest.get("plan"))
+    first = probed.flat()[: 2 * probed.halves]
+    traced = first.to(full.device)
+    graph = trace_units(full, lambda: traced.predict(full), traced.x)
+    plan = make_plan(config, full, graph, coverage, first, probed.num_steps, run.manifest.get("plan"))
     console.print(plan.table())
     if dry_run:
         console.print(coverage_table(coverage))
@@ -95,7 +88,7 @@ def calibrate_and_measure(config: Config, dry_run: bool) -> None:
     # calibration data: the denoiser inputs that the full-precision sampler visits
     calibration = config.calibration
     with counting(console, "trajectories", len(calibration.indices)) as advance:
-        trajectories = calibration_trajectories(config, run, full, pipeline.scheduler, advance)
+        trajectories = calibration_trajectories(config, run, full, sampling, advance)
 
     # rounds and units
     writer = SummaryWriter(str(run.directory / "tensorboard")) if config.logging.tensorboard and is_main() else None
@@ -107,7 +100,7 @@ def calibrate_and_measure(config: Config, dry_run: bool) -> None:
             run=run,
             full=full,
             quantized=quantized,
-            scheduler=pipeline.scheduler,
+            sampling=sampling,
             graph=graph,
             context=context,
             limits=plan.limits,
@@ -127,7 +120,7 @@ def calibrate_and_measure(config: Config, dry_run: bool) -> None:
     cache = run.directory / "evaluation"
     with counting(console, "evaluation", planned_samples(config.evaluation)) as advance:
         metrics = evaluate(
-            full, quantized, pipeline.scheduler, calibration.sampler, config.evaluation, config.seed, cache, advance
+            full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
         )
 
     def show() -> None:

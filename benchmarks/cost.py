@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import denoiser_config, median, read_json, run
 from benchmarks.stages import EVALUATION
 from tcaq_lightning.activations import store_peaks
+from tcaq_lightning.calls import Conditioning, Samples
 from tcaq_lightning.config import CalibrationConfig, Config, PARConfig, ReconstructionConfig
 from tcaq_lightning.initialization import PROBES
 from tcaq_lightning.parsing import parse_config
@@ -156,8 +157,8 @@ def meta_denoiser(name: str) -> nn.Module:
     return denoiser.requires_grad_(False).eval()
 
 
-def inputs_of(denoiser: nn.Module, batch: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Sample, timesteps and conditioning of a UNet on the meta device.
+def inputs_of(denoiser: nn.Module, batch: int) -> Samples:
+    """Inputs of a UNet on the meta device.
 
     Args:
         denoiser: on the meta device, conditional or not.
@@ -174,12 +175,10 @@ def inputs_of(denoiser: nn.Module, batch: int) -> tuple[Tensor, Tensor, dict[str
     if getattr(config, "addition_embed_type", None) == "text_time":
         pooled = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
         conditioning["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(TIME_IDS)}
-    return empty(*sample_shape(denoiser)), empty(), conditioning
+    return Samples(empty(*sample_shape(denoiser)), empty(), Conditioning.of_call(conditioning, batch))
 
 
-def learning_bytes(
-    config: Config, denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
-) -> int:
+def learning_bytes(config: Config, denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> int:
     """Workspace of the optimisation, as the plan states it, from shapes alone: all probabilities are uniform."""
 
     def uniform(quantizer: SoftmaxQuantizer, p: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ def learning_bytes(
         return fake_quantize(p, delta, delta.new_zeros(()), delta.new_full((), 2**quantizer.bits - 1))
 
     with mock.patch.object(SoftmaxQuantizer, "forward", uniform):  # its own looks at values
-        return TrialWork(config, denoiser, graph, x, timesteps, **conditioning).learning_bytes()
+        return TrialWork(config, denoiser, graph, samples).learning_bytes()
 
 
 def predict(
@@ -204,35 +203,34 @@ def predict(
         rank_efficiency: share of `ranks` times the throughput of one that they reach together.
     """
     denoiser = meta_denoiser(name)
-    x, timesteps, conditioning = inputs_of(denoiser, 1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser(x, timesteps, return_dict=False, **conditioning)
+        inputs_of(denoiser, 1).predict(denoiser)
     flops = counter.get_total_flops()
-    x, timesteps, conditioning = inputs_of(denoiser, SIZES[1])
-    graph = trace_units(denoiser, lambda: denoiser(x, timesteps, return_dict=False, **conditioning))
-    units = unit_samples(denoiser, graph, x, timesteps, **conditioning)
+    samples = inputs_of(denoiser, SIZES[1])
+    graph = trace_units(denoiser, lambda: samples.predict(denoiser))
+    units = unit_samples(denoiser, graph, samples)
     counted = passes(config, rates)
     calibration = sum(n for stage, n in counted.items() if stage not in EVALUATION)
     seconds = calibration * flops / (device_tflops * 1e12) / (ranks * (rank_efficiency if ranks > 1 else 1))
     data = config.calibration
-    samples = data.sampler.num_steps * (data.num_trajectories + data.held_out_trajectories)
+    count = data.sampler.num_steps * (data.num_trajectories + data.held_out_trajectories)
     stored = getattr(torch, data.storage)
     kinds = [[(tuple(x.shape[1:]), x.dtype) for x in units[n].inputs] for n in graph.names]
     no_limits = {"device": 0.0, "host": float("inf"), "disk": 0.0}
-    store = store_peaks(graph, kinds, samples, torch.float32, stored, no_limits)["host"]  # type: ignore[arg-type]
+    store = store_peaks(graph, kinds, count, torch.float32, stored, no_limits)["host"]  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in denoiser.parameters())
     return {
         "model": name,
         "parameters_millions": parameters / 1e6,
         "units": len(graph.names),
         "forward_tflop": flops / 1e12,
-        "samples": samples,
+        "samples": count,
         "iterations": config.reconstruction.iterations,
         "ranks": ranks,
         "hours": seconds / HOUR,
         "hours_of_loop": seconds / HOUR * (counted["learn_r"] + counted["learn_v"]) / calibration,
         "models_gb": 4 * 4 * parameters / GIGABYTE,  # W twice, V, and a state that a later round may put back
-        "workspace_gb": learning_bytes(config, denoiser, graph, x, timesteps, conditioning) / GIGABYTE,
+        "workspace_gb": learning_bytes(config, denoiser, graph, samples) / GIGABYTE,
         "store_gb_per_rank": store / ranks / GIGABYTE,
     }
 

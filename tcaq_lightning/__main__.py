@@ -29,6 +29,11 @@ def sample(
     steps: int = 20,
     eta: float = 0.0,
     options: dict[str, Any] | None = None,
+    prompts: Path | None = None,
+    negative_prompt: str | None = None,
+    class_labels: list[int] | None = None,
+    guidance_scale: float | None = None,
+    call_options: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
@@ -43,6 +48,11 @@ def sample(
         steps: sampler steps.
         eta: DDIM's noise share.
         options: further settings of the scheduler, as in --options.clip_sample false.
+        prompts: text file with one prompt a line, for a model that takes text.
+        negative_prompt: what guidance leads away from.
+        class_labels: classes that the images take in turn; without them, all of a class-conditional model's.
+        guidance_scale: classifier-free guidance; without it, the pipeline's own.
+        call_options: further arguments of the pipeline's call, as in --call_options.height 512.
         seed: of the noise.
         batch_size: images at a time.
         threads: CPU threads; without it, PyTorch's choice.
@@ -50,7 +60,9 @@ def sample(
     import torch
 
     from tcaq_lightning import pipelines
+    from tcaq_lightning.config import ConditioningConfig
     from tcaq_lightning.evaluation.grid import save_images
+    from tcaq_lightning.sampling import make_sampling
 
     _at_least(1, num=num, steps=steps, batch_size=batch_size, threads=threads)
     _at_least(0, seed=seed)
@@ -58,13 +70,15 @@ def sample(
     sampler = _sampler(scheduler, steps, eta, options)
     pipeline = open_model(path)
     _, denoiser = pipelines.find_denoiser(pipeline)
-    pipelines.make_scheduler(pipeline.scheduler, sampler, "sampler")
+    conditioning = ConditioningConfig(prompts, negative_prompt, class_labels, guidance_scale, call_options or {})
+    sampling = make_sampling(pipeline, conditioning)
+    sampling.check(denoiser, sampler, "sampler")
     _check_writable(output)
     parts = []
     with _progress(num) as advance:
         for start in range(0, num, batch_size):
             indices = range(start, min(start + batch_size, num))
-            parts.append(pipelines.sample(denoiser, pipeline.scheduler, sampler, indices, seed).cpu())
+            parts.append(sampling.sample(denoiser, sampler, indices, seed).cpu())
             advance(len(indices))
     save_images(pipelines.to_images(torch.cat(parts)), output, columns=math.ceil(math.sqrt(num)))
 
@@ -80,6 +94,11 @@ def evaluate(
     steps: int = 20,
     eta: float = 0.0,
     options: dict[str, Any] | None = None,
+    prompts: Path | None = None,
+    negative_prompt: str | None = None,
+    class_labels: list[int] | None = None,
+    guidance_scale: float | None = None,
+    call_options: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
@@ -99,6 +118,11 @@ def evaluate(
         steps: sampler steps.
         eta: DDIM's noise share.
         options: further settings of the scheduler, as in --options.clip_sample false.
+        prompts: text file with one prompt a line, for a model that takes text.
+        negative_prompt: what guidance leads away from.
+        class_labels: classes that the images take in turn; without them, all of a class-conditional model's.
+        guidance_scale: classifier-free guidance; without it, the pipeline's own.
+        call_options: further arguments of the pipeline's call, as in --call_options.height 512.
         seed: of the noise.
         batch_size: images at a time.
         threads: CPU threads; without it, PyTorch's choice.
@@ -107,11 +131,12 @@ def evaluate(
     """
     from rich.console import Console
 
-    from tcaq_lightning.config import EvaluationConfig
+    from tcaq_lightning.config import ConditioningConfig, EvaluationConfig
     from tcaq_lightning.evaluation import evaluate as evaluation
     from tcaq_lightning.files import write_json
-    from tcaq_lightning.pipelines import find_denoiser, sample_shape
+    from tcaq_lightning.pipelines import find_denoiser
     from tcaq_lightning.report import final_table
+    from tcaq_lightning.sampling import make_sampling
 
     _at_least(1, num_images=num_images, num_trajectories=num_trajectories, steps=steps, batch_size=batch_size)
     _at_least(1, threads=threads)
@@ -124,20 +149,23 @@ def evaluate(
     models: dict[str, Any] = {"full": None, "quantized": denoiser}
     if full is not None:
         models["full"] = find_denoiser(open_model(full))[1]
-        if sample_shape(models["full"]) != sample_shape(denoiser):
+        expected, got = (_interface(model) for model in (denoiser, models["full"]))
+        if got != expected:
             raise UserError(
-                f"--full: expected a model of samples {sample_shape(denoiser)} like {path}, "
-                f"got {sample_shape(models['full'])} from {full}; give the model that was quantized"
+                f"--full: expected a model like {path}, {expected}, got {got} from {full}; give the model that was "
+                "quantized"
             )
     elif not is_quantized(path):
         models = {"full": denoiser, "quantized": None}
+    conditioning = ConditioningConfig(prompts, negative_prompt, class_labels, guidance_scale, call_options or {})
+    sampling = make_sampling(pipeline, conditioning)
     if output is not None:
         _check_writable(output)
     total = evaluation.planned_samples(config, sum(m is not None for m in models.values()))
     with _progress(total) as advance:
         metrics = evaluation.evaluate(
             **models,
-            scheduler=pipeline.scheduler,
+            sampling=sampling,
             calibration_sampler=sampler,
             config=config,
             seed=seed,
@@ -178,6 +206,13 @@ def open_model(path: str) -> Any:
 
         return load_quantized(path)
     return open_pipeline(path)
+
+
+def _interface(denoiser: Any) -> dict[str, Any]:
+    """What a denoiser takes and gives, as far as its configuration says."""
+    keys = ("in_channels", "out_channels", "sample_size", "cross_attention_dim", "num_class_embeds")
+    shapes = {key: denoiser.config[key] for key in keys if denoiser.config.get(key) is not None}
+    return {"class": type(denoiser).__name__, **shapes}
 
 
 def _sampler(scheduler: str | None, steps: int, eta: float, options: dict[str, Any] | None) -> Any:

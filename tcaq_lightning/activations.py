@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.prefetch import read_ahead
 from tcaq_lightning.storage import ActivationStorage, Ledger, Tier
 from tcaq_lightning.timesteps import TimestepGroups
@@ -123,7 +124,7 @@ class Streams:
         full, quantized: denoisers with equally named units.
         graph: execution order and dependencies.
         context: the quantized denoiser's timestep groups.
-        x, timesteps: (N, C, H, W) and (N,), the calibration samples.
+        samples: the N calibration samples.
         batch_size: samples per pass.
         storage: where outputs and inputs are kept.
     """
@@ -134,14 +135,13 @@ class Streams:
         quantized: nn.Module,
         graph: UnitGraph,
         context: TimestepGroups,
-        x: Tensor,
-        timesteps: Tensor,
+        samples: Samples,
         batch_size: int,
         storage: ActivationStorage,
     ) -> None:
         self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
-        self.x, self.timesteps = x, timesteps
-        self.groups = context.of(timesteps)
+        self.samples, self.dtype = samples, samples.x.dtype
+        self.groups = context.of(samples.timesteps)
         self.batch_size = batch_size
         self.storage = storage
         self.device = next(full.parameters()).device
@@ -168,12 +168,12 @@ class Streams:
         for batch, arguments in self._replays(self.quantized, self._quantized, position):
             batched, others, spec = split_arguments(arguments, batch.stop - batch.start)
             if not inputs:
-                inputs = [self.storage.allocate((len(self.x), *x.shape[1:]), x.dtype) for x in batched]
+                inputs = [self.storage.allocate((len(self.samples), *x.shape[1:]), x.dtype) for x in batched]
                 constants = others
             for stored, x in zip(inputs, batched, strict=True):
                 stored[batch] = x
         assert spec is not None
-        return UnitData(inputs, constants, spec, targets, self.groups, dtype=self.x.dtype)
+        return UnitData(inputs, constants, spec, targets, self.groups, dtype=self.dtype)
 
     @torch.no_grad()
     def store(self, position: int, data: UnitData) -> None:
@@ -198,14 +198,14 @@ class Streams:
     def executions(self, position: int) -> dict[str, int]:
         """On how many samples `load` and `store` run the unit at `position`, by stream."""
         kept = self.graph.names[position] in self.graph.alive_after(position)
-        return {"full_stream": len(self.x), "quantized_stream": len(self.x) if kept else 0}
+        return {"full_stream": len(self.samples), "quantized_stream": len(self.samples) if kept else 0}
 
     def _allocate(self, name: str) -> Tensor:
-        return self.storage.allocate((len(self.x), *self.graph.output_shapes[name]), self.x.dtype)
+        return self.storage.allocate((len(self.samples), *self.graph.output_shapes[name]), self.dtype)
 
     def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self.x), self.batch_size):
-            yield slice(start, min(start + self.batch_size, len(self.x)))
+        for start in range(0, len(self.samples), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.samples)))
 
     @torch.no_grad()
     def _replays(
@@ -218,7 +218,7 @@ class Streams:
             forwards[name] = _stop
             try:
                 with patched_forwards(denoiser, forwards):
-                    denoiser(self.x[batch].to(self.device), self.timesteps[batch].to(self.device), return_dict=False)
+                    self.samples[batch].predict(denoiser)
                 raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
             except Stop as reached:
                 arguments = reached.args_kwargs
@@ -229,7 +229,7 @@ class Streams:
             if outputs is None:  # freed: NaN, so that a use of it would show at once
                 shape = (batch.stop - batch.start, *self.graph.output_shapes[name])
                 return torch.full((), torch.nan, device=self.device).expand(shape)
-            return outputs[batch].to(self.device, self.x.dtype, copy=True)  # glue may write in place
+            return outputs[batch].to(self.device, self.dtype, copy=True)  # glue may write in place
 
         return forward
 

@@ -30,6 +30,37 @@ class ModelConfig:
 
     path: str = "fashion-mnist-ddpm"
     """A directory in diffusers layout (model_index.json), a hub id, or the name of a shipped model."""
+    variant: str | None = None
+    """Variant of the weights' files, such as fp16; null takes the ones without."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in; quantizers and rounding are always computed in float32."""
+
+
+@dataclass
+class ConditioningConfig:
+    """What the samples are of; nothing of it concerns an unconditional model."""
+
+    prompts: Path | None = None
+    """Text file with one prompt a line; sample i takes line i, from the start again after the last one."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, for all samples."""
+    class_labels: list[int] | None = None
+    """Classes that the samples take in turn; null: all of a class-conditional model's."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, in calibration, sampling and evaluation; null: the pipeline's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's call, such as height and width."""
+
+    def __post_init__(self) -> None:
+        self.prompts = None if self.prompts is None else Path(self.prompts)
+        _require(
+            self.class_labels is None or len(self.class_labels) > 0,
+            "conditioning.class_labels",
+            "null or not empty",
+            [],
+        )
+        scale = self.guidance_scale
+        _require(scale is None or 0 <= scale < math.inf, "conditioning.guidance_scale", "finite and at least 0", scale)
 
 
 @dataclass
@@ -372,6 +403,8 @@ class Config:
     """Seed of noises, sample draws and searches."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The pretrained model."""
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    """Prompts or classes, and guidance."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Calibration data."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -464,6 +497,8 @@ class Config:
         """Plain YAML-ready values, run_dir as a string."""
         values = dataclasses.asdict(self)
         values["run_dir"] = str(self.run_dir)
+        prompts = self.conditioning.prompts
+        values["conditioning"]["prompts"] = None if prompts is None else str(prompts)
         return values
 
 

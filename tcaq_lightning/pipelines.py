@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def quiet_diffusers() -> None:
     diffusers_logging.disable_progress_bar()
 
 
-def open_pipeline(path: str) -> DiffusionPipeline:
+def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Open a pretrained model in diffusers layout.
 
     Args:
         path: directory with a model_index.json, name of a shipped model, or hub id.
+        variant: of the weights' files, such as fp16. dtype: that the model computes in.
 
     Returns:
         The pipeline on the CPU, its denoiser frozen and in evaluation mode.
@@ -63,12 +65,18 @@ def open_pipeline(path: str) -> DiffusionPipeline:
     name = next((n for n in DENOISER_NAMES if index.get(n)), None)
     if name is None:
         raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
-    denoiser = _load_denoiser(source, name, str(index[name][1]), local)
-    pipeline_class: Any = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+    loading: dict[str, Any] = {
+        "use_safetensors": True,
+        "low_cpu_mem_usage": False,
+        "local_files_only": local,
+        "variant": variant,
+    }
+    if dtype != torch.float32:  # the default of diffusers; newer versions call it dtype, and warn
+        loading["torch_dtype"] = dtype
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    denoiser = _load_denoiser(source, name, str(index[name][1]), loading)
     try:
-        pipeline = pipeline_class.from_pretrained(
-            source, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **{name: denoiser}
-        )
+        pipeline = pipeline_class(index).from_pretrained(source, **loading, **{name: denoiser})
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"model.path: cannot open {path}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -76,21 +84,19 @@ def open_pipeline(path: str) -> DiffusionPipeline:
     return opened
 
 
-def _load_denoiser(source: str, name: str, class_name: str, local: bool) -> nn.Module:
+def pipeline_class(index: dict[str, Any]) -> Any:
+    """The class that opens a pipeline, by its model_index.json."""
+    return OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+
+
+def _load_denoiser(source: str, name: str, class_name: str, loading: dict[str, Any]) -> nn.Module:
     denoiser_class = getattr(diffusers, class_name, None)
     if denoiser_class is None:
         raise UserError(
             f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
         )
     try:
-        denoiser, info = denoiser_class.from_pretrained(
-            source,
-            subfolder=name,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            local_files_only=local,
-            output_loading_info=True,
-        )
+        denoiser, info = denoiser_class.from_pretrained(source, subfolder=name, output_loading_info=True, **loading)
     except Exception as error:  # as above
         raise UserError(f"model.path: cannot load {name} of {source}: {one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys"):
@@ -116,15 +122,11 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     """Name and module of the pipeline's denoiser.
 
     Raises:
-        UserError: none of the known components is there, or it needs conditioning.
+        UserError: none of the known components is there.
     """
     for name in DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
-            if getattr(module.config, "num_class_embeds", None) or getattr(module.config, "class_embed_type", None):
-                raise UserError(
-                    f"{name} is class-conditional; expected an unconditional denoiser, which sampling needs"
-                )
             return name, module
     raise UserError(f"the pipeline has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
 
@@ -156,16 +158,16 @@ def denoiser_bytes(denoiser: nn.Module) -> int:
     return sum(v.numel() * v.element_size() for v in denoiser.state_dict().values())
 
 
-def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
-    """A scheduler for one run of the sampler, its timesteps set.
+def configured_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """A scheduler with the sampler's settings, its timesteps not yet set.
 
     Args:
         own: the pipeline's scheduler; its noise schedule and prediction type are kept.
-        sampler: class, steps and further settings.
+        sampler: class and further settings.
         key: config key that errors name.
 
     Raises:
-        UserError: unknown class, option or number of steps.
+        UserError: unknown class or option.
     """
     scheduler_class = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
     if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
@@ -177,17 +179,25 @@ def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sam
             f"{key}.options: {scheduler_class.__name__} has no option {unknown[0]!r}; it has {sorted(known)}"
         )
     try:
-        scheduler = scheduler_class.from_config(own.config, **sampler.options)
-        scheduler.set_timesteps(sampler.num_steps)
+        return scheduler_class.from_config(own.config, **sampler.options)
     except Exception as error:  # schedulers validate their settings each in its own way
+        raise UserError(f"{key}: {scheduler_class.__name__}: {one_line(error)}") from error
+
+
+def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """`configured_scheduler` for one run of the sampler, its timesteps set.
+
+    Raises:
+        UserError: unknown class, option or number of steps.
+    """
+    scheduler = configured_scheduler(own, sampler, key)
+    try:
+        scheduler.set_timesteps(sampler.num_steps)
+    except Exception as error:  # as above
         raise UserError(
-            f"{key}: {scheduler_class.__name__} with {sampler.num_steps} steps: {one_line(error)}"
+            f"{key}: {type(scheduler).__name__} with {sampler.num_steps} steps: {one_line(error)}"
         ) from error
     return scheduler
-
-
-Recorder = Callable[[int, Tensor, Tensor], None]
-"""Called with (call index, timestep (scalar tensor), denoiser input x_t (B, ...)) before each denoiser call."""
 
 
 def initial_noise(shape: Sequence[int], indices: Sequence[int], seed: int) -> tuple[Tensor, list[torch.Generator]]:
@@ -212,7 +222,6 @@ def sample(
     sampler: SamplerConfig,
     indices: Sequence[int],
     seed: int,
-    record: Recorder | None = None,
 ) -> Tensor:
     """Sample with the denoiser, by the loop that every diffusers scheduler shares.
 
@@ -224,7 +233,6 @@ def sample(
         sampler: the scheduler to use and its steps.
         indices: numbers of the samples, which fix their noise.
         seed: seed of the noise.
-        record: sees every denoiser input.
 
     Returns:
         Samples (B, C, H, W) in the model's range, [-1, 1] for pixels.
@@ -237,10 +245,8 @@ def sample(
     extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
     if "generator" in known:
         extra["generator"] = generators
-    for call, t in enumerate(scheduler.timesteps):
+    for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, t)
-        if record is not None:
-            record(call, t, model_input)
         prediction = denoiser(model_input, t.to(device), return_dict=False)[0]
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
     return x

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from tcaq_lightning.activations import TensorKind, UnitData, store_peaks
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
@@ -86,8 +87,7 @@ def make_plan(
     denoiser: nn.Module,
     graph: UnitGraph,
     coverage: list[CoverageRow],
-    x: Tensor,
-    timesteps: Tensor,
+    probe: Samples,
     calls: int,
     earlier: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -98,15 +98,16 @@ def make_plan(
         denoiser: full precision.
         graph: units in execution order.
         coverage: the coverage table.
-        x, timesteps: a batch of calibration-like inputs of config.reconstruction.batch_size samples.
+        probe: calibration-like inputs, any number.
         calls: denoiser calls of one trajectory.
         earlier: plan of an earlier command of the run, whose measured memory is taken over.
     """
     with torch.no_grad():
-        inputs = _input_kinds(unit_samples(denoiser, graph, x[:2], timesteps[:2]), graph)
+        inputs = _input_kinds(unit_samples(denoiser, graph, probe[:2]), graph)
+        batch = probe.cycled(config.reconstruction.batch_size)
         started = time.perf_counter()
-        denoiser(x, timesteps, return_dict=False)
-        forward = (time.perf_counter() - started) / len(x)  # of one sample
+        batch.predict(denoiser)
+        forward = (time.perf_counter() - started) / len(batch)  # of one sample
     calibration = config.calibration
     trajectories = calibration.num_trajectories, calibration.held_out_trajectories
     samples = sum(trajectories) * calls
@@ -117,11 +118,13 @@ def make_plan(
     for row in coverage:
         layers[row.bits] = layers.get(row.bits, 0) + 1
     stored = getattr(torch, calibration.storage)
-    limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir, config.trainer.devices)
+    limits = resolve_limits(
+        calibration.memory_budget, next(denoiser.parameters()).device, config.run_dir, config.trainer.devices
+    )
     if earlier is not None and earlier.get("processes") == world_size():
         footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
     else:
-        footprint = measure_footprint(config, denoiser, graph, x, timesteps, calls)
+        footprint = measure_footprint(config, denoiser, graph, probe, calls)
     return Plan(
         processes=world_size(),
         units=len(graph.names),
@@ -129,7 +132,9 @@ def make_plan(
         layers=layers,
         kept=[row.name for row in coverage if row.note == "kept by rule"],
         steps=steps * len(graph.names),
-        store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, on_rank, x.dtype, stored, tiers)),
+        store_bytes=_store_peaks(
+            limits, lambda tiers: store_peaks(graph, inputs, on_rank, probe.x.dtype, stored, tiers)
+        ),
         limits=limits,
         model_bytes=footprint.models,
         workspace_bytes=footprint.workspace,

@@ -135,12 +135,16 @@ class Run:
 def settings_of_result(config: Config) -> dict[str, Any]:
     """The settings that determine the artifact, for its metadata: nothing about where it was made.
 
-    >>> settings_of_result(Config())["model"]
-    {'path': 'fashion-mnist-ddpm'}
+    >>> settings_of_result(Config())["model"]["path"]
+    'fashion-mnist-ddpm'
     """
     values = _without(config.to_dict(), (*UNRELATED_TO_RESULT, "evaluation"))
-    local = Path(config.model.path)
-    return values | {"model": {"path": local.resolve().name if local.exists() else config.model.path}}
+    local, prompts = Path(config.model.path), config.conditioning.prompts
+    if local.exists():
+        values["model"]["path"] = local.resolve().name
+    if prompts is not None:
+        values["conditioning"]["prompts"] = prompts.name
+    return values
 
 
 def _digest(config: dict[str, Any]) -> str:

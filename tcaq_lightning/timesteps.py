@@ -98,7 +98,8 @@ class TimestepHook:
         batch = sample.shape[0]
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         groups = self.groups.of(t)
-        if groups.numel() == 1:
-            self.groups.set(groups.expand(batch), int(groups))
+        # A batch of one timestep may hand it over for every sample; elsewhere a look at the values is a sync.
+        if groups.numel() == 1 or (groups.device.type == "cpu" and bool((groups == groups[0]).all())):
+            self.groups.set(groups[:1].expand(batch), int(groups[0]))
         else:
             self.groups.set(groups)

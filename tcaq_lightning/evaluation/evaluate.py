@@ -30,7 +30,8 @@ from tcaq_lightning.evaluation.features import (
 from tcaq_lightning.evaluation.fid import FIDResult, ReferenceStatistics, frechet_distance
 from tcaq_lightning.evaluation.metrics import ImageError, NoiseError, image_error, noise_error
 from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
-from tcaq_lightning.pipelines import make_scheduler, sample, sample_shape, shipped
+from tcaq_lightning.pipelines import shipped
+from tcaq_lightning.sampling import Sampling
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trajectories import collect
 
@@ -110,12 +111,12 @@ class FeatureSpace:
     reference: ReferenceStatistics
 
 
-def open_features(config: EvaluationConfig, denoiser: nn.Module) -> FeatureSpace | None:
+def open_features(config: EvaluationConfig, channels: int) -> FeatureSpace | None:
     """Open the feature extractor and see that FID can be measured, before anything is sampled.
 
     Args:
         config: which extractor, how many samples.
-        denoiser: the model whose images are to be measured.
+        channels: of the images.
 
     Returns:
         None if FID is not asked for.
@@ -125,7 +126,6 @@ def open_features(config: EvaluationConfig, denoiser: nn.Module) -> FeatureSpace
     """
     if config.fid_samples == 0:
         return None
-    channels = sample_shape(denoiser)[0]
     if channels != 1:
         raise UserError(
             f"evaluation.fid_samples: features are of grey images, the model's have {channels} channels; "
@@ -159,7 +159,7 @@ def planned_samples(config: EvaluationConfig, models: int = 2) -> int:
 def evaluate(
     full: nn.Module | None,
     quantized: nn.Module | None,
-    scheduler: Any,
+    sampling: Sampling,
     calibration_sampler: SamplerConfig,
     config: EvaluationConfig,
     seed: int,
@@ -174,7 +174,7 @@ def evaluate(
     Args:
         full: full-precision denoiser f, or None.
         quantized: quantized denoiser q, or None.
-        scheduler: the pipeline's own scheduler.
+        sampling: how the pipeline is sampled.
         calibration_sampler: sampler of the held-out trajectories.
         config: what to measure.
         seed: the run's seed.
@@ -191,15 +191,16 @@ def evaluate(
             "give a full-precision model to compare with or a number of FID samples"
         )
     sampler = config.sampler or calibration_sampler
-    make_scheduler(scheduler, sampler, "calibration.sampler" if config.sampler is None else "evaluation.sampler")
-    space = open_features(config, next(iter(models.values())))
+    key = "calibration.sampler" if config.sampler is None else "evaluation.sampler"
+    sampling.check(next(iter(models.values())), sampler, key)
+    space = open_features(config, sampling.channels(next(iter(models.values()))))
     seconds: dict[str, float] = {}
     noise = None
     if full is not None and quantized is not None:
         began = time.perf_counter()
         held_out = range(HELD_OUT_START, HELD_OUT_START + config.num_trajectories)
         mine = share(held_out)
-        paths = collect(full, scheduler, calibration_sampler, mine, seed, config.batch_size, advance)
+        paths = collect(full, sampling, calibration_sampler, mine, seed, config.batch_size, advance)
         if advance is not None and len(mine) < len(held_out):
             advance(len(held_out) - len(mine))
         noise = noise_error(full, quantized, paths, config.batch_size)
@@ -207,7 +208,7 @@ def evaluate(
     kept = config.num_images if len(models) == 2 else 0
     drawn = {}
     for name, model in models.items():
-        drawn[name] = sample_images(model, scheduler, sampler, config, kept, space, seed, cache_dir, advance)
+        drawn[name] = sample_images(model, sampling, sampler, config, kept, space, seed, cache_dir, advance)
         seconds[f"{name}_images"] = drawn[name].seconds
     began = time.perf_counter()
     fids = on_main(lambda: {name: _fid(name, images.features, space, seed) for name, images in drawn.items()})
@@ -252,7 +253,7 @@ class SampledImages:
 
 def sample_images(
     denoiser: nn.Module,
-    scheduler: Any,
+    sampling: Sampling,
     sampler: SamplerConfig,
     config: EvaluationConfig,
     num_kept: int,
@@ -268,7 +269,7 @@ def sample_images(
 
     Args:
         denoiser: the model.
-        scheduler: the pipeline's own scheduler.
+        sampling: how the pipeline is sampled.
         sampler: sampler settings.
         config: number of FID samples and batch size.
         num_kept: number of samples to keep as they are.
@@ -282,8 +283,9 @@ def sample_images(
     extractor = None if space is None else space.extractor.to(device)
     directory = None
     if cache_dir is not None:
-        schedule = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # paths and versions aside
-        key = [dataclasses.asdict(sampler), type(scheduler).__name__, schedule, seed, config.batch_size]
+        own = sampling.scheduler
+        schedule = {k: v for k, v in own.config.items() if not k.startswith("_")}  # paths and versions aside
+        key = [dataclasses.asdict(sampler), type(own).__name__, schedule, seed, config.batch_size, sampling.manifest()]
         directory = cache_dir / _fingerprint(denoiser, extractor, key)
     total = max(num_kept, num_features)
     starts = range(0, total, config.batch_size)
@@ -297,7 +299,7 @@ def sample_images(
     def draw(start: int) -> SampledImages:
         began = time.perf_counter()
         indices = range(IMAGES_START + start, IMAGES_START + start + size(start))
-        samples = sample(denoiser, scheduler, sampler, indices, seed)
+        samples = sampling.sample(denoiser, sampler, indices, seed)
         measure = size(start, num_features)
         features = extract_features(extractor, samples[:measure]) if extractor and measure else torch.zeros(0, 0)
         kept = samples[: size(start, num_kept)]

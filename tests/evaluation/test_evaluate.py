@@ -17,10 +17,10 @@ from tcaq_lightning.evaluation import evaluate as module
 from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, planned_samples
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
-from tcaq_lightning.pipelines import sample
+from tcaq_lightning.sampling import UnconditionalSampling
 
 SAMPLER = SamplerConfig(num_steps=2, options={"clip_sample": False})
-SCHEDULER: Any = DDIMScheduler()
+SAMPLING = UnconditionalSampling(DDIMScheduler())
 
 
 def unet(channels: int = 1) -> nn.Module:
@@ -58,11 +58,14 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Numbers of the noises of every call of the sampler for images."""
     calls: list[list[int]] = []
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        calls.append(list(args[3]))
-        return sample(*args, **kwargs)
+    original = UnconditionalSampling.sample
 
-    monkeypatch.setattr(module, "sample", spy)
+    def spy(self: Any, denoiser: Any, sampler: Any, indices: Any, seed: int) -> Any:
+        if indices[0] >= IMAGES_START:
+            calls.append(list(indices))
+        return original(self, denoiser, sampler, indices, seed)
+
+    monkeypatch.setattr(UnconditionalSampling, "sample", spy)
     return calls
 
 
@@ -74,13 +77,13 @@ def test_agrees_with_direct_computation(features_dir: Path, sampled: list[list[i
     full, quantized = unet(), altered(unet())
     counts: list[int] = []
     settings = config(features_dir)
-    metrics = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, seed=1, advance=counts.append)
+    metrics = evaluate(full, quantized, SAMPLING, SAMPLER, settings, seed=1, advance=counts.append)
     assert sum(counts) == planned_samples(settings) == 3 + 2 * 8
     # Each noise once for each model: FID and the same-noise images share samples.
     assert sorted(i for call in sampled for i in call) == sorted(2 * list(range(IMAGES_START, IMAGES_START + 8)))
 
     indices = range(IMAGES_START, IMAGES_START + 8)
-    f, q = (sample(m, SCHEDULER, SAMPLER, indices, seed=1) for m in (full, quantized))
+    f, q = (SAMPLING.sample(m, SAMPLER, indices, seed=1) for m in (full, quantized))
     assert metrics.images is not None
     assert metrics.images.mse == pytest.approx(float((f[:5] - q[:5]).square().mean()), rel=1e-4)
     torch.testing.assert_close(metrics.full_samples, f[:5])
@@ -96,7 +99,7 @@ def test_agrees_with_direct_computation(features_dir: Path, sampled: list[list[i
 
 def test_dictionary_is_json(features_dir: Path) -> None:
     model = unet()
-    metrics = evaluate(model, model, SCHEDULER, SAMPLER, config(features_dir), seed=0)
+    metrics = evaluate(model, model, SAMPLING, SAMPLER, config(features_dir), seed=0)
     values = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
     assert values["noise_error"]["summary"] == 0
     assert len(values["noise_error"]["timesteps"]) == len(values["noise_error"]["bias"]) == 2
@@ -111,7 +114,7 @@ def test_calibration_noise_is_not_met_again(features_dir: Path, monkeypatch: pyt
     seen: list[Any] = []
     collect = module.collect
     monkeypatch.setattr(module, "collect", lambda *a: seen.append(a) or collect(*a))
-    evaluate(unet(), unet(), SCHEDULER, SAMPLER, config(features_dir, fid_samples=0), seed=3)
+    evaluate(unet(), unet(), SAMPLING, SAMPLER, config(features_dir, fid_samples=0), seed=3)
     held_out = seen[0][3]
     assert min(held_out) > 100_000
     assert max(held_out) < IMAGES_START
@@ -120,7 +123,7 @@ def test_calibration_noise_is_not_met_again(features_dir: Path, monkeypatch: pyt
 
 def test_evaluation_sampler_is_for_images_only(features_dir: Path) -> None:
     settings = config(features_dir, fid_samples=0, sampler=SamplerConfig("UniPCMultistepScheduler", 3))
-    metrics = evaluate(unet(), altered(unet()), SCHEDULER, SAMPLER, settings, seed=0)
+    metrics = evaluate(unet(), altered(unet()), SAMPLING, SAMPLER, settings, seed=0)
     assert metrics.noise is not None
     assert len(metrics.noise.timesteps) == 2
     assert metrics.sampler["scheduler"] == "UniPCMultistepScheduler"
@@ -132,7 +135,7 @@ def test_one_model_alone_gets_its_fid(which: str, features_dir: Path) -> None:
     counts: list[int] = []
     metrics = evaluate(
         **models,
-        scheduler=SCHEDULER,
+        sampling=SAMPLING,
         calibration_sampler=SAMPLER,
         config=config(features_dir),
         seed=0,
@@ -142,7 +145,7 @@ def test_one_model_alone_gets_its_fid(which: str, features_dir: Path) -> None:
     assert metrics.noise is metrics.images is None
     assert getattr(metrics, f"fid_{which}") is not None
     with pytest.raises(UserError, match="nothing to measure"):
-        evaluate(None, unet(), SCHEDULER, SAMPLER, config(features_dir, fid_samples=0), seed=0)
+        evaluate(None, unet(), SAMPLING, SAMPLER, config(features_dir, fid_samples=0), seed=0)
 
 
 class KilledError(Exception):
@@ -151,7 +154,7 @@ class KilledError(Exception):
 
 def test_killed_evaluation_goes_on(features_dir: Path, tmp_path: Path, sampled: list[list[int]]) -> None:
     full, quantized, settings = unet(), altered(unet()), config(features_dir)
-    expected = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, seed=0)
+    expected = evaluate(full, quantized, SAMPLING, SAMPLER, settings, seed=0)
     sampled.clear()
     counts: list[int] = []
 
@@ -161,13 +164,13 @@ def test_killed_evaluation_goes_on(features_dir: Path, tmp_path: Path, sampled: 
             raise KilledError
 
     with pytest.raises(KilledError):
-        evaluate(full, quantized, SCHEDULER, SAMPLER, settings, 0, tmp_path, kill)
+        evaluate(full, quantized, SAMPLING, SAMPLER, settings, 0, tmp_path, kill)
     assert len(sampled) == 2
-    resumed = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, 0, tmp_path)
+    resumed = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 0, tmp_path)
     assert len(sampled) == 6
     assert without_seconds(resumed) == without_seconds(expected)
     assert torch.equal(resumed.full_samples, expected.full_samples)  # type: ignore[arg-type]
-    again = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, 0, tmp_path)
+    again = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 0, tmp_path)
     assert len(sampled) == 6
     assert without_seconds(again) == without_seconds(expected)
     assert again.seconds["full_images"] == pytest.approx(resumed.seconds["full_images"])
@@ -177,7 +180,7 @@ def test_killed_evaluation_goes_on(features_dir: Path, tmp_path: Path, sampled: 
 def test_damaged_batch_is_sampled_again(
     damage: str, features_dir: Path, tmp_path: Path, sampled: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = (None, unet(), SCHEDULER, SAMPLER, config(features_dir), 0, tmp_path)
+    arguments = (None, unet(), SAMPLING, SAMPLER, config(features_dir), 0, tmp_path)
     expected = evaluate(*arguments)
     sampled.clear()
     path = sorted(tmp_path.rglob("*.safetensors"))[1]
@@ -196,7 +199,7 @@ def test_cache_knows_what_it_holds(features_dir: Path, tmp_path: Path, sampled: 
 
     def calls(*, model: Any = model, sampler: SamplerConfig = SAMPLER, seed: int = 0, **changes: Any) -> int:
         sampled.clear()
-        evaluate(None, model, SCHEDULER, sampler, config(features_dir, **changes), seed, tmp_path)
+        evaluate(None, model, SAMPLING, sampler, config(features_dir, **changes), seed, tmp_path)
         return len(sampled)
 
     assert calls() == 3
@@ -209,12 +212,12 @@ def test_cache_knows_what_it_holds(features_dir: Path, tmp_path: Path, sampled: 
     assert calls(batch_size=4) == 2
     # Full-precision batches serve whatever model they are compared with.
     sampled.clear()
-    evaluate(model, altered(model, 0.9), SCHEDULER, SAMPLER, config(features_dir, num_images=3), 1, tmp_path)
+    evaluate(model, altered(model, 0.9), SAMPLING, SAMPLER, config(features_dir, num_images=3), 1, tmp_path)
     assert len(sampled) == 3 + 1
 
 
 def test_diverged_model_has_no_fid(features_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = evaluate(unet(), altered(unet(), float("nan")), SCHEDULER, SAMPLER, config(features_dir), seed=0)
+    metrics = evaluate(unet(), altered(unet(), float("nan")), SAMPLING, SAMPLER, config(features_dir), seed=0)
     assert metrics.fid_quantized is None
     assert metrics.fid_full is not None
     assert "NaN" in caplog.text
@@ -229,7 +232,7 @@ def test_mistakes_show_before_anything_is_sampled(features_dir: Path, sampled: l
     ]
     for changes, text in cases:
         with pytest.raises(UserError, match=text):
-            evaluate(unet(), unet(), SCHEDULER, SAMPLER, config(features_dir, **changes), seed=0)
+            evaluate(unet(), unet(), SAMPLING, SAMPLER, config(features_dir, **changes), seed=0)
     with pytest.raises(UserError, match="3 channels"):
-        evaluate(unet(3), unet(3), SCHEDULER, SAMPLER, config(features_dir), seed=0)
+        evaluate(unet(3), unet(3), SAMPLING, SAMPLER, config(features_dir), seed=0)
     assert sampled == []
