@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
 from tcaq_lightning.config import SamplerConfig
@@ -132,18 +133,24 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
 
 
 @torch.no_grad()
-def check_denoiser(denoiser: nn.Module, scheduler: Any) -> None:
+def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any] | None = None) -> None:
     """See that the scheduler can use the denoiser: it maps (x_t, t) to a finite prediction of x_t's shape.
 
     A scheduler of learned variances takes twice the channels.
 
+    Args:
+        denoiser: full precision. scheduler: for one run of the sampler.
+        arguments: of the denoiser for two samples, beside x_t and t.
+
     Raises:
         UserError: it needs further inputs, takes none of its own sample size, or predicts something else.
     """
-    expected = f"model.path: expected a {type(denoiser).__name__} that maps x_t and t alone to a prediction like x_t"
+    takes = f"x_t, t, {', '.join(arguments)}" if arguments else "x_t and t alone"
+    expected = f"model.path: expected a {type(denoiser).__name__} that maps {takes} to a prediction like x_t"
     try:
         x = torch.zeros(2, *sample_shape(denoiser), device=next(denoiser.parameters()).device)
-        prediction = denoiser(x, torch.ones(2, dtype=torch.long, device=x.device), return_dict=False)[0]
+        t = torch.ones(2, dtype=torch.long, device=x.device)
+        prediction = denoiser(x, t, return_dict=False, **on_device(arguments or {}, x.device))[0]
     except Exception as error:  # a model raises whatever it likes
         raise UserError(f"{expected}, got {one_line(error)}") from error
     doubled = str(scheduler.config.get("variance_type")).startswith("learned")
@@ -222,6 +229,7 @@ def sample(
     sampler: SamplerConfig,
     indices: Sequence[int],
     seed: int,
+    arguments: dict[str, Any] | None = None,
 ) -> Tensor:
     """Sample with the denoiser, by the loop that every diffusers scheduler shares.
 
@@ -233,6 +241,7 @@ def sample(
         sampler: the scheduler to use and its steps.
         indices: numbers of the samples, which fix their noise.
         seed: seed of the noise.
+        arguments: of the denoiser for these samples, beside x_t and t.
 
     Returns:
         Samples (B, C, H, W) in the model's range, [-1, 1] for pixels.
@@ -245,11 +254,18 @@ def sample(
     extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
     if "generator" in known:
         extra["generator"] = generators
+    others = on_device(arguments or {}, device)
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, t)
-        prediction = denoiser(model_input, t.to(device), return_dict=False)[0]
+        prediction = denoiser(model_input, t.to(device), return_dict=False, **others)[0]
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
     return x
+
+
+def on_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments whose tensors are on a device."""
+    moved: dict[str, Any] = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, arguments)
+    return moved
 
 
 def sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:

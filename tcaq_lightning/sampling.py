@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, LDMPipeline
@@ -28,6 +28,10 @@ from tcaq_lightning.pipelines import (
 
 UNCONDITIONAL = (DDPMPipeline, DDIMPipeline, LDMPipeline)
 """Pipelines that our own loop samples: their calls fix a scheduler, or hand it what it does not take."""
+
+
+Inputs: TypeAlias = "Callable[[Sequence[int]], dict[str, Any]]"
+"""A denoiser's arguments beside x_t and t, by name, for numbered samples: tensors (B, ...), or the same for all."""
 
 
 class Sampling(Protocol):
@@ -65,13 +69,20 @@ class Sampling(Protocol):
         """JSON-ready: everything beside denoiser, sampler, noise that decides what comes out."""
 
 
-def make_sampling(pipeline: Any, conditioning: ConditioningConfig) -> Sampling:
+def make_sampling(pipeline: Any, conditioning: ConditioningConfig, inputs: Inputs | None = None) -> Sampling:
     """How to sample a pipeline.
+
+    Args:
+        pipeline: any diffusers pipeline from noise to images.
+        conditioning: labels or prompts, and guidance.
+        inputs: of a denoiser whose arguments the pipeline's call does not know; our own loop then samples it.
 
     Raises:
         UserError: conditioning that the pipeline does not take, or none where it needs it.
     """
     name, denoiser = find_denoiser(pipeline)
+    if inputs is not None:
+        return LoopSampling(pipeline.scheduler, _decoder(pipeline), inputs)
     if type(pipeline) not in UNCONDITIONAL:
         return PipelineSampling(pipeline, name, conditioning)
     settings: Any = denoiser.config
@@ -87,23 +98,30 @@ def make_sampling(pipeline: Any, conditioning: ConditioningConfig) -> Sampling:
                 f"conditioning.{key}: a {type(pipeline).__name__} is unconditional; expected null, "
                 f"got {getattr(conditioning, key)!r}"
             )
-    return UnconditionalSampling(pipeline.scheduler, getattr(pipeline, "vqvae", None))
+    return LoopSampling(pipeline.scheduler, _decoder(pipeline))
 
 
-class UnconditionalSampling:
+def _decoder(pipeline: Any) -> Any:
+    """The autoencoder of a latent pipeline, or None."""
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+
+
+class LoopSampling:
     """Sampling by the loop that all schedulers share.
 
     Args:
         scheduler: the pipeline's own.
         decoder: of latents into images, an autoencoder of diffusers; None where samples are pixels.
+        inputs: what the denoiser takes beside x_t and t; None for nothing.
     """
 
-    def __init__(self, scheduler: Any, decoder: Any = None) -> None:
+    def __init__(self, scheduler: Any, decoder: Any = None, inputs: Inputs | None = None) -> None:
         self.scheduler, self.decoder = scheduler, decoder
+        self.inputs: Inputs = inputs or (lambda _: {})
 
     def check(self, denoiser: nn.Module, sampler: SamplerConfig, key: str) -> None:
         """As in `Sampling`."""
-        check_denoiser(denoiser, make_scheduler(self.scheduler, sampler, key))
+        check_denoiser(denoiser, make_scheduler(self.scheduler, sampler, key), self.inputs([0, 1]))
 
     def channels(self, denoiser: nn.Module) -> int:
         """As in `Sampling`."""
@@ -112,7 +130,7 @@ class UnconditionalSampling:
     @torch.no_grad()
     def sample(self, denoiser: nn.Module, sampler: SamplerConfig, indices: Sequence[int], seed: int) -> Tensor:
         """As in `Sampling`."""
-        x = sample(denoiser, self.scheduler, sampler, indices, seed)
+        x = sample(denoiser, self.scheduler, sampler, indices, seed, self.inputs(indices))
         if self.decoder is None:
             return x
         latents = x.to(self.decoder.device, self.decoder.dtype) / self.decoder.config.scaling_factor

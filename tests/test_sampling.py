@@ -24,7 +24,7 @@ from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline, Cla
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.metrics import noise_error
-from tcaq_lightning.sampling import PipelineSampling, UnconditionalSampling, make_sampling, read_prompts
+from tcaq_lightning.sampling import LoopSampling, PipelineSampling, make_sampling, read_prompts
 from tcaq_lightning.trajectories import collect, mismatch, probe
 
 STEPS = 3
@@ -218,8 +218,8 @@ def test_latents_of_an_unconditional_pipeline_are_decoded() -> None:
     torch.manual_seed(0)
     vae, unet = autoencoder(1, 3), pixel_unet(3)
     sampling = make_sampling(LDMPipeline(vae, unet, DDIMScheduler(clip_sample=False)), ConditioningConfig())
-    assert isinstance(sampling, UnconditionalSampling)
-    latents = UnconditionalSampling(sampling.scheduler).sample(unet, SAMPLER, [0, 1], 0)
+    assert isinstance(sampling, LoopSampling)
+    latents = LoopSampling(sampling.scheduler).sample(unet, SAMPLER, [0, 1], 0)
     with torch.no_grad():
         expected = vae.decode(latents / 0.5).sample
     assert torch.equal(sampling.sample(unet, SAMPLER, [0, 1], 0), expected)

@@ -17,10 +17,10 @@ from tcaq_lightning.evaluation import evaluate as module
 from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, planned_samples
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
-from tcaq_lightning.sampling import UnconditionalSampling
+from tcaq_lightning.sampling import LoopSampling
 
 SAMPLER = SamplerConfig(num_steps=2, options={"clip_sample": False})
-SAMPLING = UnconditionalSampling(DDIMScheduler())
+SAMPLING = LoopSampling(DDIMScheduler())
 
 
 def unet(channels: int = 1) -> nn.Module:
@@ -58,14 +58,14 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Numbers of the noises of every call of the sampler for images."""
     calls: list[list[int]] = []
 
-    original = UnconditionalSampling.sample
+    original = LoopSampling.sample
 
     def spy(self: Any, denoiser: Any, sampler: Any, indices: Any, seed: int) -> Any:
         if indices[0] >= IMAGES_START:
             calls.append(list(indices))
         return original(self, denoiser, sampler, indices, seed)
 
-    monkeypatch.setattr(UnconditionalSampling, "sample", spy)
+    monkeypatch.setattr(LoopSampling, "sample", spy)
     return calls
 
 
