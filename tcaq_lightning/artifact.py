@@ -134,12 +134,13 @@ def load_quantized(path: str | Path, device: torch.device | str | None = None) -
     Raises:
         UserError: no artifact there, another format version, or a missing or damaged file.
     """
-    quiet_diffusers()
     directory = Path(path)
     name, config, quantization = _read_config(directory)
     _verify_checksums(directory)
     denoiser = _build(directory / name, config, quantization)
-    opener = pipeline_class(_read_json(directory / INDEX_FILE))
+    index = _read_json(directory / INDEX_FILE)
+    quiet_diffusers(index)
+    opener = pipeline_class(index)
     try:
         pipeline = opener.from_pretrained(
             str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **{name: denoiser}

@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,20 @@ def shipped(name: str) -> Path | None:
     return path if name and "/" not in name and path.is_dir() else None
 
 
-def quiet_diffusers() -> None:
-    """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged."""
+def quiet_diffusers(index: dict[str, Any] | None = None) -> None:
+    """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged.
+
+    Args:
+        index: of the pipeline that will be opened; transformers, if it takes any of it, is kept quiet too.
+    """
     diffusers_logging.set_verbosity(logging.CRITICAL)
     diffusers_logging.disable_progress_bar()
+    if any(isinstance(part, (list, tuple)) and part[0] == "transformers" for part in (index or {}).values()):
+        with suppress(ImportError):  # opening the pipeline will say what is missing
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity(logging.CRITICAL)
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -53,7 +64,6 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
     Raises:
         UserError: no such model, no denoiser, weights missing, of other shapes, NaN or infinite.
     """
-    quiet_diffusers()
     directory = shipped(path) or Path(path)
     local = directory.exists()
     if not local and (path.count("/") != 1 or path.startswith((".", "/"))):
@@ -63,6 +73,7 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
         index = DiffusionPipeline.load_config(source, local_files_only=local)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path} has no readable model_index.json; expected diffusers layout") from error
+    quiet_diffusers(index)
     name = next((n for n in DENOISER_NAMES if index.get(n)), None)
     if name is None:
         raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
