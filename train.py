@@ -12,11 +12,12 @@ The same command again goes on where the last one stopped, however it stopped.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
 from tcaq_lightning.cli import run_cli
-from tcaq_lightning.job import run_job
+from tcaq_lightning.job import run_job, sketch_job
 from tcaq_lightning.launch import launched
 from tcaq_lightning.parsing import parse_config
 from tcaq_lightning.pipelines import open_pipeline
@@ -28,6 +29,9 @@ def main() -> None:
     config, dry_run = parse_config()
     quiet_lightning()
     model = config.model
+    if dry_run and model.architecture is not None and not Path(model.path).exists():
+        sketch_job(config)
+        return
     with launched(config):
         run_job(config, lambda: open_pipeline(model.path, model.variant, getattr(torch, model.dtype)), dry_run)
 

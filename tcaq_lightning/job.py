@@ -14,20 +14,23 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from tcaq_lightning.alignment import calibrate, calibration_trajectories
+from tcaq_lightning.architectures import architecture_scheduler, example_samples, find_architecture, meta_denoiser
 from tcaq_lightning.artifact import artifact_sizes, freeze, load_quantized, save_artifact
 from tcaq_lightning.calibration import Calibration, seconds_by_stage
 from tcaq_lightning.config import Config
+from tcaq_lightning.cost import DEVICE_TFLOPS
 from tcaq_lightning.distributed import is_main, on_main
 from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_samples
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.launch import launched
-from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, quiet_diffusers, to_images
-from tcaq_lightning.plan import coverage_table, make_plan
+from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, quiet_diffusers, to_images
+from tcaq_lightning.plan import coverage_table, make_plan, sketch_plan
 from tcaq_lightning.quantize import quantize as quantize_denoiser
 from tcaq_lightning.report import final_table, write_report
 from tcaq_lightning.run import Run, settings_of_result
 from tcaq_lightning.sampling import Inputs, make_sampling
 from tcaq_lightning.timesteps import TimestepGroups, group_boundaries
+from tcaq_lightning.tracing import SIZES
 from tcaq_lightning.trainers import choose_device, quiet_lightning
 from tcaq_lightning.trajectories import probe
 from tcaq_lightning.units import trace_units
@@ -71,6 +74,31 @@ def quantize(
     with launched(config):
         run_job(config, lambda: pipeline, callbacks=callbacks, inputs=inputs)
     return load_quantized(config.run_dir / ARTIFACT)
+
+
+def sketch_job(config: Config) -> None:
+    """Print the plan and the coverage of a model whose weights are not at hand, from `model.architecture`."""
+    assert config.model.architecture is not None
+    console = Console(log_path=False)
+    architecture = find_architecture(config.model.architecture)
+    denoiser = meta_denoiser(architecture)
+    own = architecture_scheduler(architecture)
+    timesteps = make_scheduler(own, config.calibration.sampler).timesteps.tolist()
+    guidance = config.conditioning.guidance_scale
+    halves = 2 if guidance is not None and guidance > 1 else 1
+    context = TimestepGroups(group_boundaries(timesteps, config.quantization.activation.timestep_groups))
+    coverage = quantize_denoiser(copy.deepcopy(denoiser), config.quantization, context)
+    samples = example_samples(denoiser, SIZES[1])
+    graph = trace_units(denoiser, lambda: samples.predict(denoiser))
+    plan = sketch_plan(config, denoiser, graph, coverage, samples, halves * len(timesteps))
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    console.print(plan.table())
+    console.print(coverage_table(coverage))
+    console.print(
+        f"{architecture.name}: {parameters / 1e6:,.1f} million parameters, from its configuration alone; time for "
+        f"{plan.processes} x {DEVICE_TFLOPS:g} TFLOP/s, which is assumed",
+        soft_wrap=True,
+    )
 
 
 def run_job(
