@@ -159,7 +159,7 @@ def _heat_maps(run: FinishedRun) -> list[Figure]:
             if len(figures) < MOST_FIGURES:
                 title = f"{unit}.{name}".removesuffix(".input_quantizer")
                 with plot_style():
-                    plot = range_heat_maps(before, after, charts.plain(title, 90))
+                    plot = range_heat_maps(before, after, "", (4.6, 3.4))
                 figures.append(drawn(plot, _MAP_CAPTION.format(title), f"Two heat maps of ranges, input of {title}"))
     return figures
 

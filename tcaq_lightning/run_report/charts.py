@@ -19,7 +19,7 @@ WIDTH = 7.5
 """Inches of a wide plot. A plot of a gallery is half as wide."""
 SMALL_WIDTH = 4.6
 _ROW, _MARGIN = 0.19, 0.75
-_LONGEST = 34
+_LONGEST = 40
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 Values = Sequence[float | None]

@@ -204,7 +204,7 @@ def statistics_of(tensors: Mapping[str, Tensor], record: Any, state: Mapping[str
     Raises:
         KeyError, TypeError, ValueError: they do not fit each other.
     """
-    names = [key.removesuffix(":low") for key in tensors if key.endswith(":low")]
+    names = sorted(key.removesuffix(":low") for key in tensors if key.endswith(":low"))
     ranges, r, shift = {}, {}, {}
     for name in names:
         low, high = tensors[f"{name}:low"], tensors[f"{name}:high"]

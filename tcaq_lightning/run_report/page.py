@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
+    import jinja2
     from matplotlib.figure import Figure as Plot
 
 INK = "#010203"
@@ -223,22 +225,30 @@ def png(content: bytes, caption: str, alt: str, wide: bool = False) -> Figure:
     return Figure(template.format(data, alt, width, height), caption, wide)
 
 
-def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page as HTML; it may load nothing, and runs the one script that it holds."""
+@lru_cache
+def _template() -> jinja2.Template:
     import jinja2
 
-    folder = resources.files(__package__)
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return environment.from_string(_file("page.html.j2"))
+
+
+def _file(name: str) -> str:
+    """A file of this package."""
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The page as HTML; it may load nothing, and runs the one script that it holds."""
+    script = _file("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _template().render(
         title=title,
         subtitle=subtitle,
         sections=sections,
-        style=Markup(style),  # noqa: S704 - of this package
+        style=Markup(_file("page.css")),  # noqa: S704 - of this package
         script=Markup(script),  # noqa: S704 - of this package
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
