@@ -85,7 +85,7 @@ def changes(
     axes.plot(before, range(len(labels)), "o", markerfacecolor="none", color=COLOURS[1], label=names[0])
     axes.plot(after, range(len(labels)), "o", color=COLOURS[0], label=names[1])
     _log_ticks(axes, "x", [*before, *after])
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 
@@ -103,7 +103,7 @@ def dots(labels: Sequence[str], series: Mapping[str, Values], xlabel: str, mark:
         axes.plot(points(values), range(len(labels)), marker, color=colour, label=name, alpha=0.9)
     if mark is not None:
         axes.axvline(mark, color=INK, alpha=0.4, linewidth=1)
-    figure.legend(loc="outside upper right", ncols=len(series))
+    figure.legend(loc="outside upper left", ncols=len(series))
     return figure
 
 

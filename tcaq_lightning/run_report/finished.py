@@ -213,7 +213,7 @@ def statistics_of(tensors: Mapping[str, Tensor], record: Any, state: Mapping[str
         r[name], shift[name] = state[f"{name}.r"], state.get(f"{name}.shift")
         if r[name].numel() not in {1, low.shape[1]} or high.shape != low.shape:
             raise ValueError(f"{name} has r of {r[name].numel()} channels and ranges of {tuple(low.shape)}")
-    counts = {key.removesuffix(":counts"): value for key, value in tensors.items() if key.endswith(":counts")}
+    counts = {key.removesuffix(":counts"): tensors[key] for key in sorted(tensors) if key.endswith(":counts")}
     fits = {name: [TailFit(**fit) for fit in values] for name, values in record["fits"].items()}
     if any(len(fits[name]) != len(rows) for name, rows in counts.items()):
         raise ValueError("expected one fit for each group")

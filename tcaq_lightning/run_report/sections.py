@@ -308,7 +308,7 @@ def mismatch(run: FinishedRun) -> Section:
     by_step = zip(run.rounds[0]["timesteps"], *(r["mismatch"] for r in run.rounds), strict=True)
     outcome = [(r["round"], r["mean_mismatch"], "kept" if r["kept"] else "undone") for r in run.rounds]
     section.blocks += [
-        drawn(plot, caption, f"Mismatch against the timestep; {means}", wide=True),
+        drawn(plot, caption, f"Mismatch against the timestep; {means}"),
         Table("Rounds.", [Column("round", "integer"), Column("mean mismatch", "number"), Column("outcome")], outcome),
         Table("By timestep.", columns, list(by_step), folded=True),
     ]

@@ -49,6 +49,22 @@ def page_of(parse: Callable[[str], Any]) -> Callable[[Path], Any]:
     return run
 
 
+@pytest.fixture(scope="module")
+def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its page, for tests that only look at it."""
+    run_dir = Path(shutil.copytree(trained, tmp_path_factory.mktemp("written") / "run"))
+    write_page(read_finished(run_dir), run_dir / "report.html")
+    return run_dir
+
+
+@pytest.fixture
+def bare(run_dir: Path) -> Path:
+    """A run that kept no statistics and logged nothing: its page has few figures."""
+    shutil.rmtree(run_dir / "tensorboard")
+    shutil.rmtree(run_dir / "rounds" / "00" / "statistics")
+    return run_dir
+
+
 def section(page: Any, name: str) -> Any:
     (found,) = page.all("section", id=name)
     return found
@@ -78,8 +94,8 @@ def edit(run_dir: Path, change: Callable[[Any], None]) -> None:
     (run_dir / "metrics.json").write_text(json.dumps(content))
 
 
-def test_figures_are_those_of_the_metrics(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
-    page, metrics = page_of(run_dir), metrics_of(run_dir)
+def test_figures_are_those_of_the_metrics(written: Path, parse: Callable[[str], Any]) -> None:
+    page, metrics = parse((written / "report.html").read_text()), metrics_of(written)
     cards = {d.text: e.text for d, e in zip(page.all("dt"), page.all("dd"), strict=True)}
     assert cards["noise error, mean over t > 0"] == f"{metrics['noise_error']['summary']:.4g}"
     assert cards["same-noise image MSE (4 images)"] == f"{metrics['same_noise']['mse']:.4g}"
@@ -113,22 +129,22 @@ def test_figures_are_those_of_the_metrics(run_dir: Path, page_of: Callable[[Path
     seconds = sorted(metrics["stages"].items(), key=lambda item: -item[1])
     assert [row[:2] for row in rows(page, "stages", "The same")] == [exact(*item) for item in seconds]
 
-    manifest = json.loads((run_dir / "manifest.json").read_text())
+    manifest = json.loads((written / "manifest.json").read_text())
     assert dict(rows(page, "manifest", "Versions")) == manifest["versions"]
     plan = dict(rows(page, "manifest", "The plan"))
     assert plan["units"] == str(manifest["plan"]["units"])
     assert "num_trajectories: 4" in section(page, "manifest").all("pre")[0].text
 
 
-def test_the_page_is_whole_and_needs_nothing_else(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
-    page = page_of(run_dir)
-    text = (run_dir / "report.html").read_text()
+def test_the_page_is_whole_and_needs_nothing_else(written: Path, parse: Callable[[str], Any]) -> None:
+    text = (written / "report.html").read_text()
+    page = parse(text)
     assert [s.attributes["id"] for s in page.all("section")] == SECTIONS
     assert [a.attributes["href"] for a in page.all("nav")[0].all("a")] == [f"#{name}" for name in SECTIONS]
     for element in page:
         for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
             assert element.attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), element
-    assert "://" not in text.replace(str(run_dir), "")
+    assert "://" not in text.replace(str(written), "")
     assert "@import" not in text
     assert "url(http" not in text
     ids = [e.attributes["id"] for e in page if "id" in e.attributes]
@@ -142,21 +158,21 @@ def test_the_page_is_whole_and_needs_nothing_else(run_dir: Path, page_of: Callab
         assert pictures[0].attributes.get("alt") or pictures[0].attributes.get("aria-label")
     for name in ("noise-error", "mismatch", "tcr", "daq", "units", "stages", "sizes"):
         assert section(page, name).all("svg"), name
-    assert not list(run_dir.rglob("*.tmp"))
+    assert not list(written.rglob("*.tmp"))
     maps = [f for f in section(page, "tcr").all("figure") if "below after shift" in f.all("figcaption")[0].text]
-    assert len(maps) == len([r for s in read_finished(run_dir).statistics.values() for r in s.r.values() if len(r) > 1])
+    assert len(maps) == len([r for s in read_finished(written).statistics.values() for r in s.r.values() if len(r) > 1])
     assert "Fitted tails of the distributions, 2 figures" in section(page, "daq").text
     assert "Loss curves of the 7 units" in section(page, "units").text
 
 
-def test_measurements_are_shown_once_they_are_there(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
-    page = page_of(run_dir)
+def test_measurements_are_shown_once_they_are_there(bare: Path, page_of: Callable[[Path], Any]) -> None:
+    page = page_of(bare)
     assert "Not measured. Add --latency" in section(page, "latency").text
     assert "Not measured. Add --sensitivity" in section(page, "sensitivity").text
 
-    config = read_finished(run_dir).manifest["config"]
-    measured = measure_sensitivity(run_dir, config, 1)
-    digest = json.loads((run_dir / SENSITIVITY).read_text())["key"]["artifact"]
+    config = read_finished(bare).manifest["config"]
+    measured = measure_sensitivity(bare, config, 1)
+    digest = json.loads((bare / SENSITIVITY).read_text())["key"]["artifact"]
     row = {
         "batch": 2,
         "seconds": 0.5,
@@ -175,15 +191,15 @@ def test_measurements_are_shown_once_they_are_there(run_dir: Path, page_of: Call
             {"model": "quantized", "backend": "other", "problem": "not <i>installed</i>"},
         ],
     }
-    (run_dir / "report" / "latency.json").write_text(json.dumps({"key": {"artifact": digest}, "content": content}))
-    page = page_of(run_dir)
+    (bare / "report" / "latency.json").write_text(json.dumps({"key": {"artifact": digest}, "content": content}))
+    page = page_of(bare)
     ranked = rows(page, "sensitivity", "The whole ranking")
     parts = {name: p for name, p in measured["parts"].items() if name in {r[1] for r in ranked}}
     assert len(ranked) == len(measured["parts"]) - 1
     assert [float(r[4]) for r in ranked] == sorted((p["summary"] for p in parts.values()), reverse=True)
     assert all(float(a[4]) >= float(b[4]) for a, b in pairwise(ranked))
     assert {r[1]: r[4] for r in ranked} == {name: repr(p["summary"]) for name, p in parts.items()}
-    bits = {r["name"]: r["bits"] for r in metrics_of(run_dir)["coverage"]}
+    bits = {r["name"]: r["bits"] for r in metrics_of(bare)["coverage"]}
     assert all(r[3] == bits[r[1]] for r in ranked if r[2] == "layer")
     assert next(r[3] for r in ranked if r[2] == "attention") == "A4 A4, P4 A4"
 
@@ -194,13 +210,13 @@ def test_measurements_are_shown_once_they_are_there(run_dir: Path, page_of: Call
     assert "a <b>machine</b>" in text
     assert "quantized, other: not measured, not <i>installed</i>" in text
 
-    stored = json.loads((run_dir / SENSITIVITY).read_text())
+    stored = json.loads((bare / SENSITIVITY).read_text())
     stored["content"]["parts"].pop("all layers and attentions")
-    (run_dir / SENSITIVITY).write_text(json.dumps(stored))
-    assert "not complete" in section(page_of(run_dir), "sensitivity").text
+    (bare / SENSITIVITY).write_text(json.dumps(stored))
+    assert "not complete" in section(page_of(bare), "sensitivity").text
 
 
-def test_a_run_by_rounding_to_nearest_says_what_it_has_not(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
+def test_a_run_by_rounding_to_nearest_says_what_it_has_not(bare: Path, page_of: Callable[[Path], Any]) -> None:
     def strip(metrics: Any) -> None:
         metrics["units"] = [u for u in metrics["units"] if u["round"] == 0]
         metrics["rounds"] = metrics["rounds"][:1]
@@ -209,11 +225,9 @@ def test_a_run_by_rounding_to_nearest_says_what_it_has_not(run_dir: Path, page_o
             for key in ("learned", "undecided"):
                 unit.pop(key, None)
 
-    edit(run_dir, strip)
-    shutil.rmtree(run_dir / "tensorboard")
-    shutil.rmtree(run_dir / "rounds" / "00" / "statistics")
-    shutil.rmtree(run_dir / "samples")
-    page = page_of(run_dir)
+    edit(bare, strip)
+    shutil.rmtree(bare / "samples")
+    page = page_of(bare)
     assert "written no pictures" in section(page, "images").text
     assert "recorded no ranges" in section(page, "tcr").text
     assert "no quantized attention" in section(page, "daq").text
@@ -222,16 +236,16 @@ def test_a_run_by_rounding_to_nearest_says_what_it_has_not(run_dir: Path, page_o
     assert [s.attributes["id"] for s in page.all("section")] == SECTIONS
 
 
-def test_almost_nothing_measured_makes_a_page_too(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
+def test_almost_nothing_measured_makes_a_page_too(bare: Path, page_of: Callable[[Path], Any]) -> None:
     nothing = {"stages": {}, "rounds": [], "units": [], "coverage": []}
-    (run_dir / "metrics.json").write_text(json.dumps(nothing))
-    page = page_of(run_dir)
+    (bare / "metrics.json").write_text(json.dumps(nothing))
+    page = page_of(bare)
     assert [s.attributes["id"] for s in page.all("section")] == SECTIONS
     for name in ("coverage", "sizes", "noise-error", "mismatch", "daq", "units", "stages"):
         assert section(page, name).text.count("The run") or section(page, name).text.count("The model"), name
 
 
-def test_values_that_were_not_finite_leave_gaps(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
+def test_values_that_were_not_finite_leave_gaps(bare: Path, page_of: Callable[[Path], Any]) -> None:
     def damage(metrics: Any) -> None:
         metrics["noise_error"] |= {"summary": None, "relative": [None] * 4, "bias": [None] * 4}
         metrics["same_noise"] |= {"mse": None, "psnr": None}
@@ -242,13 +256,13 @@ def test_values_that_were_not_finite_leave_gaps(run_dir: Path, page_of: Callable
             for choice in (unit.get("attention") or {}).values():
                 choice |= {"uniform_error": [None, None], "R": [None, None]}
 
-    edit(run_dir, damage)
-    page = page_of(run_dir)
+    edit(bare, damage)
+    page = page_of(bare)
     assert [row[1] for row in rows(page, "noise-error", "The same")] == [""] * 4
 
 
-def test_hostile_names_in_files_stay_text(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
-    hostile = '<script>alert(1)</script>"$x_{1}$&amp;'
+def test_hostile_names_in_files_stay_text(bare: Path, page_of: Callable[[Path], Any]) -> None:
+    hostile = '<script>alert(1)</script>"$x_1$&lt;'
 
     def rename(metrics: Any) -> None:
         metrics["coverage"][0] |= {"name": hostile, "bits": hostile, "kind": hostile, "note": hostile}
@@ -260,12 +274,12 @@ def test_hostile_names_in_files_stay_text(run_dir: Path, page_of: Callable[[Path
             errors = unit.get("tcr_output_error") or {}
             unit["tcr_output_error"] = {name + hostile: pair for name, pair in errors.items()}
 
-    edit(run_dir, rename)
-    manifest = json.loads((run_dir / "manifest.json").read_text())
+    edit(bare, rename)
+    manifest = json.loads((bare / "manifest.json").read_text())
     manifest["config"]["model"]["path"] = hostile
     manifest |= {"config_sha256": _digest(manifest["config"]), "version": hostile, "plan": {hostile: [hostile]}}
-    (run_dir / "manifest.json").write_text(json.dumps(manifest))
-    page = page_of(run_dir)
+    (bare / "manifest.json").write_text(json.dumps(manifest))
+    page = page_of(bare)
     assert len(page.all("script")) == 1
     assert "alert" not in page.all("script")[0].text
     assert not any(name.startswith("on") for element in page for name in element.attributes)
@@ -275,6 +289,7 @@ def test_hostile_names_in_files_stay_text(run_dir: Path, page_of: Callable[[Path
 
 
 def test_damaged_pictures_and_events_do_not_end_the_report(run_dir: Path, page_of: Callable[[Path], Any]) -> None:
+    shutil.rmtree(run_dir / "rounds" / "00" / "statistics")
     (run_dir / "samples" / "grid.png").write_bytes(b"<html>")
     for file in (run_dir / "tensorboard").iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 + 3])
@@ -291,15 +306,15 @@ def test_runs_without_statistics_show_what_tensorboard_has(run_dir: Path, page_o
 
 
 def test_the_command_writes_the_page(
-    run_dir: Path, parse: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+    bare: Path, parse: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = run_dir.parent / "elsewhere" / "page.html"
-    assert main(["report", str(run_dir), "--output", str(output), "--sensitivity", "1"]) == 0
+    output = bare.parent / "elsewhere" / "page.html"
+    assert main(["report", str(bare), "--output", str(output), "--sensitivity", "1"]) == 0
     assert str(output) in capsys.readouterr().out.replace("\n", "")
     assert rows(parse(output.read_text()), "sensitivity", "The whole ranking")
     first = output.read_bytes()
-    assert main(["report", str(run_dir)]) == 0
-    assert (run_dir / "report.html").read_bytes() == first
+    assert main(["report", str(bare)]) == 0
+    assert (bare / "report.html").read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -359,11 +374,10 @@ def screenshot(page: Path, output: Path, width: int, height: int, *options: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_shows_the_page(width: int, run_dir: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page(width: int, written: Path, tmp_path: Path) -> None:
     """The page with all that folds unfolded, measured by a script of the test within the same browser."""
     browser()
-    output = run_dir / "report.html"
-    write_page(read_finished(run_dir), output)
+    output = written / "report.html"
     pixels = screenshot(output, tmp_path / "page.png", width, 3000)
     assert pixels.shape == (3000, width, 3)
     background = pixels[0, 0]
@@ -403,10 +417,9 @@ def test_a_browser_shows_the_page(width: int, run_dir: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it_light_on_dark_where_that_is_preferred(run_dir: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_it_light_on_dark_where_that_is_preferred(written: Path, tmp_path: Path) -> None:
     browser()
-    output = run_dir / "report.html"
-    write_page(read_finished(run_dir), output)
+    output = written / "report.html"
     options = ["--blink-settings=preferredColorScheme=0"]
     dark = screenshot(output, tmp_path / "dark.png", 1000, 1500, *options)
     light = screenshot(output, tmp_path / "light.png", 1000, 1500)
