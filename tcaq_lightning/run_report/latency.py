@@ -1,6 +1,7 @@
 """Latency and memory of one denoiser call, full precision and quantized, by backend and batch size.
 
-Each model is measured in a process of its own, so that its peak memory is its own.
+Each model has a process of its own, so that its peak memory is its own; they take turns in short spells, so that
+whatever else the machine does slows all of them alike.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -28,7 +31,10 @@ from tcaq_lightning.run_report.shape import NUMBER, TEXT, Optional
 
 FILE = Path("report") / "latency.json"
 FULL = "full precision"
-WARM_UP, LEAST_CALLS, LEAST_SECONDS, MOST_CALLS = 2, 5, 2.0, 200
+TURNS = 5
+"""Spells of each model at each batch size."""
+WARM_UP, LEAST_CALLS, LEAST_SECONDS, MOST_CALLS = 1, 2, 0.4, 100
+"""Of one spell."""
 _ROW = {
     "model": TEXT,
     "backend": TEXT,
@@ -80,62 +86,118 @@ def measure_latency(
     digest = artifact_digest(artifact)
     threads = threads or torch.get_num_threads()
     jobs = [(FULL, "torch", config["model"]["path"])] + [("quantized", name, str(artifact)) for name in backends()]
-    rows: list[dict[str, Any]] = []
-    for model, backend, path in jobs:
-        job = {"model": model, "backend": backend, "path": path, "batches": sorted(batch_sizes), "threads": threads}
-        rows += [{"model": model, "backend": backend, **row} for row in _in_own_process(job)]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(*job, threads)) for job in jobs]
+        rows = measured_in_turns(workers, sorted(set(batch_sizes)))
     machine = f"{_processor()}, {os.cpu_count()} logical processors, torch {torch.__version__}"
     content = {"machine": machine, "threads": threads, "rows": rows}
     write_cached(run_dir / FILE, content, artifact=digest)
     return content
 
 
-def _in_own_process(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one model, or one row with what went wrong."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
-    command = [sys.executable, "-m", "tcaq_lightning.run_report.latency", json.dumps(job)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - as we are
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or [f"its process ended with {ended.returncode}"]
-        return [{"problem": lines[-1].removeprefix("error: ")}]
-    rows: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])
-    return rows
-
-
-def measure_calls(open_model: Callable[[], nn.Module], batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Time a denoiser's calls in this process, smallest batch first, so that each peak of memory is of its batch.
+class Worker:
+    """A process that holds one model and times its calls when it is asked; a context manager.
 
     Args:
-        open_model: gives the denoiser.
-        batches: ascending batch sizes.
+        model, backend: names for the rows.
+        path: of the model.
+        threads: of the CPU.
+
+    Attributes:
+        problem: why it cannot measure, in one line; None while it can.
+        idle: memory before the model was opened, in bytes.
     """
-    idle = peak_memory()
-    denoiser = open_model()
-    shape = sample_shape(denoiser)
-    t = torch.tensor(500)
-    rows = []
-    for batch in batches:
-        x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
-        seconds: list[float] = []
-        with torch.no_grad():
-            for _ in range(WARM_UP):
-                denoiser(x, t, return_dict=False)
-            while len(seconds) < LEAST_CALLS or (sum(seconds) < LEAST_SECONDS and len(seconds) < MOST_CALLS):
-                began = time.perf_counter()
-                denoiser(x, t, return_dict=False)
-                seconds.append(time.perf_counter() - began)
-        rows.append(
-            {
-                "batch": batch,
-                "seconds": statistics.median(seconds),
-                "fastest": min(seconds),
-                "slowest": max(seconds),
-                "calls": len(seconds),
-                "peak": peak_memory(),
-                "idle": idle,
-            }
+
+    def __init__(self, model: str, backend: str, path: str, threads: int) -> None:
+        self.model, self.backend = model, backend
+        self.problem: str | None = None
+        self.idle: int | None = None
+        job = json.dumps({"model": model, "backend": backend, "path": path, "threads": threads})
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on leaving
+        self._process = subprocess.Popen(  # noqa: S603 - as we are
+            [sys.executable, "-m", "tcaq_lightning.run_report.latency", job],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
         )
-    return rows
+
+    def __enter__(self) -> Worker:
+        """Wait until the model is open."""
+        self.idle = (self._answer() or {}).get("idle")
+        return self
+
+    def ask(self, batch: int) -> dict[str, Any] | None:
+        """Have a spell of calls timed: `seconds` of each, and the process' `peak` memory; None with a problem."""
+        if self.problem is not None:
+            return None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended; the answer says why
+            self._process.stdin.write(f"{batch}\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or [f"its process ended with {code}"]
+        self.problem = lines[-1].removeprefix("error: ")
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def measured_in_turns(workers: Sequence[Worker], batches: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows as in `measure_latency`; ascending batch sizes, so that each peak of memory is of its batch.
+
+    Args:
+        workers: of the models.
+        batches: ascending.
+    """
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    for batch in batches:
+        seconds: list[list[float]] = [[] for _ in workers]
+        for _ in range(TURNS):
+            for number, worker in enumerate(workers):
+                spell = worker.ask(batch)
+                if spell is not None:
+                    seconds[number] += spell["seconds"]
+                    rows[number, batch] = {"peak": spell["peak"], "idle": worker.idle}
+        for number, calls in enumerate(seconds):
+            if calls:
+                rows[number, batch] |= {"batch": batch, "seconds": statistics.median(calls), "calls": len(calls)}
+                rows[number, batch] |= {"fastest": min(calls), "slowest": max(calls)}
+    found: list[dict[str, Any]] = []
+    for number, worker in enumerate(workers):
+        names = {"model": worker.model, "backend": worker.backend}
+        found += [{**names, **row} for (of, _), row in sorted(rows.items()) if of == number]
+        if worker.problem is not None:
+            found.append({**names, "problem": worker.problem})
+    return found
+
+
+@torch.no_grad()
+def timed_calls(denoiser: nn.Module, batch: int) -> list[float]:
+    """Seconds of each call of one spell, those to warm up left out."""
+    x = torch.randn(batch, *sample_shape(denoiser), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor(500)
+    for _ in range(WARM_UP):
+        denoiser(x, t, return_dict=False)
+    seconds: list[float] = []
+    while len(seconds) < LEAST_CALLS or (sum(seconds) < LEAST_SECONDS and len(seconds) < MOST_CALLS):
+        began = time.perf_counter()
+        denoiser(x, t, return_dict=False)
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def _processor() -> str:
@@ -147,21 +209,36 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure one model, described by JSON, and print its rows as JSON."""
+def main(argv: Sequence[str], answers: TextIO) -> int:
+    """Hold one model, described by JSON, and time a spell of its calls for each batch size on stdin.
+
+    Args:
+        argv: the job.
+        answers: where a line of JSON goes for each.
+    """
     job = json.loads(argv[0])
     torch.set_num_threads(job["threads"])
 
-    def open_model() -> nn.Module:
-        if job["model"] == FULL:
-            return find_denoiser(open_pipeline(job["path"]))[1]
-        return backends()[job["backend"]](job["path"])
+    def say(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
 
     def command() -> None:
-        sys.stdout.write(json.dumps(measure_calls(open_model, job["batches"])) + "\n")
+        idle = peak_memory()
+        if job["model"] == FULL:
+            denoiser = find_denoiser(open_pipeline(job["path"]))[1]
+        else:
+            denoiser = backends()[job["backend"]](job["path"])
+        say(idle=idle)
+        for line in sys.stdin:
+            seconds = timed_calls(denoiser, int(line))
+            say(seconds=seconds, peak=peak_memory())
 
     return run_cli(command)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with os.fdopen(os.dup(1), "w") as own:
+        os.dup2(2, 1)  # what a backend prints is no answer
+        code = main(sys.argv[1:], own)
+    sys.exit(code)

@@ -132,17 +132,19 @@ def latency(measured: Record | None) -> Section:
     section.blocks.append(
         Text(
             f"One call of the denoiser on {measured['machine']}, {measured['threads']} threads; the median of the "
-            "calls, with the fastest and slowest. Each model runs in a process of its own; memory is the peak of that "
-            "process, and beside it what remains without the interpreter and libraries. The torch backend simulates "
-            "integer arithmetic in float32: its gain is on disk, not in time."
+            "calls, with the fastest and slowest. Each model has a process of its own, and they take turns; memory is "
+            "the peak of that process, and beside it what remains without the interpreter and libraries. The torch backend "
+            "simulates integer arithmetic in float32: its gain is on disk, not in time."
         )
     )
     names = list(dict.fromkeys(f"{r['model']}, {r['backend']}" for r in rows))
     batches = sorted({r["batch"] for r in rows})
     found = {(f"{r['model']}, {r['backend']}", r["batch"]): r for r in rows}
     if rows:
-        per_sample = {n: [_ratio(found[n, b]["seconds"] * 1000, b) for b in batches] for n in names}
-        memory = {n: [_millions(_above_idle(found[n, b])) for b in batches] for n in names}
+        per_sample = {
+            n: [_ratio(_thousandfold(found.get((n, b), {}).get("seconds")), b) for b in batches] for n in names
+        }
+        memory = {n: [_millions(_above_idle(found.get((n, b), {}))) for b in batches] for n in names}
         labels = [f"batch {b}" for b in batches]
         with plot_style():
             plots = [
@@ -194,6 +196,10 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 def _above_idle(row: Record) -> float | None:
     return row["peak"] - row["idle"] if row.get("peak") is not None and row.get("idle") is not None else None
+
+
+def _thousandfold(value: float | None) -> float | None:
+    return None if value is None else 1000 * value
 
 
 def _millions(value: float | None) -> float | None:
