@@ -119,6 +119,7 @@ def channel_spread(magnitude: Tensor) -> float | None:
     Args:
         magnitude: (G, C).
 
+    >>> import torch
     >>> channel_spread(torch.tensor([[1.0, 1.0, 4.0], [2.0, 2.0, 4.0]]))
     3.0
     """

@@ -133,8 +133,8 @@ def latency(measured: Record | None) -> Section:
         Text(
             f"One call of the denoiser on {measured['machine']}, {measured['threads']} threads; the median of the "
             "calls, with the fastest and slowest. Each model has a process of its own, and they take turns; memory is "
-            "the peak of that process, and beside it what remains without the interpreter and libraries. The torch backend "
-            "simulates integer arithmetic in float32: its gain is on disk, not in time."
+            "the peak of that process, and beside it what remains without the interpreter and libraries. The torch "
+            "backend simulates integer arithmetic in float32: its gain is on disk, not in time."
         )
     )
     names = list(dict.fromkeys(f"{r['model']}, {r['backend']}" for r in rows))
