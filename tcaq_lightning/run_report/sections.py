@@ -279,7 +279,7 @@ def noise_error(run: FinishedRun) -> Section:
         (
             draw_relative_error,
             (
-                "Relative error of the prediction, sampling runs from left to right. It grows toward t = 0, where the "
+                "Relative error of the prediction, sampling runs from left to right. It usually grows toward t = 0, where the "
                 "noise is ill-posed and hardly moves the image; the summary leaves t = 0 out."
             ),
         ),
