@@ -279,8 +279,8 @@ def noise_error(run: FinishedRun) -> Section:
         (
             draw_relative_error,
             (
-                "Relative error of the prediction, sampling runs from left to right. It usually grows toward t = 0, where the "
-                "noise is ill-posed and hardly moves the image; the summary leaves t = 0 out."
+                "Relative error of the prediction, sampling runs from left to right. It usually grows toward t = 0, "
+                "where the noise is ill-posed and hardly moves the image; the summary leaves t = 0 out."
             ),
         ),
         (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcaq_lightning.files import write_bytes
-from tcaq_lightning.run_report import calibration_sections, sections
+from tcaq_lightning.run_report import calibration_sections, sections, unit_section
 from tcaq_lightning.run_report.events import read_events
 from tcaq_lightning.run_report.finished import FinishedRun
 from tcaq_lightning.run_report.latency import measured_latency
@@ -45,7 +45,7 @@ def page_sections(run: FinishedRun) -> Sequence[Section]:
         sections.mismatch(run),
         calibration_sections.tcr(run, events),
         calibration_sections.daq(run, events),
-        calibration_sections.units(run, events),
+        unit_section.units(run, events),
         sections.stages(run),
         sections.manifest(run),
     ]
