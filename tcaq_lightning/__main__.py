@@ -1,7 +1,8 @@
-"""Commands on finished models: sample, evaluate.
+"""Commands on finished models and runs: sample, evaluate, report.
 
 python -m tcaq_lightning sample runs/default/quantized --num 64 --output grid.png
 python -m tcaq_lightning evaluate runs/default/quantized --full fashion-mnist-ddpm --output metrics.json
+python -m tcaq_lightning report runs/default
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,49 @@ def evaluate(
         write_json(output, content)
 
 
+def report(
+    run_dir: Path,
+    output: Path | None = None,
+    latency: list[int] | None = None,
+    sensitivity: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Write one self-contained HTML page about a finished run of train.py.
+
+    What --latency and --sensitivity measure is kept in RUN_DIR/report and shown by later reports too.
+
+    Args:
+        run_dir: of a finished run.
+        output: HTML file; without it, RUN_DIR/report.html.
+        latency: batch sizes, such as [1,8], to measure a denoiser call's time and memory with, on every backend.
+        sensitivity: held-out trajectories, such as 8, to measure the noise error of each layer quantized alone on; 0
+            leaves it out. A measurement that was stopped goes on.
+        threads: CPU threads; without it, PyTorch's choice.
+    """
+    from rich.console import Console
+
+    from tcaq_lightning.run_report.finished import read_finished
+    from tcaq_lightning.run_report.latency import measure_latency
+    from tcaq_lightning.run_report.layer_sensitivity import measure_sensitivity
+    from tcaq_lightning.run_report.write import write_page
+
+    for size in latency or []:
+        _at_least(1, latency=size)
+    _at_least(0, sensitivity=sensitivity)
+    _at_least(1, threads=threads)
+    _set_threads(threads)
+    run = read_finished(run_dir)
+    target = run_dir / "report.html" if output is None else output
+    _check_writable(target)
+    if sensitivity:
+        with _progress(1, "layers") as advance:
+            measure_sensitivity(run_dir, run.manifest["config"], sensitivity, advance.to)
+    if latency:
+        measure_latency(run_dir, run.manifest["config"], latency, threads)
+    write_page(run, target)
+    Console().print(f"report: {target}", soft_wrap=True)
+
+
 def is_quantized(path: str) -> bool:
     """Whether a model directory holds an artifact: its denoiser's config.json has a `quantization_config`."""
     from tcaq_lightning.pipelines import DENOISER_NAMES, shipped
@@ -241,17 +286,31 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+@dataclass
+class _Advance:
+    """Moves a bar: by a number of samples, or to a place in a total that is known only now."""
+
+    by: Callable[[int], None]
+    to: Callable[[int, int], None]
+
+    def __call__(self, count: int) -> None:
+        self.by(count)
+
+
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; gives the function that advances it."""
+def _progress(total: int, what: str = "samples") -> Iterator[_Advance]:
+    """A bar on stderr; gives what moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("samples", total=total)
-        yield lambda count: progress.advance(task, count)
+        task = progress.add_task(what, total=total)
+        yield _Advance(
+            by=lambda count: progress.advance(task, count),
+            to=lambda done, of: progress.update(task, completed=done, total=of),
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     """
 
     def command() -> None:
-        auto_cli([sample, evaluate], args=argv, exit_on_error=False, prog="python -m tcaq_lightning")
+        auto_cli([sample, evaluate, report], args=argv, exit_on_error=False, prog="python -m tcaq_lightning")
 
     return run_cli(command)
 

@@ -12,6 +12,7 @@ from tcaq_lightning.files import replacing, write_bytes, write_json
 from tcaq_lightning.quantize import CoverageRow
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -212,14 +213,24 @@ def plot_noise_error(noise: Record) -> Figure:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     error, bias = figure.subplots(1, 2)
-    error.plot(noise["timesteps"], _points(noise["relative"]), ".-")
-    error.set(xlabel="t", ylabel="relative noise error", yscale="log")
-    bias.plot(noise["timesteps"], _points(noise["bias"]), ".-")
-    bias.axhline(0, color="0.8", linewidth=1)
-    bias.set(xlabel="t", ylabel="mean noise error")
-    for axes in (error, bias):
-        axes.invert_xaxis()
+    draw_relative_error(error, noise)
+    draw_bias(bias, noise)
     return figure
+
+
+def draw_relative_error(axes: Axes, noise: Record) -> None:
+    """Relative error of the noise against the timestep, on a logarithmic axis."""
+    axes.plot(noise["timesteps"], points(noise["relative"]), ".-")
+    axes.set(xlabel="t", ylabel="relative noise error", yscale="log")
+    axes.invert_xaxis()
+
+
+def draw_bias(axes: Axes, noise: Record) -> None:
+    """Mean error of the noise against the timestep."""
+    axes.plot(noise["timesteps"], points(noise["bias"]), ".-")
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.set(xlabel="t", ylabel="mean noise error")
+    axes.invert_xaxis()
 
 
 def plot_mismatch(rounds: Sequence[Record]) -> Figure:
@@ -235,7 +246,7 @@ def plot_mismatch(rounds: Sequence[Record]) -> Figure:
     for record in rounds:
         label = f"round {record['round']}" + ("" if record["kept"] else " (not kept)")
         # At the first step both samplers start from the same noise: 0 has no place on a logarithmic axis.
-        values = [v or float("nan") for v in _points(record["mismatch"])]
+        values = [v or float("nan") for v in points(record["mismatch"])]
         axes.plot(record["timesteps"], values, ".-", label=label)
     axes.set(xlabel="t", ylabel="relative distance of x_t", yscale="log")
     axes.invert_xaxis()
@@ -243,7 +254,8 @@ def plot_mismatch(rounds: Sequence[Record]) -> Figure:
     return figure
 
 
-def _points(values: Sequence[float | None]) -> list[float]:
+def points(values: Sequence[float | None]) -> list[float]:
+    """Values to draw: NaN, which leaves a gap, for what is not finite."""
     return [float("nan") if v is None else v for v in values]
 
 
