@@ -105,9 +105,9 @@ def read_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"evaluation.prompts: expected a text file with one prompt a line, got {path}: {error}; give its path"
+            f"evaluation.clip_prompts: expected a text file with one prompt a line, got {path}: {error}; give its path"
         ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"evaluation.prompts: expected one prompt a line in {path}, got none; write the prompts there")
+        raise UserError(f"evaluation.clip_prompts: expected one prompt a line in {path}, got none; write them there")
     return prompts

@@ -188,7 +188,8 @@ def evaluate(
         seconds["noise_error"] = time.perf_counter() - began
     if space is not None and space.reference.missing(config.metrics):
         began = time.perf_counter()
-        space = space.with_reference_measured(config, next(next(iter(models.values())).parameters()).device, cache_dir)
+        device = next(next(iter(models.values())).parameters()).device
+        space = space.to(device).with_reference_measured(config, cache_dir)
         seconds["reference"] = time.perf_counter() - began
     kept = config.num_images if len(models) == 2 else 0
     drawn = {}
@@ -222,6 +223,7 @@ def evaluate_images(
     seed: int,
     cache_dir: Path | None = None,
     advance: Callable[[int], None] | None = None,
+    device: torch.device | None = None,
 ) -> Metrics:
     """Measure images that are on disk: the first `config.fid_samples` of them, or all if that is 0.
 
@@ -231,6 +233,7 @@ def evaluate_images(
         seed: of resampling.
         cache_dir: where finished batches of features are kept, so that a killed evaluation goes on.
         advance: told the number of images just done.
+        device: of the extractor, by default the CPU.
 
     Raises:
         UserError: too few images, or something that the metrics need is missing.
@@ -243,7 +246,7 @@ def evaluate_images(
         )
     space = open_space(config)
     space.check(config, images.shape[0], number, f"the number of images in {images.path}")
-    space = space.with_reference_measured(config, torch.device("cpu"), cache_dir)
+    space = space.to(device or torch.device("cpu")).with_reference_measured(config, cache_dir)
     began = time.perf_counter()
     features = measure_images(images, space, number, config.batch_size, cache_dir, advance)
     measured = time.perf_counter()

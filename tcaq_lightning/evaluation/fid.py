@@ -70,7 +70,7 @@ class ReferenceStatistics:
             raise UserError(
                 f"expected reference statistics (mean, covariance, count) in {path}, "
                 f"got {' '.join(str(error).split())[:200]}; "
-                "write them with python -m tcaq_lightning.pretraining.classifier"
+                "write them with python -m tcaq_lightning statistics"
             ) from None
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or (count or 2) < 2:
             raise UserError(

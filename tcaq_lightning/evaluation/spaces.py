@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.config import INCEPTION, EvaluationConfig
+from tcaq_lightning.distributed import on_main
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.batches import Batch, Wanted, checksum, fingerprint, in_batches
 from tcaq_lightning.evaluation.clip import ClipScorer, load_clip, read_prompts
@@ -136,14 +137,11 @@ class FeatureSpace:
                 f"{len(self.clip.prompts)} in {config.clip_prompts}; write more, or measure fewer images"
             )
 
-    def with_reference_measured(
-        self, config: EvaluationConfig, device: torch.device, cache_dir: Path | None = None
-    ) -> FeatureSpace:
+    def with_reference_measured(self, config: EvaluationConfig, cache_dir: Path | None = None) -> FeatureSpace:
         """With all that the metrics need of the reference; its images are measured if they have to be.
 
         Args:
             config: which metrics.
-            device: to compute on.
             cache_dir: where finished batches are kept.
         """
         if not self.reference.missing(config.metrics) or self.reference.images is None:
@@ -152,7 +150,7 @@ class FeatureSpace:
         log.info("measuring the %d images of %s", len(images), images.path)
         # Neither logits nor CLIP scores of real images are looked at.
         space = replace(self, names=tuple(n for n in self.names if n not in {"logits", "clip"}), clip=None)
-        measured = measure_images(images, space.to(device), len(images), config.batch_size, cache_dir)
+        measured = measure_images(images, space, len(images), config.batch_size, cache_dir)
         return replace(self, reference=self.reference.completed(measured) if measured else Reference())
 
 
@@ -186,6 +184,39 @@ def measure_images(
         return Batch(torch.zeros(0), space.of_pixels(pixels.to(device), start), 0.0)
 
     return in_batches(draw, wanted, directory, None, advance).features
+
+
+def write_statistics(
+    images: ImageSet,
+    output: Path,
+    config: EvaluationConfig,
+    num_features: int,
+    cache_dir: Path | None = None,
+    advance: Callable[[int], None] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Measure real images and write what `open_reference` reads.
+
+    Args:
+        images: all of them are measured.
+        output: the .safetensors file.
+        config: which extractor, and the batch size.
+        num_features: images whose features are kept too.
+        cache_dir, advance: as in `measure_images`.
+        device: of the extractor, by default the CPU.
+
+    Raises:
+        UserError: no such extractor, or images that it does not take or that are too few.
+    """
+    extractor, _ = load_extractor(config)
+    _check_channels(extractor, images, "images")
+    if len(images) < 2:
+        raise UserError(f"images: expected at least 2 in {images.path} for a covariance, got {len(images)}; give more")
+    names = ("features", "spatial") if config.features == INCEPTION else ("features",)
+    space = FeatureSpace(extractor, names).to(device or torch.device("cpu"))
+    digest = checksum(extractor)
+    measured = measure_images(images, space, len(images), config.batch_size, cache_dir, advance)
+    on_main(lambda: Reference().completed(measured).save(output, num_features, config.features, digest))
 
 
 def load_extractor(config: EvaluationConfig) -> tuple[Inception | FeatureExtractor, Path | None]:
@@ -232,14 +263,14 @@ def open_space(config: EvaluationConfig) -> FeatureSpace:
         if known is not None:
             config.check_number(len(known), f"the number of images in {path} (evaluation.reference)", compared)
         if reference.images is not None:
-            _check_channels(extractor, reference.images)
+            _check_channels(extractor, reference.images, "evaluation.reference")
     return FeatureSpace(extractor, feature_names(config.metrics), reference, clip, digest)
 
 
-def _check_channels(extractor: nn.Module, images: ImageSet) -> None:
+def _check_channels(extractor: nn.Module, images: ImageSet, key: str) -> None:
     if isinstance(extractor, FeatureExtractor) and images.shape[0] != 1:
         raise UserError(
-            f"evaluation.reference: expected grey images, as evaluation.features takes them, got {images.shape[0]} "
+            f"{key}: expected grey images, as evaluation.features takes them, got {images.shape[0]} "
             f"channels in {images.path}; give grey ones or evaluation.features {INCEPTION}"
         )
 
