@@ -123,7 +123,10 @@ def fid_metric(extractor: nn.Module, reference: ReferenceStatistics) -> FrechetI
             f"expected {len(reference.mean)} features an image, as in the reference statistics, "
             f"got {extractor.num_features}; take both from the same directory"
         )
-    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False, normalize=True)
+    # Its features are all there already: a metric that synchronises would wait for ranks that compute none.
+    metric = FrechetInceptionDistance(
+        feature=extractor, reset_real_features=False, normalize=True, sync_on_compute=False
+    )
     # Only mean and covariance count: any number of images leads back to them.
     n, mean = reference.count or 2, reference.mean.to(metric.real_features_sum)
     metric.real_features_sum = n * mean

@@ -106,7 +106,7 @@ def inception_score(logits: Tensor, splits: int, seed: int) -> dict[str, Any]:
         seed: of the images' order.
     """
     with _quiet_seeded(seed):
-        metric = InceptionScore(feature=_PassedOn(), splits=splits)
+        metric = InceptionScore(feature=_PassedOn(), splits=splits, sync_on_compute=False)
         metric.update(logits.double())
         mean, deviation = metric.compute()
     # torch's standard deviation of a single value is NaN.
@@ -122,7 +122,9 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int, subset_size: int, 
         seed: of the subsets.
     """
     with _quiet_seeded(seed):
-        metric = KernelInceptionDistance(feature=_PassedOn(), subsets=subsets, subset_size=subset_size)
+        metric = KernelInceptionDistance(
+            feature=_PassedOn(), subsets=subsets, subset_size=subset_size, sync_on_compute=False
+        )
         metric.update(real.double(), real=True)
         metric.update(fake.double(), real=False)
         mean, deviation = metric.compute()

@@ -183,11 +183,10 @@ def test_mistakes_show_before_anything_is_measured(
     folder(places["FEW"], 4)
     places["EMPTY"].mkdir()
     given = {k: str(places.get(v, v)) if isinstance(v, str) else v for k, v in changes.items()}
-    settings = config(**{"inception_weights": str(small_inception), **given})
+    settings = {"inception_weights": str(small_inception), **given}
+    images = open_images(places["REAL"], "path")
     with pytest.raises(UserError, match=text) as caught:
-        evaluate_images(
-            open_images(places["REAL"], "path"), config(**{"inception_weights": str(small_inception), **given}), 0
-        )
+        evaluate_images(images, config(**settings), 0)
     assert "\n" not in str(caught.value)
 
 
