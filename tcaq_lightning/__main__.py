@@ -178,7 +178,7 @@ def _measure_images(
     from tcaq_lightning.evaluation.images import open_images
     from tcaq_lightning.trainers import choose_device
 
-    images = open_images(Path(path), "path")
+    images = open_images(Path(path), "path (no model_index.json, so images)")
     if output is not None:
         _check_writable(output)
     with _progress(config.fid_samples or len(images)) as advance:
