@@ -125,3 +125,12 @@ def test_statistics_alone_are_enough_for_fid() -> None:
     unknown = Reference(ReferenceStatistics(statistics.mean, statistics.covariance, None))
     known = score("images", fake, Reference(statistics), config, 0)["fid"].value
     assert score("images", fake, unknown, config, 0)["fid"].value == pytest.approx(known, rel=1e-9)
+
+
+def test_rank_zero_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone computes scores; torchmetrics would exchange features that the other ranks do not have."""
+    fake, reference, config, _ = everything()
+    expected = score("images", fake, reference, config, seed=0)
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", lambda *_, **__: pytest.fail("a collective"))
+    assert score("images", fake, reference, config, seed=0) == expected
