@@ -78,10 +78,11 @@ def headline(content: Record) -> list[tuple[str, str]]:
         # None stands for infinity: the images are equal.
         rows.append(("same-noise image PSNR", "-" if images["psnr"] is None else f"{images['psnr']:.2f} dB"))
     fid = content.get("fid") or {}
-    for key, label in (("full", "full precision"), ("quantized", "quantized")):
+    scores = content.get("scores") or {}
+    for key, label in (("full", "full precision"), ("quantized", "quantized"), ("images", "images")):
         if f := fid.get(key):
-            text = f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}], {f['num_samples']} samples"
-            rows.append((f"FID, {label}", text))
+            rows.append((f"FID, {label}", _distance(f)))
+        rows += _score_rows(label, scores.get(key) or {})
     if size := content.get("bytes"):
         text = f"{size['quantized']:,} of {size['full']:,} bytes ({size['full'] / size['quantized']:.2f} times smaller)"
         rows.append(("denoiser on disk", text))
@@ -89,11 +90,34 @@ def headline(content: Record) -> list[tuple[str, str]]:
     return rows
 
 
+def _distance(fid: Record) -> str:
+    """A distance with its interval, where there is one."""
+    interval = "" if fid["low"] is None else f" [{fid['low']:.3f}, {fid['high']:.3f}]"
+    return f"{fid['value']:.3f}{interval}, {fid['num_samples']} samples"
+
+
+def _score_rows(label: str, scores: Record) -> list[tuple[str, str]]:
+    """Rows of `headline` for the metrics beside FID."""
+    rows = []
+    if s := scores.get("sfid"):
+        rows.append((f"sFID, {label}", _distance(s)))
+    if s := scores.get("is"):
+        rows.append((f"IS, {label}", f"{s['mean']:.3f} ± {s['std']:.3f} over {s['splits']} parts"))
+    if s := scores.get("kid"):
+        text = f"{s['mean']:.5f} ± {s['std']:.5f} over {s['subsets']} subsets of {s['subset_size']}"
+        rows.append((f"KID, {label}", text))
+    if s := scores.get("precision_recall"):
+        rows.append((f"precision, recall, {label}", f"{s['precision']:.4f}, {s['recall']:.4f} (k = {s['k']})"))
+    if s := scores.get("clip"):
+        rows.append((f"CLIP score, {label}", f"{s['mean']:.3f} ± {s['std_error']:.3f}, {s['num_samples']} images"))
+    return rows
+
+
 def final_table(content: Record) -> Table:
     """The figures that matter as a table for the console."""
     from rich.table import Table
 
-    table = Table("", "", title="Quantized denoiser", show_header=False)
+    table = Table("", "", title="Images" if "images" in content else "Quantized denoiser", show_header=False)
     for name, text in headline(content):
         table.add_row(name, text)
     return table

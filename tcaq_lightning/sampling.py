@@ -39,6 +39,16 @@ class Sampling(Protocol):
 
     scheduler: Any
 
+    def check_sampler(self, sampler: SamplerConfig, key: str) -> None:
+        """See that there is such a scheduler.
+
+        Args:
+            sampler: to sample with. key: config key that errors name.
+
+        Raises:
+            UserError: unknown class, option or number of steps.
+        """
+
     def check(self, denoiser: nn.Module, sampler: SamplerConfig, key: str) -> None:
         """See that the denoiser can be sampled like this.
 
@@ -119,6 +129,10 @@ class LoopSampling:
         self.scheduler, self.decoder = scheduler, decoder
         self.inputs: Inputs = inputs or (lambda _: {})
 
+    def check_sampler(self, sampler: SamplerConfig, key: str) -> None:
+        """As in `Sampling`."""
+        make_scheduler(self.scheduler, sampler, key)
+
     def check(self, denoiser: nn.Module, sampler: SamplerConfig, key: str) -> None:
         """As in `Sampling`."""
         check_denoiser(denoiser, make_scheduler(self.scheduler, sampler, key), self.inputs([0, 1]))
@@ -169,9 +183,13 @@ class PipelineSampling:
                 f"{sorted(self._accepted - {'self'})}"
             )
 
-    def check(self, denoiser: nn.Module, sampler: SamplerConfig, key: str) -> None:
+    def check_sampler(self, sampler: SamplerConfig, key: str) -> None:
         """As in `Sampling`."""
         configured_scheduler(self.scheduler, sampler, key)
+
+    def check(self, denoiser: nn.Module, sampler: SamplerConfig, key: str) -> None:
+        """As in `Sampling`; the rest shows when it is probed."""
+        self.check_sampler(sampler, key)
 
     def channels(self, denoiser: nn.Module) -> int:
         """As in `Sampling`."""

@@ -14,10 +14,12 @@ from torch import nn
 from tcaq_lightning.config import EvaluationConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation import evaluate as module
-from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, planned_samples
+from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, evaluate_images, planned_samples
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.images import ImageWriter, open_images, to_pixels
 from tcaq_lightning.sampling import LoopSampling
+from tests.evaluation.inception_weights import pictures
 
 SAMPLER = SamplerConfig(num_steps=2, options={"clip_sample": False})
 SAMPLING = LoopSampling(DDIMScheduler())
@@ -236,3 +238,74 @@ def test_mistakes_show_before_anything_is_sampled(features_dir: Path, sampled: l
     with pytest.raises(UserError, match="3 channels"):
         evaluate(unet(3), unet(3), SAMPLING, SAMPLER, config(features_dir), seed=0)
     assert sampled == []
+
+
+def protocol(weights: Path, reference: Path, **changes: Any) -> EvaluationConfig:
+    values: dict[str, Any] = {
+        "num_trajectories": 2,
+        "num_images": 2,
+        "fid_samples": 5,
+        "batch_size": 3,
+        "features": "inception",
+        "inception_weights": str(weights),
+        "reference": str(reference),
+        "metrics": ["fid", "sfid", "is", "kid", "precision_recall"],
+        "is_splits": 1,
+        "kid_subsets": 2,
+        "kid_subset_size": 4,
+    }
+    return EvaluationConfig(**values | changes)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """A folder of RGB pictures."""
+    ImageWriter(tmp_path / "real", "test").write(range(6), pictures(6, size=8))
+    return tmp_path / "real"
+
+
+def test_published_protocol_and_its_pictures(
+    small_inception: Path, reference: Path, tmp_path: Path, sampled: list[list[int]]
+) -> None:
+    """What is measured on samples is what is measured on the pictures that they are written as."""
+    full, quantized = unet(3), altered(unet(3))
+    settings = protocol(small_inception, reference, save_images=str(tmp_path / "pictures"))
+    metrics = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
+    values = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
+    assert set(values["scores"]) == {"full", "quantized"}
+    assert values["fid"]["full"]["low"] is None  # too few images for an interval
+    assert values["protocol"]["features"] == "inception"
+    written = open_images(tmp_path / "pictures" / "quantized", "path")
+    samples = SAMPLING.sample(quantized, SAMPLER, range(IMAGES_START, IMAGES_START + 5), seed=1)
+    assert torch.equal(written.read(range(5)), to_pixels(samples))
+    settings.save_images = None
+    again = evaluate_images(written, settings, 1).to_dict()
+    assert again["fid"]["images"] == values["fid"]["quantized"]
+    assert again["scores"]["images"] == values["scores"]["quantized"]
+
+    # A picture that is gone is drawn again, with its batch; the cache serves the others.
+    settings.save_images = str(tmp_path / "pictures")
+    lost = tmp_path / "pictures" / "full" / "000004.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    sampled.clear()
+    repeated = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
+    assert sampled == [[IMAGES_START + 3, IMAGES_START + 4]]
+    assert lost.read_bytes() == content
+    assert without_seconds(repeated) == without_seconds(metrics)
+    with pytest.raises(UserError, match="save_images"):
+        evaluate(full, altered(unet(3), 0.9), SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
+
+
+def test_channels_that_are_no_picture(small_inception: Path, reference: Path, sampled: list[list[int]]) -> None:
+    with pytest.raises(UserError, match="4 channels"):
+        evaluate(None, unet(4), SAMPLING, SAMPLER, protocol(small_inception, reference), 0)
+    assert sampled == []
+
+
+def test_diverged_model_has_no_scores(small_inception: Path, reference: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = protocol(small_inception, reference, metrics=["fid", "is"])
+    metrics = evaluate(None, altered(unet(3), float("nan")), SAMPLING, SAMPLER, settings, 0)
+    assert metrics.fid_quantized is None
+    assert metrics.scores == {}
+    assert "FID, is of the quantized" in caplog.text
