@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.schedulers import OWN_SCHEDULERS
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
@@ -167,9 +168,12 @@ def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sam
     Raises:
         UserError: unknown class, option or number of steps.
     """
-    scheduler_class = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
+    scheduler_class = type(own) if sampler.scheduler is None else _scheduler_class(sampler.scheduler)
     if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
-        raise UserError(f"{key}.scheduler must be a scheduler class of diffusers, got {sampler.scheduler!r}")
+        raise UserError(
+            f"{key}.scheduler must be a scheduler class of diffusers or one of {sorted(OWN_SCHEDULERS)}, "
+            f"got {sampler.scheduler!r}"
+        )
     known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
     unknown = sorted(set(sampler.options) - known)
     if unknown:
@@ -184,6 +188,10 @@ def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sam
             f"{key}: {scheduler_class.__name__} with {sampler.num_steps} steps: {one_line(error)}"
         ) from error
     return scheduler
+
+
+def _scheduler_class(name: str) -> Any:
+    return getattr(diffusers, name, None) or OWN_SCHEDULERS.get(name)
 
 
 Recorder = Callable[[int, Tensor, Tensor], None]
