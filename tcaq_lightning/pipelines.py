@@ -18,6 +18,7 @@ from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.schedulers import OWN_SCHEDULERS
+from tcaq_lightning.unets import denoiser_class
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
@@ -78,13 +79,13 @@ def open_pipeline(path: str) -> DiffusionPipeline:
 
 
 def _load_denoiser(source: str, name: str, class_name: str, local: bool) -> nn.Module:
-    denoiser_class = getattr(diffusers, class_name, None)
-    if denoiser_class is None:
+    known = denoiser_class(class_name)
+    if known is None:
         raise UserError(
             f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
         )
     try:
-        denoiser, info = denoiser_class.from_pretrained(
+        denoiser, info = known.from_pretrained(
             source,
             subfolder=name,
             use_safetensors=True,
