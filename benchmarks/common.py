@@ -24,6 +24,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from jsonargparse import auto_cli
 from torch import nn
 
+from tcaq_lightning.architectures import denoiser_settings, find_architecture, known_architectures
 from tcaq_lightning.cli import run_cli
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.pipelines import quiet_diffusers
@@ -69,11 +70,14 @@ def denoiser_config(name: str) -> dict[str, Any]:
         UserError: there is no such model.
     """
     path = MODELS / f"{name}.json"
-    if not path.exists():
-        known = ", ".join([SHIPPED, *sorted(p.stem for p in MODELS.glob("*.json"))])
-        raise UserError(f"--model must be one of {known}, or a directory in diffusers layout, got {name!r}")
-    config: dict[str, Any] = json.loads(path.read_text())
-    return config
+    if path.exists():
+        config: dict[str, Any] = json.loads(path.read_text())
+        return config
+    try:
+        return denoiser_settings(find_architecture(name))
+    except UserError as error:
+        known = ", ".join([SHIPPED, *sorted(p.stem for p in MODELS.glob("*.json")), *known_architectures()])
+        raise UserError(f"--model must be one of {known}, or a directory in diffusers layout, got {name!r}") from error
 
 
 def make_denoiser(config: Mapping[str, Any]) -> nn.Module:

@@ -97,7 +97,7 @@ def predict(
     """Hours and gigabytes of a calibration of a large model.
 
     Args:
-        name: of a config in benchmarks/models.
+        name: of a shipped architecture.
         config: samples, iterations and so on.
         rates: costs of a pass by stage.
         ranks: devices.
@@ -137,7 +137,7 @@ def predict(
 
 def cost(
     runs: Sequence[Path] = (),
-    models: Sequence[str] = ("stable-diffusion-v1-4", "stable-diffusion-xl"),
+    models: Sequence[str] = ("stable-diffusion-v1-4", "sdxl-base-1.0"),
     trajectories: int = 256,
     sampler_steps: int = 20,
     iterations: int = 5000,
@@ -152,7 +152,7 @@ def cost(
 
     Args:
         runs: directories of finished runs, made on this machine.
-        models: configs in benchmarks/models to predict for.
+        models: shipped architectures to predict for.
         trajectories: calibration trajectories of the prediction; an eighth more is held out.
         sampler_steps: samples of each.
         iterations: optimisation steps of a unit.

@@ -1,10 +1,11 @@
-"""Commands on finished models and runs, and on images: sample, evaluate, statistics, report.
+"""Commands on models, finished runs and images: sample, evaluate, statistics, report, convert.
 
 python -m tcaq_lightning sample runs/default/quantized --num 64 --output grid.png
 python -m tcaq_lightning evaluate runs/default/quantized --full fashion-mnist-ddpm --output metrics.json
 python -m tcaq_lightning evaluate IMAGES --features inception --metrics fid,sfid,is --reference REFERENCE.npz
 python -m tcaq_lightning statistics IMAGES REFERENCE.safetensors
 python -m tcaq_lightning report runs/default
+python -m tcaq_lightning convert model.ckpt models/lsun-bedrooms --architecture lsun-bedrooms-ldm4
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -371,6 +373,28 @@ def report(
     Console().print(f"report: {target}", soft_wrap=True)
 
 
+def convert(
+    source: Path, output: Path, architecture: str | None = None, ema: bool | None = None, tokenizer: str | None = None
+) -> None:
+    """Write a published checkpoint as a directory in diffusers layout: DDIM's repository, latent and Stable Diffusion.
+
+    Args:
+        source: checkpoint file, read without running any code of it.
+        output: new directory.
+        architecture: the checkpoint's own YAML file, or the name of a shipped architecture, such as ddim-cifar10;
+            --config says the same.
+        ema: whether to take the moving average of the weights; without it, if there is one.
+        tokenizer: of Stable Diffusion: directory with vocab.json and merges.txt, or hub id.
+    """
+    from rich.console import Console
+
+    from tcaq_lightning.conversion import convert as conversion
+
+    record = conversion.convert(source, output, architecture, ema, tokenizer)
+    parts = ", ".join(f"{name} {count:,}" for name, count in record["parameters"].items())
+    Console(soft_wrap=True).print(f"{output}: {record['weights']}, parameters: {parts}", highlight=False)
+
+
 def is_quantized(path: str) -> bool:
     """Whether a model directory holds an artifact: its denoiser's config.json has a `quantization_config`."""
     from tcaq_lightning.pipelines import DENOISER_NAMES, shipped
@@ -472,10 +496,13 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code, as `run_cli` makes it.
     """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["convert"]:  # the original repositories' name, which jsonargparse keeps for a file of options
+        arguments = [re.sub(r"^--config(?==|$)", "--architecture", a) for a in arguments]
 
     def command() -> None:
-        commands: list[Callable[..., Any]] = [sample, evaluate, statistics, report]
-        auto_cli(list(commands), args=argv, exit_on_error=False, prog="python -m tcaq_lightning")
+        commands: list[Callable[..., Any]] = [sample, evaluate, statistics, report, convert]
+        auto_cli(list(commands), args=arguments, exit_on_error=False, prog="python -m tcaq_lightning")
 
     return run_cli(command)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.calls import Conditioning, Samples
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.pipelines import ASSETS, DENOISER_NAMES, sample_shape
+from tcaq_lightning.pipelines import ASSETS, DENOISER_NAMES, find_scheduler_class, sample_shape
+from tcaq_lightning.unets import denoiser_class
 
 ARCHITECTURES = ASSETS / "architectures"
 """Configurations, without weights, of published models in diffusers layout."""
@@ -37,32 +37,47 @@ def find_architecture(name: str) -> Path:
     for path in (ARCHITECTURES / name, Path(name)):
         if name and (path / "model_index.json").is_file():
             return path
-    known = ", ".join(sorted(p.parent.name for p in ARCHITECTURES.glob("*/model_index.json")))
+    known = ", ".join(known_architectures())
     raise UserError(
         f"model.architecture: no configuration called {name!r}; expected a directory with a "
         f"model_index.json, or one of {known}"
     )
 
 
-def meta_denoiser(architecture: Path) -> nn.Module:
-    """A pipeline's denoiser on the meta device, from its config.json."""
+def known_architectures() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(path.parent.name for path in ARCHITECTURES.glob("*/model_index.json"))
+
+
+def denoiser_settings(architecture: Path) -> dict[str, Any]:
+    """The denoiser's config.json.
+
+    Raises:
+        UserError: there is none.
+    """
     path = next((p for n in DENOISER_NAMES if (p := architecture / n / "config.json").is_file()), None)
     if path is None:
         raise UserError(f"model.architecture: {architecture} has no config.json of a {' or '.join(DENOISER_NAMES)}")
-    return on_meta(json.loads(path.read_text(encoding="utf-8")))
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def meta_denoiser(architecture: Path) -> nn.Module:
+    """A pipeline's denoiser on the meta device."""
+    return on_meta(denoiser_settings(architecture))
 
 
 def on_meta(config: dict[str, Any]) -> nn.Module:
     """A denoiser on the meta device, from its configuration."""
     with torch.device("meta"):
-        denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        denoiser: nn.Module = denoiser_class(config["_class_name"]).from_config(config)
     return denoiser.requires_grad_(False).eval()
 
 
 def architecture_scheduler(architecture: Path) -> Any:
     """A pipeline's own scheduler, from its configuration."""
     config = json.loads((architecture / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    return find_scheduler_class(config["_class_name"]).from_config(config)
 
 
 def example_samples(denoiser: nn.Module, batch: int) -> Samples:

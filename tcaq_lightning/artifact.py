@@ -24,10 +24,11 @@ from torch import nn
 
 from tcaq_lightning import __version__
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.files import naming
+from tcaq_lightning.files import naming, sha256
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
+from tcaq_lightning.unets import denoiser_class
 
 __all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "write_checksums"]
 
@@ -161,7 +162,7 @@ def artifact_sizes(directory: str | Path) -> int:
 
 def write_checksums(directory: Path) -> None:
     """Write checksums.json: the SHA-256 of every other file, and of this list itself."""
-    files = {f.relative_to(directory).as_posix(): _sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
+    files = {f.relative_to(directory).as_posix(): sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
     files.pop(CHECKSUMS_FILE, None)
     (directory / CHECKSUMS_FILE).write_text(_checksums_text(files), encoding="utf-8")
 
@@ -215,7 +216,7 @@ def _verify_checksums(directory: Path) -> None:
         file = directory / name
         if not file.is_file():
             raise UserError(f"{file} is missing; {CHECKSUMS_FILE} lists it; copy or write the artifact again")
-        if (got := _sha256(file)) != expected:
+        if (got := sha256(file)) != expected:
             raise UserError(
                 f"{file} is damaged: expected SHA-256 {expected} ({CHECKSUMS_FILE}), got {got}; "
                 f"copy or write the artifact again"
@@ -226,12 +227,12 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -
     """The frozen denoiser: its architecture from the config, its tensors from the safetensors file."""
     file = folder / CONFIG_FILE
     class_name = str(config.get("_class_name"))
-    denoiser_class = getattr(diffusers, class_name, None)
-    if denoiser_class is None:
+    known = denoiser_class(class_name)
+    if known is None:
         raise UserError(f"{file}: the denoiser is a {class_name}, which diffusers {diffusers.__version__} lacks")
     try:
         with torch.random.fork_rng(devices=[]):  # the random weights are thrown away
-            denoiser: nn.Module = denoiser_class.from_config(config)
+            denoiser: nn.Module = known.from_config(config)
         structure = Structure.from_dict(quantization)
         rebuild(denoiser, structure)
     except Exception as error:  # diffusers' configs and the tables raise each in its own way
@@ -258,11 +259,3 @@ def _readable_json(values: dict[str, Any], depth: int = 3, indent: str = "") -> 
 def _checksums_text(files: dict[str, str]) -> str:
     listed = json.dumps(files, sort_keys=True)
     return json.dumps({"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, indent=1) + "\n"
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -65,6 +65,15 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def write_checked(path: Path, content: bytes) -> None:
     """Write a file that begins with the SHA-256 of the rest."""
     write_bytes(path, hashlib.sha256(content).digest() + content)

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map
 from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.schedulers import OWN_SCHEDULERS
+from tcaq_lightning.unets import denoiser_class
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
@@ -102,13 +104,13 @@ def pipeline_class(index: dict[str, Any]) -> Any:
 
 
 def _load_denoiser(source: str, name: str, class_name: str, loading: dict[str, Any]) -> nn.Module:
-    denoiser_class = getattr(diffusers, class_name, None)
-    if denoiser_class is None:
+    known = denoiser_class(class_name)
+    if known is None:
         raise UserError(
             f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
         )
     try:
-        denoiser, info = denoiser_class.from_pretrained(source, subfolder=name, output_loading_info=True, **loading)
+        denoiser, info = known.from_pretrained(source, subfolder=name, output_loading_info=True, **loading)
     except Exception as error:  # as above
         raise UserError(f"model.path: cannot load {name} of {source}: {one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys"):
@@ -187,9 +189,12 @@ def configured_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibrati
     Raises:
         UserError: unknown class or option.
     """
-    scheduler_class = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
+    scheduler_class = type(own) if sampler.scheduler is None else find_scheduler_class(sampler.scheduler)
     if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
-        raise UserError(f"{key}.scheduler must be a scheduler class of diffusers, got {sampler.scheduler!r}")
+        raise UserError(
+            f"{key}.scheduler must be a scheduler class of diffusers or one of {sorted(OWN_SCHEDULERS)}, "
+            f"got {sampler.scheduler!r}"
+        )
     known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
     unknown = sorted(set(sampler.options) - known)
     if unknown:
@@ -216,6 +221,11 @@ def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sam
             f"{key}: {type(scheduler).__name__} with {sampler.num_steps} steps: {one_line(error)}"
         ) from error
     return scheduler
+
+
+def find_scheduler_class(name: str) -> Any:
+    """A scheduler's class by its name, of diffusers or of ours; None where neither has it."""
+    return getattr(diffusers, name, None) or OWN_SCHEDULERS.get(name)
 
 
 def initial_noise(shape: Sequence[int], indices: Sequence[int], seed: int) -> tuple[Tensor, list[torch.Generator]]:

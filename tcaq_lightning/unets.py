@@ -1,0 +1,94 @@
+"""UNets of published checkpoints that no class of diffusers expresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+
+__all__ = ["OWN_DENOISERS", "FixedHeadsUNet2DModel", "denoiser_class"]
+
+
+class FixedHeadsUNet2DModel(UNet2DModel):
+    """A `UNet2DModel` whose attentions all have the same number of heads, whatever their channels.
+
+    So does latent diffusion's network for LSUN-Churches (8 heads on 192, 384 and 768 channels), while `UNet2DModel`
+    knows one number of channels a head for all of its attentions. Everything else is the parent's.
+
+    Args:
+        sample_size, in_channels, out_channels, down_block_types, up_block_types, block_out_channels: as the parent's.
+        layers_per_block, downsample_type, upsample_type, dropout, norm_num_groups, norm_eps: as the parent's.
+        attn_norm_num_groups, resnet_time_scale_shift, flip_sin_to_cos, freq_shift: as the parent's.
+        num_attention_heads: heads of every attention; divides the channels of each.
+
+    Raises:
+        ValueError: the heads do not divide an attention's channels.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self: Any,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types: tuple[str, ...] = ("UpBlock2D", "AttnUpBlock2D"),
+        block_out_channels: tuple[int, ...] = (192, 384),
+        layers_per_block: int = 2,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        attn_norm_num_groups: int | None = None,
+        resnet_time_scale_shift: str = "default",
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        num_attention_heads: int = 8,
+    ) -> None:
+        super().__init__(  # type: ignore[no-untyped-call]
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            norm_eps=norm_eps,
+            attn_norm_num_groups=attn_norm_num_groups,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            flip_sin_to_cos=flip_sin_to_cos,
+            freq_shift=freq_shift,
+            attention_head_dim=None,  # one head each, so that every width passes
+        )
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                if module.inner_dim % num_attention_heads:
+                    raise ValueError(
+                        f"num_attention_heads must divide the channels of {name}, {module.inner_dim}, "
+                        f"got {num_attention_heads}"
+                    )
+                module.heads = num_attention_heads
+                module.scale = (module.inner_dim // num_attention_heads) ** -0.5
+
+
+OWN_DENOISERS: dict[str, Any] = {c.__name__: c for c in (FixedHeadsUNet2DModel,)}
+"""Denoisers that a config.json may name beside those of diffusers."""
+
+
+def denoiser_class(name: str) -> Any:
+    """A denoiser's class by its name, of diffusers or of this module; None where neither has it.
+
+    >>> denoiser_class("UNet2DModel").__name__, denoiser_class("NoSuchModel")
+    ('UNet2DModel', None)
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None) or OWN_DENOISERS.get(name)
+    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
