@@ -2,14 +2,18 @@ r"""FID of a pretrained model under several samplers, to decide between two sets
 
     python -m tcaq_lightning.pretraining.score --model fashion-mnist-ddpm --num_images 5000 --steps [20,100] \
         --clip_sample [true,false] [--grid grid.png] [--threads 2]
+    python -m tcaq_lightning.pretraining.score --model fashion-mnist-latent --num_images 2000 --guidance_scale [1,2]
 
-One line of JSON for each sampler is written to standard output.
+A class-conditional model samples its classes in equal shares, and the share of samples that are recognised as what was
+asked for is stated too. One line of JSON for each sampler is written to standard output.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tcaq_lightning.class_conditional import ClassConditionalPipeline
 from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, SHIPPED, extract_features, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
-from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample, to_images
+from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
+from tcaq_lightning.pipelines import (
+    find_denoiser,
+    initial_noise,
+    make_scheduler,
+    open_pipeline,
+    sample,
+    sample_shape,
+    to_images,
+)
 from tcaq_lightning.pretraining.command import run
 
 
@@ -41,11 +56,52 @@ def tile(images: Tensor, columns: int = 8) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+def asked_labels(indices: Sequence[int], num_classes: int) -> list[int]:
+    """Labels of numbered samples: the classes in turn.
+
+    >>> asked_labels(range(8, 13), num_classes=10)
+    [8, 9, 0, 1, 2]
+    """
+    return [i % num_classes for i in indices]
+
+
+def is_conditional(pipeline: Any) -> bool:
+    """Whether the pipeline samples classes."""
+    return isinstance(pipeline, ClassConditionalPipeline)
+
+
+def generate(
+    pipeline: Any, sampler: SamplerConfig, indices: Sequence[int], seed: int, guidance_scale: float = 1.0
+) -> Tensor:
+    """Numbered samples of a pipeline; those of a class-conditional one have the classes in turn.
+
+    Args:
+        pipeline: as `open_pipeline` returns it.
+        sampler: class, steps and options of the scheduler.
+        indices: numbers of the samples.
+        seed: of the noise.
+        guidance_scale: of classifier-free guidance; unconditional pipelines ignore it.
+
+    Returns:
+        (B, C, H, W) in [-1, 1].
+    """
+    if not is_conditional(pipeline):
+        return sample(find_denoiser(pipeline)[1], pipeline.scheduler, sampler, indices, seed)
+    noise, generators = initial_noise(sample_shape(pipeline.denoiser), indices, seed)
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, sampler)
+    labels = asked_labels(indices, pipeline.num_classes)
+    images: Tensor = pipeline(
+        labels, sampler.num_steps, guidance_scale, latents=noise, generator=generators, output_type="pt"
+    ).images
+    return 2 * images - 1
+
+
 def main(
     model: str,
     num_images: int = 5000,
     steps: list[int] | None = None,
     clip_sample: list[bool] | None = None,
+    guidance_scale: list[float] | None = None,
     features: Path = SHIPPED,
     batch_size: int = 100,
     seed: int = 0,
@@ -58,38 +114,52 @@ def main(
         model: directory in diffusers layout, or name of a shipped model.
         num_images: images for each sampler.
         steps: numbers of sampler steps; without it, 20.
-        clip_sample: whether DDIM clips its prediction of x_0; without it, both.
+        clip_sample: whether DDIM clips its prediction of x_0; without it, both for images and false for latents.
+        guidance_scale: scales of classifier-free guidance; without it, 1. For class-conditional models only.
         features: directory of the feature extractor and its reference statistics.
         batch_size: images at a time.
         seed: of the noise.
         threads: CPU threads; without it, PyTorch's own number.
-        grid: PNG file for the first 64 images of the first sampler.
+        grid: PNG file for the first 64 images of the first sampler, or 100, a class a column.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     pipeline: Any = open_pipeline(model)
-    _, denoiser = find_denoiser(pipeline)
+    conditional = is_conditional(pipeline)
+    if guidance_scale and not conditional:
+        raise UserError(f"--guidance_scale needs a class-conditional model, got {model}; leave it out")
     extractor = load_feature_extractor(features)
     reference = ReferenceStatistics.load(features / REFERENCE_FILE)
-    for num_steps in steps or [20]:
-        for clip in clip_sample or [True, False]:
-            sampler = SamplerConfig("DDIMScheduler", num_steps, options={"clip_sample": clip})
-            vectors: list[Tensor] = []
-            first: list[Tensor] = []
-            for start in range(0, num_images, batch_size):
-                indices = range(start, min(start + batch_size, num_images))
-                images = sample(denoiser, pipeline.scheduler, sampler, indices, seed)
-                vectors.append(extract_features(extractor, images))
-                if len(first) * batch_size < 64:
-                    first.append(images)
-            if grid is not None:
-                tile(to_images(torch.cat(first)[:64])).save(grid)
-                grid = None
-            result = frechet_distance(torch.cat(vectors), reference)
-            line = {"model": model, "steps": num_steps, "clip_sample": clip, "images": num_images, "seed": seed}
-            line |= {"fid": round(result.value, 4), "low": round(result.low, 4), "high": round(result.high, 4)}
-            sys.stdout.write(json.dumps(line) + "\n")
-            sys.stdout.flush()
+    classes = ClassStatistics.load(features / CLASSES_FILE) if conditional else None
+    columns, shown = (pipeline.num_classes, 10 * pipeline.num_classes) if conditional else (8, 64)
+    clips = clip_sample or ([False] if conditional else [True, False])
+    for num_steps, clip, scale in itertools.product(steps or [20], clips, guidance_scale or [1.0]):
+        sampler = SamplerConfig("DDIMScheduler", num_steps, options={"clip_sample": clip})
+        vectors: list[Tensor] = []
+        first: list[Tensor] = []
+        for start in range(0, num_images, batch_size):
+            indices = range(start, min(start + batch_size, num_images))
+            images = generate(pipeline, sampler, indices, seed, scale)
+            vectors.append(extract_features(extractor, images))
+            if len(first) * batch_size < shown:
+                first.append(images)
+        if grid is not None:
+            tile(to_images(torch.cat(first)[:shown]), columns).save(grid)
+            grid = None
+        result = frechet_distance(torch.cat(vectors), reference)
+        line: dict[str, Any] = {"model": model, "steps": num_steps, "clip_sample": clip, "images": num_images}
+        line |= {
+            "seed": seed,
+            "fid": round(result.value, 4),
+            "low": round(result.low, 4),
+            "high": round(result.high, 4),
+        }
+        if classes is not None:
+            asked = torch.tensor(asked_labels(range(num_images), pipeline.num_classes))
+            recognised = (classes.predict(torch.cat(vectors)) == asked).double().mean()
+            line |= {"guidance_scale": scale, "recognised": round(float(recognised), 4)}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
