@@ -1,7 +1,8 @@
 r"""Pretraining of a class-conditional denoiser in the latent space of a frozen autoencoder.
 
     python -m tcaq_lightning.pretraining.latent --denoiser unet --data /usr/share/datasets/fashion-mnist \
-        --autoencoder runs/vae/model --output runs/latent --steps 5000 [--batch_size 64] [--lr 1e-3] [--threads 1]
+        --autoencoder runs/vae/model --output runs/latent --steps 5000 [--batch_size 64] [--lr 1e-3] \
+        [--latents runs/latents] [--threads 1]
 
 `--denoiser dit` trains a diffusion transformer in place of a UNet. `OUTPUT/model` is a diffusers directory with the
 averaged weights, brought up to date every `save_every` steps; `OUTPUT/last.ckpt` is the state of the training. The same
@@ -10,7 +11,9 @@ command resumes from it.
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +30,7 @@ from tcaq_lightning.class_conditional import (
     ClassConditionalTransformerPipeline,
     ClassEmbedder,
 )
+from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
 from tcaq_lightning.pretraining.autoencoder import encode, load_autoencoder
 from tcaq_lightning.pretraining.batches import batch_indices, generator, stratified_timesteps
 from tcaq_lightning.pretraining.command import run
@@ -174,7 +178,7 @@ class LatentPretraining(Pretraining):
         network: one of `DENOISERS`.
         scheduler: gives the noise schedule.
         autoencoder: frozen; written beside the denoiser.
-        images: uint8 (N, H, W), the training data.
+        latents: mean and standard deviation of the posteriors of the training images, (N, C, h, w) each.
         labels: int64 (N,) in 0..K-1.
         recipe: how to train.
     """
@@ -186,27 +190,25 @@ class LatentPretraining(Pretraining):
         network: CrossAttentionDenoiser | TransformerDenoiser,
         scheduler: Any,
         autoencoder: Any,
-        images: Tensor,
+        latents: tuple[Tensor, Tensor],
         labels: Tensor,
         recipe: LatentRecipe,
     ) -> None:
         super().__init__(network, recipe)
         self.scheduler = scheduler
+        self.autoencoder = autoencoder
+        self.mean, self.deviation = (values * autoencoder.config.scaling_factor for values in latents)
         self.labels = labels
         self.num_classes = len(CLASSES)
-        scale = autoencoder.config.scaling_factor
-        mean, deviation = encode(autoencoder, images)
-        self.latents = mean * scale, deviation * scale
-        self.autoencoder = autoencoder
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """The loss of one step; its data are drawn from (seed, global_step), so a resumed run sees the same."""
         recipe, step = self.recipe, self.global_step
         rng = generator(recipe.seed, step, stream=1)
         index = batch_indices(len(self.labels), recipe.batch_size, step, recipe.seed)
-        mean, deviation = (values[index] for values in self.latents)
-        x0 = mean + deviation * torch.randn(mean.shape, generator=rng)  # (B, C, h, w)
-        noise = torch.randn(mean.shape, generator=rng)
+        mean = self.mean[index]
+        x0 = mean + self.deviation[index] * torch.randn(mean.shape, generator=rng)  # (B, C, h, w)
+        noise = torch.randn(x0.shape, generator=rng)
         t = stratified_timesteps(recipe.batch_size, self.scheduler.config.num_train_timesteps, rng)
         dropped = torch.rand(recipe.batch_size, generator=rng) < recipe.label_dropout
         labels = self.labels[index].masked_fill(dropped, self.num_classes)
@@ -221,6 +223,31 @@ class LatentPretraining(Pretraining):
         average: Any = self.average
         pipeline = average.pipeline(self.autoencoder, self.scheduler, dict(enumerate(CLASSES)))
         replace_files(pipeline.save_pretrained, directory)
+
+
+def encode_once(autoencoder: Any, images: Tensor, cache: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Posteriors of the latents of many images, from a file if it has them.
+
+    Args:
+        autoencoder: `AutoencoderKL`.
+        images: uint8 (N, H, W).
+        cache: the file; (re)written if it is missing, damaged, or of another autoencoder or other images.
+
+    Returns:
+        Mean and standard deviation, float32 (N, C, h, w) each.
+    """
+    digest = hashlib.sha256(images.numpy().tobytes())
+    for value in autoencoder.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    if cache is not None and cache.exists():
+        with suppress(DamagedFileError):
+            tensors, record = load_tensors(cache)
+            if record == digest.hexdigest():
+                return tensors["mean"], tensors["deviation"]
+    mean, deviation = encode(autoencoder, images)
+    if cache is not None:
+        save_tensors(cache, {"mean": mean, "deviation": deviation}, digest.hexdigest())
+    return mean, deviation
 
 
 def new_denoiser(kind: str, autoencoder: Any, image_size: int, seed: int) -> Any:
@@ -250,6 +277,7 @@ def main(
     ema_decay: float = 0.9995,
     seed: int = 0,
     label_dropout: float = 0.1,
+    latents: Path | None = None,
     precision: Precision = "32-true",
     compile: bool = False,  # noqa: A002 - the name of the option
     threads: int | None = None,
@@ -269,6 +297,7 @@ def main(
         ema_decay: largest decay of the moving average of the weights.
         seed: seeds the weights, the order of the images, the timesteps and the noise.
         label_dropout: probability of training on "no class".
+        latents: file that keeps the encoded images from one run to another; without it, each start encodes them.
         precision: bf16-mixed is faster on some processors with bfloat16 arithmetic.
         compile: compile the denoiser by torch.compile, which takes minutes at the start.
         threads: CPU threads; without it, PyTorch's own number.
@@ -281,7 +310,8 @@ def main(
     images, labels = read_split(data, "train")
     network = new_denoiser(denoiser, vae, images.shape[-1], seed)
     scheduler_class: Any = DDIMScheduler
-    module = LatentPretraining(network, scheduler_class(**SCHEDULE), vae, images, labels, recipe)
+    encoded = encode_once(vae, images, latents)
+    module = LatentPretraining(network, scheduler_class(**SCHEDULE), vae, encoded, labels, recipe)
     if compile:
         module.network.compile()  # in place: names of weights stay
     fit(module, output, save_every, precision, progress_bar=sys.stderr.isatty())

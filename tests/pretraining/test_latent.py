@@ -12,7 +12,15 @@ from tcaq_lightning.pipelines import open_pipeline
 from tcaq_lightning.pretraining import autoencoder, latent
 from tcaq_lightning.pretraining.autoencoder import load_autoencoder, new_autoencoder
 from tcaq_lightning.pretraining.idx import read_split
-from tcaq_lightning.pretraining.latent import CLASSES, SCHEDULE, LatentPretraining, LatentRecipe, main, new_denoiser
+from tcaq_lightning.pretraining.latent import (
+    CLASSES,
+    SCHEDULE,
+    LatentPretraining,
+    LatentRecipe,
+    encode_once,
+    main,
+    new_denoiser,
+)
 
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 4, "warmup": 2, "save_every": 2}
 WEIGHTS = {
@@ -46,7 +54,8 @@ def pretraining(kind: str, data: Path, vae: Path, recipe: LatentRecipe) -> Laten
     images, labels = read_split(data, "train")
     opened = load_autoencoder(vae)
     network = new_denoiser(kind, opened, 28, seed=0)
-    module = LatentPretraining(network, DDIMScheduler(**SCHEDULE), opened, images, labels, recipe)
+    latents = encode_once(opened, images)
+    module = LatentPretraining(network, DDIMScheduler(**SCHEDULE), opened, latents, labels, recipe)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     return module
 
@@ -145,5 +154,28 @@ def test_latents_are_scaled_posteriors(data: Path, vae: Path) -> None:
     module = pretraining("dit", data, vae, LatentRecipe(steps=1, batch_size=4))
     images, _ = read_split(data, "train")
     posterior = load_autoencoder(vae).encode(images[:, None] / 127.5 - 1).latent_dist
-    torch.testing.assert_close(module.latents[0], 2.5 * posterior.mean, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(module.latents[1], 2.5 * posterior.std, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.mean, 2.5 * posterior.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.deviation, 2.5 * posterior.std, rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_encoded_once(data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, _ = read_split(data, "train")
+    opened, cache = load_autoencoder(vae), tmp_path / "latents"
+    calls: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return autoencoder.encode(*args)
+
+    monkeypatch.setattr(latent, "encode", counted)
+    first, second = encode_once(opened, images, cache), encode_once(opened, images, cache)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(calls) == 1
+    encode_once(opened, images[:50], cache)  # other images
+    with torch.no_grad():
+        opened.quant_conv.bias += 1  # another autoencoder
+    shifted, _ = encode_once(opened, images[:50], cache)
+    torch.testing.assert_close(shifted, first[0][:50] + 1)
+    assert len(calls) == 3
+    cache.write_bytes(cache.read_bytes()[:-1])
+    assert torch.equal(encode_once(opened, images[:50], cache)[0], shifted)
