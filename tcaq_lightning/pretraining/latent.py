@@ -36,6 +36,7 @@ from tcaq_lightning.pretraining.batches import batch_indices, generator, stratif
 from tcaq_lightning.pretraining.command import run
 from tcaq_lightning.pretraining.idx import read_split
 from tcaq_lightning.pretraining.training import Precision, Pretraining, Recipe, fit, replace_files
+from tcaq_lightning.sampling import weights_hash
 
 CLASSES = (
     "T-shirt/top",
@@ -236,17 +237,15 @@ def encode_once(autoencoder: Any, images: Tensor, cache: Path | None = None) -> 
     Returns:
         Mean and standard deviation, float32 (N, C, h, w) each.
     """
-    digest = hashlib.sha256(images.numpy().tobytes())
-    for value in autoencoder.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+    source = [weights_hash(autoencoder), hashlib.sha256(images.numpy().tobytes()).hexdigest()]
     if cache is not None and cache.exists():
         with suppress(DamagedFileError):
             tensors, record = load_tensors(cache)
-            if record == digest.hexdigest():
+            if record == source:
                 return tensors["mean"], tensors["deviation"]
     mean, deviation = encode(autoencoder, images)
     if cache is not None:
-        save_tensors(cache, {"mean": mean, "deviation": deviation}, digest.hexdigest())
+        save_tensors(cache, {"mean": mean, "deviation": deviation}, source)
     return mean, deviation
 
 

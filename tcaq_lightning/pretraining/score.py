@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tcaq_lightning.class_conditional import ClassConditionalPipeline
-from tcaq_lightning.config import SamplerConfig
-from tcaq_lightning.errors import UserError
+from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, SHIPPED, extract_features, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
-from tcaq_lightning.pipelines import (
-    find_denoiser,
-    initial_noise,
-    make_scheduler,
-    open_pipeline,
-    sample,
-    sample_shape,
-    to_images,
-)
+from tcaq_lightning.pipelines import find_denoiser, open_pipeline, to_images
 from tcaq_lightning.pretraining.command import run
+from tcaq_lightning.sampling import make_sampling, num_classes
 
 
 def tile(images: Tensor, columns: int = 8) -> Image.Image:
@@ -54,46 +44,6 @@ def tile(images: Tensor, columns: int = 8) -> Image.Image:
     grid = images[: rows * columns, 0].reshape(rows, columns, height, width).transpose(1, 2)  # (R, H, C, W)
     pixels = grid.reshape(rows * height, columns * width).mul(255).round().byte()
     return Image.fromarray(pixels.numpy())
-
-
-def asked_labels(indices: Sequence[int], num_classes: int) -> list[int]:
-    """Labels of numbered samples: the classes in turn.
-
-    >>> asked_labels(range(8, 13), num_classes=10)
-    [8, 9, 0, 1, 2]
-    """
-    return [i % num_classes for i in indices]
-
-
-def is_conditional(pipeline: Any) -> bool:
-    """Whether the pipeline samples classes."""
-    return isinstance(pipeline, ClassConditionalPipeline)
-
-
-def generate(
-    pipeline: Any, sampler: SamplerConfig, indices: Sequence[int], seed: int, guidance_scale: float = 1.0
-) -> Tensor:
-    """Numbered samples of a pipeline; those of a class-conditional one have the classes in turn.
-
-    Args:
-        pipeline: as `open_pipeline` returns it.
-        sampler: class, steps and options of the scheduler.
-        indices: numbers of the samples.
-        seed: of the noise.
-        guidance_scale: of classifier-free guidance; unconditional pipelines ignore it.
-
-    Returns:
-        (B, C, H, W) in [-1, 1].
-    """
-    if not is_conditional(pipeline):
-        return sample(find_denoiser(pipeline)[1], pipeline.scheduler, sampler, indices, seed)
-    noise, generators = initial_noise(sample_shape(pipeline.denoiser), indices, seed)
-    pipeline.scheduler = make_scheduler(pipeline.scheduler, sampler)
-    labels = asked_labels(indices, pipeline.num_classes)
-    images: Tensor = pipeline(
-        labels, sampler.num_steps, guidance_scale, latents=noise, generator=generators, output_type="pt"
-    ).images
-    return 2 * images - 1
 
 
 def main(
@@ -114,7 +64,7 @@ def main(
         model: directory in diffusers layout, or name of a shipped model.
         num_images: images for each sampler.
         steps: numbers of sampler steps; without it, 20.
-        clip_sample: whether DDIM clips its prediction of x_0; without it, both for images and false for latents.
+        clip_sample: whether DDIM clips its prediction of x_0; without it, both; false for classes.
         guidance_scale: scales of classifier-free guidance; without it, 1. For class-conditional models only.
         features: directory of the feature extractor and its reference statistics.
         batch_size: images at a time.
@@ -124,22 +74,23 @@ def main(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    pipeline: Any = open_pipeline(model)
-    conditional = is_conditional(pipeline)
-    if guidance_scale and not conditional:
-        raise UserError(f"--guidance_scale needs a class-conditional model, got {model}; leave it out")
+    pipeline = open_pipeline(model)
+    _, denoiser = find_denoiser(pipeline)
+    classes = num_classes(pipeline, denoiser)
     extractor = load_feature_extractor(features)
     reference = ReferenceStatistics.load(features / REFERENCE_FILE)
-    classes = ClassStatistics.load(features / CLASSES_FILE) if conditional else None
-    columns, shown = (pipeline.num_classes, 10 * pipeline.num_classes) if conditional else (8, 64)
-    clips = clip_sample or ([False] if conditional else [True, False])
-    for num_steps, clip, scale in itertools.product(steps or [20], clips, guidance_scale or [1.0]):
+    class_statistics = None if classes is None else ClassStatistics.load(features / CLASSES_FILE)
+    columns, shown = (8, 64) if classes is None else (classes, 10 * classes)
+    clips = clip_sample or ([True, False] if classes is None else [False])
+    scales: list[Any] = guidance_scale or [None if classes is None else 1.0]
+    for num_steps, clip, scale in itertools.product(steps or [20], clips, scales):
+        sampling = make_sampling(pipeline, ConditioningConfig(guidance_scale=scale))
         sampler = SamplerConfig("DDIMScheduler", num_steps, options={"clip_sample": clip})
         vectors: list[Tensor] = []
         first: list[Tensor] = []
         for start in range(0, num_images, batch_size):
             indices = range(start, min(start + batch_size, num_images))
-            images = generate(pipeline, sampler, indices, seed, scale)
+            images = sampling.sample(denoiser, sampler, indices, seed)
             vectors.append(extract_features(extractor, images))
             if len(first) * batch_size < shown:
                 first.append(images)
@@ -154,9 +105,9 @@ def main(
             "low": round(result.low, 4),
             "high": round(result.high, 4),
         }
-        if classes is not None:
-            asked = torch.tensor(asked_labels(range(num_images), pipeline.num_classes))
-            recognised = (classes.predict(torch.cat(vectors)) == asked).double().mean()
+        if class_statistics is not None and classes is not None:
+            asked = torch.arange(num_images) % classes
+            recognised = (class_statistics.predict(torch.cat(vectors)) == asked).double().mean()
             line |= {"guidance_scale": scale, "recognised": round(float(recognised), 4)}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()

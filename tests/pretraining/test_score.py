@@ -98,7 +98,7 @@ def test_class_conditional_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_guidance_needs_classes() -> None:
-    with pytest.raises(UserError, match="--guidance_scale needs a class-conditional model"):
+    with pytest.raises(UserError, match="guidance_scale: a DDIMPipeline is unconditional"):
         main("fashion-mnist-ddpm", guidance_scale=[2.0])
 
 
