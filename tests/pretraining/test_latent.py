@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +182,29 @@ def test_images_are_encoded_once(data: Path, vae: Path, tmp_path: Path, monkeypa
     assert len(calls) == 3
     cache.write_bytes(cache.read_bytes()[:-1])
     assert torch.equal(encode_once(opened, images[:50], cache)[0], shifted)
+
+
+@pytest.mark.slow
+def test_commands(data: Path, tmp_path: Path) -> None:
+    """Autoencoder, denoiser and score, one after the other, with the shipped architectures."""
+
+    def run(command: str, *options: object) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", f"tcaq_lightning.pretraining.{command}", *map(str, options), "--threads", "1"]
+        return subprocess.run(line, check=False, capture_output=True, text=True)
+
+    training = ["--data", data, "--steps", 1, "--batch_size", 2]
+    done = run("autoencoder", *training, "--output", tmp_path / "vae", "--precision", "bf16-mixed")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 80
+    encoder = ["--autoencoder", tmp_path / "vae" / "model", "--latents", tmp_path / "latents"]
+    for kind in ("unet", "dit"):
+        done = run("latent", *training, *encoder, "--denoiser", kind, "--output", tmp_path / kind)
+        assert done.returncode == 0, done.stderr
+        model = tmp_path / kind / "model"
+        done = run("score", "--model", model, "--num_images", 70, "--steps", "[1]", "--guidance_scale", "[1,2]")
+        assert done.returncode == 0, done.stderr
+        assert [json.loads(line)["guidance_scale"] for line in done.stdout.splitlines()] == [1.0, 2.0]
+    failed = run("latent", *training, "--autoencoder", tmp_path, "--output", tmp_path / "none")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: expected an AutoencoderKL")
+    assert failed.stderr.count("\n") == 1
