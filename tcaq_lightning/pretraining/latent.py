@@ -30,6 +30,7 @@ from tcaq_lightning.class_conditional import (
     ClassConditionalTransformerPipeline,
     ClassEmbedder,
 )
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
 from tcaq_lightning.pretraining.autoencoder import encode, load_autoencoder
 from tcaq_lightning.pretraining.batches import batch_indices, generator, stratified_timesteps
@@ -278,7 +279,6 @@ def main(
     label_dropout: float = 0.1,
     latents: Path | None = None,
     precision: Precision = "32-true",
-    compile: bool = False,  # noqa: A002 - the name of the option
     threads: int | None = None,
     save_every: int = 500,
 ) -> None:
@@ -298,7 +298,6 @@ def main(
         label_dropout: probability of training on "no class".
         latents: file that keeps the encoded images from one run to another; without it, each start encodes them.
         precision: bf16-mixed is faster on some processors with bfloat16 arithmetic.
-        compile: compile the denoiser by torch.compile, which takes minutes at the start.
         threads: CPU threads; without it, PyTorch's own number.
         save_every: steps between two checkpoints and exports.
     """
@@ -307,12 +306,12 @@ def main(
     recipe = LatentRecipe(steps, batch_size, lr, warmup, ema_decay, seed, label_dropout)
     vae = load_autoencoder(autoencoder)
     images, labels = read_split(data, "train")
+    if int(labels.max()) >= len(CLASSES):
+        raise UserError(f"expected labels 0..{len(CLASSES) - 1} in {data}, got {int(labels.max())}; use Fashion-MNIST")
     network = new_denoiser(denoiser, vae, images.shape[-1], seed)
     scheduler_class: Any = DDIMScheduler
     encoded = encode_once(vae, images, latents)
     module = LatentPretraining(network, scheduler_class(**SCHEDULE), vae, encoded, labels, recipe)
-    if compile:
-        module.network.compile()  # in place: names of weights stay
     fit(module, output, save_every, precision, progress_bar=sys.stderr.isatty())
 
 

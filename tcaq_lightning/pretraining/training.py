@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import shutil
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,9 +89,9 @@ class Pretraining(pl.LightningModule):
         self.average = copy.deepcopy(network).requires_grad_(False)
         self.recipe = recipe
 
-    @abstractmethod
     def export(self, directory: Path) -> None:
         """Write the averaged weights in diffusers layout, by `replace_files`."""
+        raise NotImplementedError
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights, then move the average towards them.

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.pipelines import open_pipeline
 from tcaq_lightning.pretraining import autoencoder, latent
 from tcaq_lightning.pretraining.autoencoder import load_autoencoder, new_autoencoder
@@ -182,6 +183,13 @@ def test_images_are_encoded_once(data: Path, vae: Path, tmp_path: Path, monkeypa
     assert len(calls) == 3
     cache.write_bytes(cache.read_bytes()[:-1])
     assert torch.equal(encode_once(opened, images[:50], cache)[0], shifted)
+
+
+def test_labels_of_another_data_set(data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = read_split(data, "train")
+    monkeypatch.setattr(latent, "read_split", lambda *_: (images, labels + 9))
+    with pytest.raises(UserError, match=r"expected labels 0..9 in .*, got 10"):
+        main(data, vae, tmp_path, **SETTINGS)
 
 
 @pytest.mark.slow
