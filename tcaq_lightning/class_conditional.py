@@ -1,9 +1,12 @@
-"""Latent diffusion conditioned on a class through cross-attention, which diffusers has no pipeline for."""
+"""Latent diffusion conditioned on a class: pipelines of small models that diffusers has none for.
+
+`DiTPipeline` is for ImageNet alone: it takes label 1000 for "no class", whatever the number of classes.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,22 +38,32 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
         return context
 
 
-class ClassConditionalLatentPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(DiffusionPipeline):
     """Sample latents with classifier-free guidance on a class, and decode them.
 
-    Args:
-        vae: `AutoencoderKL` or `VQModel`; latents are multiplied by its `scaling_factor`.
-        unet: `UNet2DConditionModel` whose cross-attention reads the class' embedding.
-        scheduler: any diffusers scheduler.
-        class_embedder: embeds the labels.
+    A subclass has a component `vae` and a `scheduler`, and says which of its components denoises and how that takes a
+    label.
     """
 
-    model_cpu_offload_seq = "class_embedder->unet->vae"
+    @property
+    def denoiser(self: Any) -> Any:
+        """The component that predicts noise."""
+        raise NotImplementedError
 
-    def __init__(self: Any, vae: Any, unet: Any, scheduler: Any, class_embedder: ClassEmbedder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, class_embedder=class_embedder)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    @property
+    def num_classes(self: Any) -> int:
+        """K: classes are 0..K-1, and label K stands for "no class"."""
+        raise NotImplementedError
+
+    def condition(self: Any, class_labels: Tensor) -> dict[str, Tensor]:
+        """Labels (B,) as keyword arguments of the denoiser."""
+        raise NotImplementedError
+
+    def _register(self: Any, id2label: Mapping[int, str] | None, **components: Any) -> None:
+        self.register_modules(**components)
+        self.register_to_config(id2label=None if id2label is None else {str(i): n for i, n in id2label.items()})
+        self.labels = {name: int(i) for i, name in (id2label or {}).items()}
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
 
     @torch.no_grad()
@@ -80,18 +93,16 @@ class ClassConditionalLatentPipeline(DiffusionPipeline):
         Raises:
             ValueError: a label that is no class.
         """
-        known = self.class_embedder.config.num_classes
+        denoiser, known = self.denoiser, self.num_classes
         if bad := [label for label in class_labels if not 0 <= label <= known]:
             raise ValueError(f"class_labels: expected 0..{known - 1}, or {known} for no class, got {bad[0]}")
-        device, dtype = self._execution_device, self.unet.dtype
+        device, dtype = self._execution_device, denoiser.dtype
         labels = torch.tensor(list(class_labels), device=device)
-        context = self.class_embedder(labels)
         guided = guidance_scale != 1
-        if guided:
-            context = torch.cat([self.class_embedder(torch.full_like(labels, known)), context])
-        size = self.unet.config.sample_size
+        condition = self.condition(torch.cat([torch.full_like(labels, known), labels]) if guided else labels)
+        size = denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        shape = (len(labels), self.unet.config.in_channels, height, width)
+        shape = (len(labels), denoiser.config.in_channels, height, width)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -100,7 +111,7 @@ class ClassConditionalLatentPipeline(DiffusionPipeline):
         extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
         for t in self.progress_bar(self.scheduler.timesteps):
             doubled = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-            prediction = self.unet(doubled, t, encoder_hidden_states=context, return_dict=False)[0]
+            prediction = denoiser(doubled, t.expand(len(doubled)), **condition, return_dict=False)[0]
             if guided:
                 unconditional, conditional = prediction.chunk(2)
                 prediction = unconditional + guidance_scale * (conditional - unconditional)
@@ -110,3 +121,76 @@ class ClassConditionalLatentPipeline(DiffusionPipeline):
             x = self.image_processor.postprocess(x, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=x) if return_dict else (x,)  # type: ignore[no-untyped-call]
+
+
+class ClassConditionalLatentPipeline(ClassConditionalPipeline):
+    """A UNet that reads the class through cross-attention.
+
+    Args:
+        vae: `AutoencoderKL` or `VQModel`; latents are multiplied by its `scaling_factor`.
+        unet: `UNet2DConditionModel` whose cross-attention reads the class' embedding.
+        scheduler: any diffusers scheduler.
+        class_embedder: embeds the labels.
+        id2label: names of the classes by number.
+    """
+
+    model_cpu_offload_seq = "class_embedder->unet->vae"
+
+    def __init__(
+        self: Any,
+        vae: Any,
+        unet: Any,
+        scheduler: Any,
+        class_embedder: ClassEmbedder,
+        id2label: Mapping[int, str] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._register(id2label, vae=vae, unet=unet, scheduler=scheduler, class_embedder=class_embedder)
+
+    @property
+    def denoiser(self: Any) -> Any:
+        """The UNet."""
+        return self.unet
+
+    @property
+    def num_classes(self: Any) -> int:
+        """Classes of the embedder."""
+        return int(self.class_embedder.config.num_classes)
+
+    def condition(self: Any, class_labels: Tensor) -> dict[str, Tensor]:
+        """The class as context (B, 1, D)."""
+        return {"encoder_hidden_states": self.class_embedder(class_labels)}
+
+
+class ClassConditionalTransformerPipeline(ClassConditionalPipeline):
+    """A diffusion transformer with any number of classes (Peebles and Xie 2023).
+
+    Args:
+        vae: `AutoencoderKL`; latents are multiplied by its `scaling_factor`.
+        transformer: `DiTTransformer2DModel` that predicts as many channels as it reads; its label
+            `num_embeds_ada_norm` stands for "no class".
+        scheduler: any diffusers scheduler.
+        id2label: names of the classes by number.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self: Any, vae: Any, transformer: Any, scheduler: Any, id2label: Mapping[int, str] | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._register(id2label, vae=vae, transformer=transformer, scheduler=scheduler)
+
+    @property
+    def denoiser(self: Any) -> Any:
+        """The transformer."""
+        return self.transformer
+
+    @property
+    def num_classes(self: Any) -> int:
+        """Classes of the transformer's embeddings."""
+        return int(self.transformer.config.num_embeds_ada_norm)
+
+    def condition(self: Any, class_labels: Tensor) -> dict[str, Tensor]:
+        """The class as label."""
+        return {"class_labels": class_labels}

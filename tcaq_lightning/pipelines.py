@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
+from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.schedulers import OWN_SCHEDULERS
@@ -25,7 +25,7 @@ from tcaq_lightning.unets import denoiser_class
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
-OWN_PIPELINES = {c.__name__: c for c in (ClassConditionalLatentPipeline,)}
+OWN_PIPELINES = {c.__name__: c for c in (ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline)}
 """Pipelines that model_index.json may name and diffusers lacks."""
 SEED_STRIDE = 1_000_003
 """Distance of the noise seeds of two runs, so that their samples share none."""

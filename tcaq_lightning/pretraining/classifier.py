@@ -1,8 +1,9 @@
-"""Training of the classifier whose features FID uses, and the reference statistics of the test images.
+"""Training of the classifier whose features FID uses, and the statistics of the real images' features.
 
     python -m tcaq_lightning.pretraining.classifier --data /usr/share/datasets/fashion-mnist --output DIRECTORY
 
-`DIRECTORY` then holds config.json, model.safetensors and reference.safetensors, as evaluation reads them.
+`DIRECTORY` then holds config.json, model.safetensors, reference.safetensors (all test images) and classes.safetensors
+(the training images by class), as evaluation reads them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tcaq_lightning.evaluation.features import (
     save_feature_extractor,
 )
 from tcaq_lightning.evaluation.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
 from tcaq_lightning.pretraining.batches import batch_indices
 from tcaq_lightning.pretraining.command import run
 from tcaq_lightning.pretraining.idx import normalize, read_split
@@ -121,6 +123,8 @@ def main(
     facts = {"data": "Fashion-MNIST", "seed": seed, "epochs": epochs, "test_accuracy": round(test_accuracy, 4)}
     save_feature_extractor(module.extractor, output, facts)
     ReferenceStatistics.from_features(extract_features(module.extractor, real)).save(output / REFERENCE_FILE)
+    train_features = extract_features(module.extractor, normalize(images))
+    ClassStatistics.from_features(train_features, labels).save(output / CLASSES_FILE)
     _log.info("test accuracy %.4f; written to %s", test_accuracy, output)
 
 

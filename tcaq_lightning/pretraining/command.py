@@ -16,6 +16,7 @@ _EXPECTED_WARNINGS = (
     ".*your dataloader is not resumable",  # its only content is the number of steps
     ".*does not have many workers",
     ".*isinstance.treespec, LeafSpec",
+    ".*module.s. in eval mode at the start of training",  # a frozen feature extractor
 )
 
 

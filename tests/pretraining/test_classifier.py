@@ -7,6 +7,7 @@ import torch
 
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, extract_features, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
 from tcaq_lightning.pretraining.classifier import main
 from tcaq_lightning.pretraining.idx import normalize, read_split
 
@@ -21,6 +22,11 @@ def test_learns_and_writes_what_evaluation_reads(data: Path, tmp_path: Path) -> 
     assert frechet_distance(extract_features(extractor, images), reference).value < 1e-4
     brighter = frechet_distance(extract_features(extractor, images + 0.3), reference)
     assert brighter.value > 1e-2
+    train_images, train_labels = read_split(data, "train")
+    predicted = ClassStatistics.load(tmp_path / CLASSES_FILE).predict(
+        extract_features(extractor, normalize(train_images))
+    )
+    assert (predicted == train_labels).double().mean() > 0.9
 
 
 def test_same_seed_same_result(data: Path, tmp_path: Path) -> None:

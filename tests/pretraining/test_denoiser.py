@@ -10,14 +10,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.pretraining.denoiser import (
-    DenoiserPretraining,
-    Recipe,
-    export,
-    initial_model,
-    pretrain,
-)
+from tcaq_lightning.pretraining.denoiser import DenoiserPretraining, export, initial_model, pretrain
 from tcaq_lightning.pretraining.idx import read_split
+from tcaq_lightning.pretraining.training import Recipe
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 RECIPE = Recipe(steps=4, batch_size=8, lr=1e-3, warmup=2, seed=3)
@@ -90,7 +85,7 @@ def test_exported_weights_are_the_average_of_the_iterates(data: Path, tiny: Path
     class Recorder(DenoiserPretraining):
         def optimizer_step(self, *args: object, **kwargs: object) -> None:
             super().optimizer_step(*args, **kwargs)
-            iterates.append({key: value.detach().clone() for key, value in self.denoiser.named_parameters()})
+            iterates.append({key: value.detach().clone() for key, value in self.network.named_parameters()})
 
     expected = dict(load_file(tiny / WEIGHTS))
     with pytest.MonkeyPatch.context() as patch:
@@ -108,7 +103,7 @@ def test_learns(data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
     network, scheduler = initial_model(tiny, seed=0)
     module = DenoiserPretraining(network, scheduler, images, Recipe(steps=40, batch_size=16, lr=3e-3))
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
-    optimizer = torch.optim.AdamW(module.denoiser.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(module.network.parameters(), lr=3e-3)
     losses = []
     for i in range(40):
         optimizer.zero_grad()
@@ -146,14 +141,6 @@ def test_from_scratch_has_the_architecture_of_the_shipped_model() -> None:
 
     assert settings(ours.config) == settings(theirs.config)
     assert settings(our_scheduler.config) == settings(their_scheduler.config)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"warmup": -1}, {"ema_decay": 1.0}, {"seed": -1}]
-)
-def test_recipe_refuses(setting: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"{next(iter(setting))} must be"):
-        Recipe(**({"steps": 1} | setting))  # type: ignore[arg-type]
 
 
 def test_bad_initial_model(tmp_path: Path) -> None:
