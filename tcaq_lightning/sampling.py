@@ -277,7 +277,10 @@ class PipelineSampling:
             raise UserError(
                 f"conditioning.class_labels must be in 0..{known - 1} for the model's {known} classes, got {bad[0]}"
             )
-        return list(range(known)) if given is None else list(given)
+        if given is not None:
+            return list(given)
+        order: list[int] = torch.randperm(known, generator=torch.Generator().manual_seed(0)).tolist()
+        return order  # neighbouring classes of a data set are alike: fewer samples than classes are to be spread
 
     def _read_prompts(self) -> list[str] | None:
         path = self.conditioning.prompts
