@@ -22,7 +22,7 @@ from tcaq_lightning.quantize import (
     readers,
     restore_quantization_state,
 )
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
 from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_log, search_symmetric
@@ -121,6 +121,10 @@ def initialize(
         for number, (name, quantizer) in enumerate(quantizers(unit).items()):
             if not is_mine(number):
                 continue
+            if name not in inputs:  # of a layer that the unit does not use
+                for layer in layers_of.get(id(quantizer), []):
+                    layer.learned_weight.search(quantizer.r)
+                continue
             if isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
                 choice = _set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
@@ -210,7 +214,9 @@ def _set_range(
     candidates: int = 16,
     norm: float = NORM,
 ) -> None:
-    """Search step and zero point of (x - shift) / r for every group."""
+    """Search step and zero point of (x - shift) / r for every group, unless they are found at run time."""
+    if isinstance(quantizer, TokenQuantizer):
+        return
     r = quantizer.r
     if quantizer.shift is not None:
         x, ranges = quantizer.centred(x), ranges.shifted(quantizer.shift.cpu())

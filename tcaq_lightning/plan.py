@@ -17,7 +17,7 @@ from tcaq_lightning.activations import TensorKind, UnitData, store_peaks
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.quantize import CoverageRow
+from tcaq_lightning.quantize import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
 from tcaq_lightning.workspace import Footprint, measure_footprint, unit_samples
@@ -127,7 +127,7 @@ def make_plan(
         units=len(graph.names),
         samples=samples,
         layers=layers,
-        kept=[row.name for row in coverage if row.note == "kept by rule"],
+        kept=[row.name for row in coverage if row.note == KEPT_BY_RULE or row.note.startswith(UNKNOWN_ATTENTION)],
         steps=steps * len(graph.names),
         store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, on_rank, x.dtype, stored, tiers)),
         limits=limits,
