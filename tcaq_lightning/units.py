@@ -180,7 +180,7 @@ class _Trace:
     def recording(self) -> Iterator[None]:
         """Within it, a call of the denoiser is recorded."""
         handles = [m.register_forward_pre_hook(self._watch(n)) for n, m in self._layers.items()]
-        handles.append(self.denoiser.register_forward_pre_hook(self._note_batch, with_kwargs=True))
+        handles.append(self.denoiser.register_forward_pre_hook(self._enter, with_kwargs=True))
         forwards = {n: self._traced(n, self.denoiser.get_submodule(n).forward) for n in self.units}
         try:
             with torch.enable_grad(), patched_forwards(self.denoiser, forwards):
@@ -191,8 +191,9 @@ class _Trace:
             for handle in handles:
                 handle.remove()
 
-    def _note_batch(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self.batch = batch_size((args, kwargs))
+        torch.set_grad_enabled(True)  # dependencies are read from the graph, even if `run` has switched it off
 
     def _watch(self, name: str) -> Callable[..., None]:
         def receive(_module: nn.Module, args: tuple[Any, ...]) -> None:
