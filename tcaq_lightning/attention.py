@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import widened
 from tcaq_lightning.timesteps import TimestepGroups
 
 SELF = ("to_q", "to_k", "to_v")
@@ -101,7 +102,7 @@ class QuantAttnProcessor(nn.Module):
             (B, T, heads * d), in float32 where the operands' type is narrower.
         """
         batch = q.shape[0]
-        q, k, v = (_wide(x) for x in (self.query(q), self.key(k), self.value(v)))
+        q, k, v = (widened(x) for x in (self.query(q), self.key(k), self.value(v)))
         q, k, v = (split_heads(x, heads).flatten(0, 1) for x in (q, k, v))  # (B * heads, T, d)
         p = attention_probabilities(q, k, mask, q.shape[-1] ** -0.5 if scale is None else scale)
         p = self.probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)  # (B * heads, T, S)
@@ -371,8 +372,3 @@ def mask_by_head(mask: Tensor | None, batch: int, heads: int, shape: tuple[int, 
     if mask.dtype is torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
     return mask.expand(batch, heads, *shape).flatten(0, 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 where the type is narrower."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

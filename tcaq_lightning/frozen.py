@@ -104,7 +104,7 @@ class Structure:
             {name: LayerEntry(**row) for name, row in values["layers"].items()},
             {name: AttentionEntry(**row) for name, row in values["attentions"].items()},
             [float(boundary) for boundary in values["timestep_boundaries"]],
-            {name: _dtype_name(getattr(torch, dtype)) for name, dtype in values.get("dtypes", {}).items()},
+            {str(name): _dtype_name(_dtype_of(dtype)) for name, dtype in values.get("dtypes", {}).items()},
         )
 
 
@@ -166,6 +166,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"expected a type such as bfloat16, got {name!r}")
+    return dtype
+
+
 def _describe_dtypes(denoiser: nn.Module) -> dict[str, str]:
     """Types of a frozen denoiser's layers and remaining tensors, as `Structure` keeps them."""
     found: dict[str, str] = {}
@@ -190,7 +197,7 @@ def _convert(denoiser: nn.Module, dtypes: dict[str, str]) -> None:
     for name, tensor in tensors.items():
         beginnings = [beginning for beginning in dtypes if name.startswith(beginning)]
         if beginnings and tensor.is_floating_point():
-            tensor.data = tensor.data.to(getattr(torch, dtypes[max(beginnings, key=len)]))
+            tensor.data = tensor.data.to(_dtype_of(dtypes[max(beginnings, key=len)]))
 
 
 def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:

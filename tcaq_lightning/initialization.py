@@ -23,7 +23,7 @@ from tcaq_lightning.quantize import (
     restore_quantization_state,
 )
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
-from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers.activation import along, widened
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
 from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_log, search_symmetric
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -176,11 +176,11 @@ def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tenso
 def capture_inputs(
     unit: nn.Module, data: UnitData, context: TimestepGroups, probe: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
-    """Inputs of every quantizer while the unit runs in full precision on the probes."""
+    """Inputs of every quantizer while the unit runs in full precision on the probes, in float32 if they are narrower."""
     captured: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        return lambda _module, args: captured.__setitem__(name, args[0])
+        return lambda _module, args: captured.__setitem__(name, widened(args[0]))
 
     handles = [q.register_forward_pre_hook(hook(n)) for n, q in quantizers(unit).items()]
     try:

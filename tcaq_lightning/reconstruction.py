@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tcaq_lightning.activations import Batch, Outputs, UnitData, output_tensors
+from tcaq_lightning.activations import Batch, Outputs, UnitData, channel_count, output_tensors
 from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
@@ -57,6 +57,29 @@ def _channels(output: Outputs, target: Outputs, difference: Callable[[Tensor, Te
     pairs = zip(output_tensors(output), output_tensors(target), strict=True)
     means = [channel_means(difference(x, y)) for x, y in pairs]
     return means[0] if len(means) == 1 else torch.cat(means, dim=1)
+
+
+@torch.no_grad()
+def gradient_scale(output: Outputs, error: Tensor, weights: Tensor | None = None) -> Tensor | None:
+    """What a loss is multiplied with so that float16 can hold its gradients; None for other types.
+
+    The block error is a mean over a batch's pixels or tokens, so that each one's gradient may be below what float16
+    can hold. The factor, a power of 2, brings the root mean square of the output's gradient to about 1.
+
+    Args:
+        output: of the unit. error: its block error. weights: (B, C) as in `block_error`.
+
+    >>> gradient_scale(torch.zeros(2, 4, 8, 4, dtype=torch.float16), torch.tensor(1.0))
+    tensor(64.)
+    """
+    narrow = [x for x in output_tensors(output) if x.dtype is torch.float16]
+    if not narrow:
+        return None
+    channels = sum(channel_count(tuple(x.shape[1:])) for x in narrow)
+    places = sum(x.numel() for x in narrow) / channels
+    square = 4 * error * (1.0 if weights is None else weights.mean()) / channels  # of 2 w (y - t), averaged
+    exponent = (math.log2(places) - square.clamp(min=1e-30).log2() / 2).round()
+    return torch.exp2(exponent.clamp(0, 40))
 
 
 def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
@@ -124,6 +147,7 @@ class BlockReconstruction(pl.LightningModule):
         self._begin()
         self._unit_forward = compiled(unit) if config.compile else unit.__call__
         self.losses: dict[str, Tensor] = {}
+        self._gradient_scale: Tensor | None = None
         self._batches: Generator[Batch, None, None]
         self._residuals = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
 
@@ -216,16 +240,23 @@ class BlockReconstruction(pl.LightningModule):
         error = block_error(output, samples.targets, samples.weights)  # in the targets' type, which is none too narrow
         residuals = _channels(output, samples.targets, lambda x, y: y - x.detach())
         self._residuals = residuals, samples.groups
+        self._gradient_scale = gradient_scale(output, error, samples.weights)
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
         if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
-            return error
+            return self._scaled(error)
         penalty = self.config.rounding_weight * sum(adaround_regularizer(v, beta) for v in self.learned["v"])
         self.losses["rounding"] = torch.as_tensor(penalty).detach()
-        return error + penalty
+        return self._scaled(error + penalty)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self._gradient_scale is None else loss * self._gradient_scale
 
     def on_after_backward(self) -> None:
         """Average gradients over the ranks, and follow the mean error of all their samples."""
+        if self._gradient_scale is not None:
+            for parameter in (p for values in self.learned.values() for p in values if p.grad is not None):
+                parameter.grad /= self._gradient_scale
         residuals, groups = self._residuals
         if world_size() > 1:
             averaged = [p.grad for kind in self.learned.values() for p in kind if p.grad is not None]

@@ -243,7 +243,8 @@ def make_denoiser(name: str, dtype: torch.dtype = torch.float32) -> Any:
         denoiser: nn.Module = FAMILIES[name]()
         for p in denoiser.parameters():
             p.data += 0.1 * torch.randn_like(p)
-    return denoiser.requires_grad_(False).eval().to(dtype)
+    denoiser.requires_grad_(False).eval()
+    return denoiser if dtype is torch.float32 else denoiser.to(dtype)
 
 
 def make_family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -10,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tcaq_lightning.activations import by_sample, output_tensors
+from tcaq_lightning.activations import UnitData, by_sample, output_tensors
 from tcaq_lightning.attention import is_attention
-from tcaq_lightning.quantize import full_precision, quant_layers, uncovered
-from tests.families import FAMILIES, SAMPLES, Family, make_family
+from tcaq_lightning.config import DAQConfig, ReconstructionConfig, TCRConfig, TrainerConfig, WeightConfig
+from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
+from tcaq_lightning.fused import fuse, restore, stored_tensors
+from tcaq_lightning.initialization import initialize
+from tcaq_lightning.quantize import full_precision, quant_layers, quantizers, uncovered
+from tcaq_lightning.reconstruction import BlockReconstruction, squared_errors
+from tcaq_lightning.sensitivity import _squared_jacobians, channel_means
+from tcaq_lightning.trainers import make_trainer
+from tcaq_lightning.units import patched_forwards
+from tests.families import FAMILIES, SAMPLES, W4A8, Family, make_denoiser, make_family
+from tests.test_artifact import set_parameters
 
 CPU = torch.device("cpu")
-
-
-def set_parameters(denoiser: nn.Module) -> None:
-    """What a calibration would set, at random."""
-    from tests.test_artifact import set_parameters as set_all
-
-    set_all(denoiser)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -116,3 +119,245 @@ def test_streams_give_the_inputs_and_outputs_of_plain_forward_passes(family: Fam
             assert a.shape[1:] == b.shape[1:]
         streams.store(position, data)
     assert not any(streams.storage.ledger.used.values())
+
+
+def initialize_unit(family: Family, name: str, observe: Any) -> tuple[nn.Module, UnitData]:
+    """A quantized unit, its quantizers set from its inputs, everything before it in full precision."""
+    unit: nn.Module = family.quantized.get_submodule(name)
+    data = data_of(family, name)
+    observed, samples = observe(unit, data, family.context), torch.arange(SAMPLES)
+    initialize(unit, data, samples, family.context, observed, TCRConfig(), DAQConfig(), CPU)
+    return unit, data
+
+
+def data_of(family: Family, name: str) -> UnitData:
+    streams = family.streams(batch_size=SAMPLES)
+    with full_precision(family.quantized):
+        for position, unit in enumerate(family.graph.names):
+            data = streams.load(position)
+            if unit == name:
+                return data
+            streams.store(position, data)
+    raise KeyError(name)
+
+
+LEARNED = {
+    "Stable Diffusion 1": ("mid_block.resnets.0", "mid_block.attentions.0.transformer_blocks.0", "time_embedding"),
+    "SDXL": ("add_embedding",),
+    "added_kv": ("mid_block.attentions.0",),
+    "DiT": ("transformer_blocks.1", "proj_out_1"),
+    "PixArt, sizes": ("transformer_blocks.1", "adaln_single.emb.resolution_embedder"),
+    "SD3.5": ("transformer_blocks.0", "transformer_blocks.2", "time_text_embed.text_embedder"),
+    "Flux": ("transformer_blocks.1", "single_transformer_blocks.0"),
+}
+"""Units of every kind: residual, transformer, joint (the last one with a single output), embeddings with several rows."""
+
+
+FAST = ("mid_block.resnets.0", "transformer_blocks.0", "adaln_single.emb.resolution_embedder")
+
+
+@pytest.mark.parametrize(
+    ("name", "unit_name"),
+    [
+        pytest.param(f, u, marks=() if u in FAST else pytest.mark.slow)
+        for f, units in LEARNED.items()
+        for u in units
+    ],
+)
+def test_reconstruction_lowers_the_error_of_all_outputs(name: str, unit_name: str, observe: Any) -> None:
+    config = dataclasses.replace(W4A8, weight=WeightConfig(bits=3))
+    family = make_family(name, config)
+    unit, data = initialize_unit(family, unit_name, observe)
+    samples, arguments = torch.arange(SAMPLES), (family.context, 3, CPU)
+    nearest = squared_errors(unit, data, samples, *arguments)
+    outputs = output_tensors(data.targets)
+    assert nearest.shape == (2, sum(channel_means(x).shape[1] for x in outputs))
+    data.weights = torch.ones_like(nearest)
+    settings = ReconstructionConfig(batch_size=4)
+    for phase, steps in (("r", 8), ("v", 150)):
+        module = BlockReconstruction(unit, data, samples, family.context, settings, phase, steps, (0, 0, 1))  # type: ignore[arg-type]
+        make_trainer(TrainerConfig(accelerator="cpu"), [], None, steps).fit(module)
+        module.finish()
+    learned = squared_errors(unit, data, samples, *arguments)
+    assert learned.sum() < 0.9 * nearest.sum()
+    with torch.no_grad():
+        got = output_tensors(data.run(unit, family.context, samples, CPU))
+    by_hand = sum(
+        (a - b).square().movedim(1 if a.ndim == 4 else -1, -1).sum(-1).mean() for a, b in zip(got, outputs, strict=True)
+    )
+    torch.testing.assert_close(learned.sum(), torch.as_tensor(by_hand), rtol=1e-4, atol=0)
+    for x in outputs:  # no output is left out of the sum
+        assert float(x.square().sum()) > 0
+
+
+def test_sensitivities_are_those_of_finite_differences_for_every_output() -> None:
+    family = make_family("SD3")
+    gradients = _squared_jacobians  # of one sign vector, by unit, the outputs' channels in sequence
+    x, t = family.x[:1], family.timesteps[:1]
+    signs = torch.ones_like(x, dtype=torch.long)
+
+    class Bound(nn.Module):
+        """Calls the denoiser with all its arguments."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = family.full
+
+        def forward(self, _x: Tensor, _t: Tensor, return_dict: bool = False) -> Any:
+            args, kwargs = family.arguments(slice(0, 1))
+            return self.denoiser(*args, **kwargs)
+
+    graph = dataclasses.replace(
+        family.graph,
+        names=[f"denoiser.{n}" for n in family.graph.names],
+        needs={},
+        output_shapes={f"denoiser.{k}": v for k, v in family.graph.output_shapes.items()},
+        outputs={
+            f"denoiser.{n}": dataclasses.replace(t, keys=tuple(k and f"denoiser.{k}" for k in t.keys))
+            for n, t in family.graph.outputs.items()
+        },
+    )
+    name = "transformer_blocks.0"
+    got = gradients(Bound(), graph, x, t, signs)[f"denoiser.{name}"][0]  # (2 * 16,)
+    block = family.full.get_submodule(name)
+    forward, step = block.forward, 1e-2
+
+    def moved(number: int, token: int, channel: int, by: float) -> float:
+        def shifted(*args: Any, **kwargs: Any) -> Any:
+            outputs = [x.clone() for x in forward(*args, **kwargs)]
+            outputs[number][0, token, channel] += by
+            return tuple(outputs)
+
+        with patched_forwards(family.full, {name: shifted}):
+            return float(family.predict(family.full, slice(0, 1)).double().sum())
+
+    for number, channel, tokens in ((0, 3, 5), (1, 7, 16)):
+        slopes = [(moved(number, i, channel, step) - moved(number, i, channel, -step)) / 2 / step for i in range(tokens)]
+        expected = sum(s * s for s in slopes) / tokens
+        assert float(got[16 * number + channel]) == pytest.approx(expected, rel=2e-2)
+
+
+def round_trip(family: Family, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The frozen twin, taken apart and built again from the full-precision architecture."""
+    freeze(family.quantized)
+    structure = describe(family.quantized)
+    copied = Structure.from_dict(json.loads(json.dumps(structure.to_dict())))
+    assert copied == structure
+    blobs = fuse(stored_tensors(family.quantized, structure.layers))
+    fresh = make_denoiser(name)  # float32, as diffusers builds it from a config
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.fill_(torch.nan)
+    rebuild(fresh, copied)
+    restore(stored_tensors(fresh, copied.layers), blobs)
+    return fresh
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_reloaded_denoiser_computes_the_same_bits(name: str) -> None:
+    family = make_family(name)
+    set_parameters(family.quantized)
+    fresh = round_trip(family, name)
+    expected = family.predict(family.quantized)
+    assert expected.isfinite().all()
+    assert torch.equal(family.predict(fresh), expected)
+
+
+def fuse_projections(denoiser: Any) -> None:
+    denoiser.fuse_qkv_projections()
+    for module in denoiser.modules():  # what counts is what the fused layers hold
+        for fused in ("to_qkv", "to_kv", "to_added_qkv"):
+            if hasattr(module, fused):
+                getattr(module, fused).weight.data *= 1.05
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1", "PixArt", "SD3", "Flux"])
+def test_fused_projections_are_taken_apart(name: str) -> None:
+    family = make_family(name, prepare=fuse_projections)
+    expected = family.predict(family.full)
+    unfused = make_family(name)
+    assert not torch.allclose(expected, unfused.predict(unfused.full), atol=1e-3)
+    with full_precision(family.quantized):
+        got = family.predict(family.quantized)
+    assert float((got - expected).square().sum() / expected.square().sum()) < 1e-11
+    assert set(quant_layers(family.quantized)) == set(quant_layers(unfused.quantized))
+    rows = {row.name: row for row in family.rows}
+    fused = [n for n, m in family.full.named_modules() if n.endswith(("to_qkv", "to_kv", "to_added_qkv"))]
+    assert fused
+    assert all(rows[n].note == "fused projections, taken apart" for n in fused)
+    assert sum(row.parameters for row in family.rows) == sum(p.numel() for p in family.full.parameters())
+    set_parameters(family.quantized)
+    assert torch.equal(family.predict(family.quantized), family.predict(round_trip(family, name)))
+
+
+def test_small_gradients_of_float16_are_not_lost(observe: Any) -> None:
+    family = make_family("Stable Diffusion 1", dtype=torch.float16)
+    unit, data = initialize_unit(family, "mid_block.attentions.0.transformer_blocks.0", observe)
+    gradients = []
+    for weight in (1.0, 2.0**-20):  # errors of a well trained model are small, and tokens are many
+        data.weights = torch.full((2, data.channels), weight)
+        settings = ReconstructionConfig(batch_size=4)
+        module = BlockReconstruction(unit, data, torch.arange(SAMPLES), family.context, settings, "v", 9, (0, 0, 1))
+        module._batches = data.batches([torch.arange(SAMPLES)], CPU)
+        module.configure_optimizers()
+        module.training_step(0, 0).backward()  # type: ignore[no-untyped-call]
+        module.on_after_backward()
+        found = [p.grad.flatten() / weight for p in module.learned["v"] if p.grad is not None]
+        assert len(found) == len(quant_layers(unit))
+        gradients.append(torch.cat(found))
+        module.finish()
+    assert gradients[0].any()
+    assert float((gradients[1] - gradients[0]).square().sum() / gradients[0].square().sum()) < 1e-5
+
+
+NARROW = [
+    ("UNet2DModel", "mid_block.attentions.0", torch.bfloat16),
+    ("Flux", "single_transformer_blocks.1", torch.float16),
+    ("UNet2DModel", "mid_block.attentions.0", torch.float16),
+    ("SDXL", "mid_block.attentions.0.transformer_blocks.0", torch.float16),
+    ("SDXL", "mid_block.attentions.0.transformer_blocks.0", torch.bfloat16),
+    ("SD3", "transformer_blocks.1", torch.bfloat16),
+    ("Flux", "single_transformer_blocks.1", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "unit_name", "dtype"),
+    [pytest.param(*case, marks=() if i < 2 else pytest.mark.slow) for i, case in enumerate(NARROW)],
+)
+def test_narrow_checkpoints(name: str, unit_name: str, dtype: torch.dtype, observe: Any) -> None:
+    family = make_family(name, dtype=dtype)
+    prediction = family.predict(family.full)
+    assert prediction.dtype == dtype
+    with full_precision(family.quantized):
+        got = family.predict(family.quantized)
+    scale = prediction.float().square().sum()
+    assert got.dtype == dtype
+    assert float((got.float() - prediction.float()).square().sum() / scale) < (1e-3 if dtype is torch.bfloat16 else 1e-5)
+
+    unit, data = initialize_unit(family, unit_name, observe)
+    for layer in quant_layers(unit).values():
+        assert layer.learned_weight.weight.dtype == dtype  # no copy that takes more memory
+        assert layer.learned_weight.v.dtype == layer.learned_weight.delta.dtype == torch.float32
+    assert all(q.delta.dtype == torch.float32 for q in quantizers(unit).values())
+    batch = data.read(slice(0, 2), CPU)
+    assert {x.dtype for x in tree_leaves(batch.targets) if isinstance(x, Tensor)} == {torch.float32}
+    inputs = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor) and x.ndim > 2]
+    assert {x.dtype for x in inputs} == {dtype}
+    samples = torch.arange(SAMPLES)
+    before = squared_errors(unit, data, samples, family.context, 4, CPU).sum()
+    settings = ReconstructionConfig(batch_size=4)
+    module = BlockReconstruction(unit, data, samples, family.context, settings, "v", 120, (0, 0, 1))
+    make_trainer(TrainerConfig(accelerator="cpu"), [], None, 120).fit(module)
+    module.finish()
+    assert squared_errors(unit, data, samples, family.context, 4, CPU).sum() < before
+
+    set_parameters(family.quantized)
+    unfrozen = family.predict(family.quantized)
+    fresh = round_trip(family, name)
+    assert fresh.dtype == family.quantized.dtype == dtype
+    expected = family.predict(family.quantized)
+    assert expected.dtype == dtype
+    assert torch.equal(expected, unfrozen)
+    assert expected.isfinite().all()
+    assert torch.equal(family.predict(fresh), expected)

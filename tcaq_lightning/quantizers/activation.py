@@ -25,6 +25,11 @@ def along(values: Tensor, dims: int, channel_dim: int) -> Tensor:
     return values.view(shape)
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32 where the type is narrower: what is searched or summed needs it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ActivationQuantizer(nn.Module):
     """Uniform affine quantizer of one tensor, reparameterized by channel (METHOD sections 1 and 3).
 
