@@ -57,7 +57,7 @@ class UnitData:
             unit is given k rows a sample of.
         constants: by position among the flattened arguments, those that are the same for all samples.
         spec: how the flattened arguments form (args, kwargs).
-        targets: what the full-precision unit returned in the full-precision stream, each tensor (N, ...) or (N, k, ...).
+        targets: what the full-precision unit returned in the full-precision stream, tensors (N, ...) or (N, k, ...).
         groups: (N,) timestep group of each sample.
         weights: (G, C) of squared errors by timestep group and output channel, those of all outputs in sequence; None
             weighs all of them 1.
@@ -142,7 +142,7 @@ def channel_count(shape: tuple[int, ...]) -> int:
 
 def by_sample(x: Tensor, batch: int) -> Tensor:
     """(B, ...) as it is, (k B, ...) as (B, k, ...)."""
-    return x if x.shape[0] == batch else x.unflatten(0, (batch, -1))
+    return x if x.shape[0] == batch else x.reshape(batch, -1, *x.shape[1:])
 
 
 @dataclass

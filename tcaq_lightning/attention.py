@@ -157,7 +157,8 @@ class QuantAddedKVAttnProcessor(QuantAttnProcessor):
             k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)
         out = self.attend(q, k, v, attn.heads, mask, attn.scale).to(tokens.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
-        return out.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
+        output: Tensor = out.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
+        return output
 
 
 class QuantJointAttnProcessor(QuantAttnProcessor):
@@ -180,7 +181,7 @@ class QuantJointAttnProcessor(QuantAttnProcessor):
         count = hidden_states.shape[1]
         q, k, v = self.joint(attn, hidden_states, encoder_hidden_states)
         out = self.attend(q, k, v, attn.heads, None).to(hidden_states.dtype)
-        image = attn.to_out[1](attn.to_out[0](out[:, :count]))
+        image: Tensor = attn.to_out[1](attn.to_out[0](out[:, :count]))
         if encoder_hidden_states is None:
             return image
         context = out[:, count:]
@@ -211,9 +212,7 @@ class QuantFluxAttnProcessor(QuantJointAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """Run the attention; diffusers reads this signature to know which arguments it may pass."""
-        return nn.Module.__call__(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-        )
+        return nn.Module.__call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
     def forward(  # type: ignore[override]
         self,

@@ -25,7 +25,7 @@ def _time_embedding(block: Any) -> str | None:
     return "linear_2" if block.post_act is None else None
 
 
-BLOCKS: dict[type[nn.Module], str | None | Callable[[Any], str | None]] = {
+BLOCKS: dict[type[nn.Module], str | Callable[[Any], str | None] | None] = {
     ResnetBlock2D: "conv2",
     ResnetBlockCondNorm2D: "conv2",
     Attention: "to_out.0",
@@ -37,9 +37,9 @@ BLOCKS: dict[type[nn.Module], str | None | Callable[[Any], str | None]] = {
     TimestepEmbedding: _time_embedding,
     PixArtAlphaTextProjection: "linear_2",
 }
-"""Blocks, each with the layer whose output enters the block's output with factor 1 / (the block's rescaling): a shift of
-that layer's bias shifts the block's output. None where there is no such layer, as behind a gate. Extend to add one; of a
-denoiser that names its repeated blocks itself, as diffusers' transformers do, these are taken too."""
+"""Blocks, each with the layer whose output enters the block's output with factor 1 / (the block's rescaling): a shift
+of that layer's bias shifts the block's output. None where there is no such layer, as behind a gate. Extend to add one;
+of a denoiser that names its repeated blocks itself, as diffusers' transformers do, these are taken too."""
 
 
 def repeated_blocks(denoiser: nn.Module) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def initialize(
                 continue
             if name not in inputs:  # of a layer that the unit does not use
                 for layer in layers_of.get(id(quantizer), []):
-                    layer.learned_weight.search(quantizer.r)
+                    layer.learned_weight.search(layer.input_quantizer.r)
                 continue
             if isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
@@ -176,7 +176,7 @@ def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tenso
 def capture_inputs(
     unit: nn.Module, data: UnitData, context: TimestepGroups, probe: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
-    """Inputs of every quantizer while the unit runs in full precision on the probes, in float32 if they are narrower."""
+    """Inputs of every quantizer while the unit runs in full precision on the probes, none narrower than float32."""
     captured: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:

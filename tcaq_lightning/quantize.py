@@ -112,8 +112,7 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     for name, module in list(denoiser.named_modules()):
         bits = bits_of(name, config)
         if type(module) in LAYERS:
-            layer = _layer_row(name, module, bits, config)
-            rows.append(layer)
+            rows.append(_layer_row(name, module, bits, config))
             if not bits.kept:
                 set_submodule(denoiser, name, _quantized_layer(module, bits, groups, config, name))
             continue
@@ -129,8 +128,8 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     for names in sharing:
         _share_input_quantizer([denoiser.get_submodule(n) for n in names])
     _allow_shifts(denoiser)
-    for name in find_quantized_units(denoiser):
-        shifted = output_layer(denoiser.get_submodule(name), name)
+    for unit in find_quantized_units(denoiser):
+        shifted = output_layer(denoiser.get_submodule(unit), unit)
         if shifted is not None and isinstance(layer := denoiser.get_submodule(shifted[0]), QuantLayer):
             layer.allow_bias_shift()
     denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)

@@ -255,8 +255,8 @@ class BlockReconstruction(pl.LightningModule):
     def on_after_backward(self) -> None:
         """Average gradients over the ranks, and follow the mean error of all their samples."""
         if self._gradient_scale is not None:
-            for parameter in (p for values in self.learned.values() for p in values if p.grad is not None):
-                parameter.grad /= self._gradient_scale
+            for gradient in (p.grad for values in self.learned.values() for p in values if p.grad is not None):
+                gradient /= self._gradient_scale
         residuals, groups = self._residuals
         if world_size() > 1:
             averaged = [p.grad for kind in self.learned.values() for p in kind if p.grad is not None]

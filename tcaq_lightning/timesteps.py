@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
 
-
 TIMESTEP_UNITS = {
     "FluxTransformer2DModel": 1000,
     "ChromaTransformer2DModel": 1000,

@@ -251,7 +251,7 @@ def make_family(
     name: str,
     config: QuantizationConfig = W4A8,
     dtype: torch.dtype = torch.float32,
-    prepare: Callable[[Any], Any] = lambda denoiser: None,
+    prepare: Callable[[Any], Any] = bool,
 ) -> Family:
     """A denoiser and its quantized twin, its quantizers neutral; `prepare` changes both first."""
     full = make_denoiser(name, dtype)

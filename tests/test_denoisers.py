@@ -13,11 +13,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tcaq_lightning.activations import UnitData, by_sample, output_tensors
 from tcaq_lightning.attention import is_attention
-from tcaq_lightning.config import DAQConfig, ReconstructionConfig, TCRConfig, TrainerConfig, WeightConfig
+from tcaq_lightning.config import (
+    ActivationConfig,
+    DAQConfig,
+    QuantizationConfig,
+    ReconstructionConfig,
+    TCRConfig,
+    TrainerConfig,
+    WeightConfig,
+)
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.initialization import initialize
 from tcaq_lightning.quantize import full_precision, quant_layers, quantizers, uncovered
+from tcaq_lightning.quantizers import TokenQuantizer
 from tcaq_lightning.reconstruction import BlockReconstruction, squared_errors
 from tcaq_lightning.sensitivity import _squared_jacobians, channel_means
 from tcaq_lightning.trainers import make_trainer
@@ -150,7 +159,7 @@ LEARNED = {
     "SD3.5": ("transformer_blocks.0", "transformer_blocks.2", "time_text_embed.text_embedder"),
     "Flux": ("transformer_blocks.1", "single_transformer_blocks.0"),
 }
-"""Units of every kind: residual, transformer, joint (the last one with a single output), embeddings with several rows."""
+"""Units of every kind: residual, transformer, joint (the last one with one output), embeddings with several rows."""
 
 
 FAST = ("mid_block.resnets.0", "transformer_blocks.0", "adaln_single.emb.resolution_embedder")
@@ -158,11 +167,7 @@ FAST = ("mid_block.resnets.0", "transformer_blocks.0", "adaln_single.emb.resolut
 
 @pytest.mark.parametrize(
     ("name", "unit_name"),
-    [
-        pytest.param(f, u, marks=() if u in FAST else pytest.mark.slow)
-        for f, units in LEARNED.items()
-        for u in units
-    ],
+    [pytest.param(f, u, marks=() if u in FAST else pytest.mark.slow) for f, units in LEARNED.items() for u in units],
 )
 def test_reconstruction_lowers_the_error_of_all_outputs(name: str, unit_name: str, observe: Any) -> None:
     config = dataclasses.replace(W4A8, weight=WeightConfig(bits=3))
@@ -232,7 +237,9 @@ def test_sensitivities_are_those_of_finite_differences_for_every_output() -> Non
             return float(family.predict(family.full, slice(0, 1)).double().sum())
 
     for number, channel, tokens in ((0, 3, 5), (1, 7, 16)):
-        slopes = [(moved(number, i, channel, step) - moved(number, i, channel, -step)) / 2 / step for i in range(tokens)]
+        slopes = [
+            (moved(number, i, channel, step) - moved(number, i, channel, -step)) / 2 / step for i in range(tokens)
+        ]
         expected = sum(s * s for s in slopes) / tokens
         assert float(got[16 * number + channel]) == pytest.approx(expected, rel=2e-2)
 
@@ -333,7 +340,9 @@ def test_narrow_checkpoints(name: str, unit_name: str, dtype: torch.dtype, obser
         got = family.predict(family.quantized)
     scale = prediction.float().square().sum()
     assert got.dtype == dtype
-    assert float((got.float() - prediction.float()).square().sum() / scale) < (1e-3 if dtype is torch.bfloat16 else 1e-5)
+    assert float((got.float() - prediction.float()).square().sum() / scale) < (
+        1e-3 if dtype is torch.bfloat16 else 1e-5
+    )
 
     unit, data = initialize_unit(family, unit_name, observe)
     for layer in quant_layers(unit).values():
@@ -361,3 +370,47 @@ def test_narrow_checkpoints(name: str, unit_name: str, dtype: torch.dtype, obser
     assert torch.equal(expected, unfrozen)
     assert expected.isfinite().all()
     assert torch.equal(family.predict(fresh), expected)
+
+
+DYNAMIC = dataclasses.replace(W4A8, activation=ActivationConfig(bits=4, dynamic_per_token=True))
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1", "DiT", "Flux"])
+def test_dynamic_tokens_are_for_linear_layers_alone(name: str) -> None:
+    family = make_family(name, DYNAMIC)
+    rows = {row.name: row for row in family.rows}
+    for layer_name, layer in quant_layers(family.quantized).items():
+        linear = isinstance(family.full.get_submodule(layer_name), nn.Linear)
+        assert isinstance(layer.input_quantizer, TokenQuantizer) == linear
+        assert (rows[layer_name].bits, rows[layer_name].note) == ("W4 A4", "dynamic per token" if linear else "")
+    operands = [q for n, q in quantizers(family.quantized).items() if ".processor." in n]
+    assert operands
+    assert not any(isinstance(q, TokenQuantizer) for q in operands)
+
+    set_parameters(family.quantized)
+    expected = family.predict(family.quantized)
+    fresh = round_trip(family, name)
+    entries = describe(family.quantized).layers
+    assert {n for n, e in entries.items() if e.dynamic} == {
+        n for n, row in rows.items() if row.note == "dynamic per token"
+    }
+    keys = [stored.key for stored in stored_tensors(family.quantized, entries)]
+    unused = [k for k in keys if k.endswith(("input_quantizer.delta", "input_quantizer.zero_point"))]
+    assert not [k for k in unused if entries[k.rpartition(".input")[0]].dynamic]  # there is nothing to store
+    assert expected.isfinite().all()
+    assert torch.equal(family.predict(fresh), expected)
+
+
+def test_dynamic_tokens_are_calibrated_and_nearer_than_static_ones(observe: Any) -> None:
+    errors, name = [], "transformer_blocks.1"
+    for dynamic in (False, True):
+        activation = ActivationConfig(bits=4, dynamic_per_token=dynamic)
+        family = make_family("DiT", QuantizationConfig(weight=WeightConfig(bits=8), activation=activation))
+        unit, data = initialize_unit(family, name, observe)
+        errors.append(float(squared_errors(unit, data, torch.arange(SAMPLES), family.context, 4, CPU).sum()))
+    settings = ReconstructionConfig(batch_size=4)
+    for phase in ("r", "v"):
+        module = BlockReconstruction(unit, data, torch.arange(SAMPLES), family.context, settings, phase, 5, (0, 0, 1))  # type: ignore[arg-type]
+        make_trainer(TrainerConfig(accelerator="cpu"), [], None, 5).fit(module)
+        module.finish()
+    assert errors[1] < 0.8 * errors[0]
