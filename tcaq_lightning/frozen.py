@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -173,6 +174,12 @@ def _dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def _tensors(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those too that no file holds, such as tables of positions."""
+    yield from denoiser.named_parameters()
+    yield from denoiser.named_buffers()
+
+
 def _describe_dtypes(denoiser: nn.Module) -> dict[str, str]:
     """Types of a frozen denoiser's layers and remaining tensors, as `Structure` keeps them."""
     found: dict[str, str] = {}
@@ -182,7 +189,7 @@ def _describe_dtypes(denoiser: nn.Module) -> dict[str, str]:
             found[f"{name}."] = _dtype_name(module.dtype)
         if isinstance(module, (QuantLayer, QuantAttnProcessor)):
             quantized.append(f"{name}.")
-    for name, tensor in denoiser.state_dict().items():
+    for name, tensor in _tensors(denoiser):
         if tensor.is_floating_point() and not name.startswith(tuple(quantized)):
             found[name] = _dtype_name(tensor.dtype)
     kinds = list(found.values())
@@ -193,8 +200,7 @@ def _describe_dtypes(denoiser: nn.Module) -> dict[str, str]:
 
 def _convert(denoiser: nn.Module, dtypes: dict[str, str]) -> None:
     """Give a denoiser's tensors the types of a structure, in place."""
-    tensors: dict[str, Tensor] = denoiser.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(denoiser):
         beginnings = [beginning for beginning in dtypes if name.startswith(beginning)]
         if beginnings and tensor.is_floating_point():
             tensor.data = tensor.data.to(_dtype_of(dtypes[max(beginnings, key=len)]))

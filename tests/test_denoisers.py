@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers import AuraFlowTransformer2DModel, AutoencoderKL, DDIMScheduler, DiTPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tcaq_lightning.activations import UnitData, by_sample, output_tensors
+from tcaq_lightning.activations import Streams, UnitData, by_sample, output_tensors, split_arguments
+from tcaq_lightning.artifact import load_quantized, save_artifact
 from tcaq_lightning.attention import is_attention
 from tcaq_lightning.config import (
     ActivationConfig,
@@ -25,12 +29,16 @@ from tcaq_lightning.config import (
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.initialization import initialize
-from tcaq_lightning.quantize import full_precision, quant_layers, quantizers, uncovered
+from tcaq_lightning.quantize import full_precision, quant_layers, quantize, quantizers, uncovered
 from tcaq_lightning.quantizers import TokenQuantizer
 from tcaq_lightning.reconstruction import BlockReconstruction, squared_errors
 from tcaq_lightning.sensitivity import _squared_jacobians, channel_means
+from tcaq_lightning.shards import Shard
+from tcaq_lightning.storage import ActivationStorage
+from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trainers import make_trainer
-from tcaq_lightning.units import patched_forwards
+from tcaq_lightning.units import find_units, output_layer, patched_forwards, trace_units
+from tcaq_lightning.workspace import _part
 from tests.families import FAMILIES, SAMPLES, W4A8, Family, make_denoiser, make_family
 from tests.test_artifact import set_parameters
 
@@ -414,3 +422,152 @@ def test_dynamic_tokens_are_calibrated_and_nearer_than_static_ones(observe: Any)
         make_trainer(TrainerConfig(accelerator="cpu"), [], None, 5).fit(module)
         module.finish()
     assert errors[1] < 0.8 * errors[0]
+
+
+class Call(nn.Module):
+    """A denoiser that is not in any registry, called with x and t alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.denoiser = AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            caption_projection_dim=16,
+            pos_embed_max_size=16,
+        )
+        self.text = torch.randn(1, 5, 12)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> Any:
+        text = self.text.expand(len(sample), -1, -1)
+        return self.denoiser(sample, text, timestep=timestep / 1000, return_dict=False)
+
+
+def test_a_denoiser_that_is_not_in_the_registry_works_by_the_general_rule() -> None:
+    full = Call().requires_grad_(False).eval()
+    quantized, context = copy.deepcopy(full), TimestepGroups([500.0])
+    rows = {row.name: row for row in quantize(quantized, W4A8, context)}
+    layers = {n for n, m in full.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert set(quant_layers(quantized)) == layers == {n for n, row in rows.items() if row.bits == "W4 A8"}
+    attentions = [n for n, m in full.named_modules() if is_attention(m)]
+    assert len(attentions) == 2
+    for name in attentions:
+        assert rows[f"{name} (P v)"].note == "unknown attention: AuraFlowAttnProcessor2_0"
+    assert sum(row.parameters for row in rows.values()) == sum(p.numel() for p in full.parameters())
+
+    x, t = torch.randn(SAMPLES, 4, 8, 8), torch.arange(0, 700, 100)
+    graph = trace_units(full, lambda: full(x[:2], t[:2]))
+    assert set(attentions) < set(graph.names)
+    joint = "denoiser.joint_transformer_blocks.0.attn"
+    assert graph.keys(joint) == [joint, f"{joint}#1"]  # it returns two streams
+    storage = ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, CPU, Path())
+    streams, outputs = Streams(full, quantized, graph, context, x, t, 3, storage), []
+    with full_precision(quantized):
+        for position in range(len(graph.names)):
+            data = streams.load(position)
+            assert all(stored.isfinite().all() for stored in data.tensors())
+            outputs.append(data.targets.clone() if isinstance(data.targets, Tensor) else None)
+            streams.store(position, data)
+    seen: list[Tensor] = []
+    full.get_submodule(graph.names[-1]).register_forward_hook(lambda _m, _a, output: seen.append(output))
+    full(x, t)
+    torch.testing.assert_close(outputs[-1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+class Repeated(nn.Module):
+    """A denoiser of blocks that it names itself."""
+
+    _repeated_blocks: ClassVar[list[str]] = ["Step"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList([Step(), Step()])
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        for step in self.steps:
+            sample = step(sample)
+        return sample
+
+
+class Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.linear(x)
+        return y
+
+
+def test_blocks_that_a_denoiser_names_are_units() -> None:
+    model = Repeated()
+    assert find_units(model) == ["steps.0", "steps.1"]
+    assert output_layer(model.steps[0], "steps.0") is None
+    graph = trace_units(model, lambda: model(torch.randn(4, 3, 4), torch.zeros(4)))
+    assert graph.needs["steps.1"] == {"steps.0"}
+    assert graph.rows == {"steps.0": (1,), "steps.1": (1,)}
+
+
+def test_parts_and_shards_of_units_with_several_outputs() -> None:
+    family = make_family("SD3")
+    data = data_of(family, "transformer_blocks.0")
+    first, second = data.targets
+    part = _part(data, 3)
+    assert [x.shape[0] for x in part.tensors()] == [3] * len(data.tensors())
+    assert len(part) == 3
+    shard = Shard.deal(data.groups, learned=1, held_out=0)
+    numbers = torch.tensor([4, 0, 5])
+    collected = shard.collected(data, numbers)
+    assert torch.equal(collected.targets[0], first[numbers])
+    assert torch.equal(collected.targets[1], second[numbers])
+    last = data_of(family, "transformer_blocks.2")  # its context ends there
+    assert last.targets[0] is None
+    assert isinstance(last.targets[1], Tensor)
+
+
+def test_arguments_that_agree_with_the_batch_size_by_chance_are_told_apart() -> None:
+    family = make_family("Flux")
+    name = "single_transformer_blocks.0"
+    tokens = 5 + 12
+    rows = family.graph.rows[name]
+    assert sorted(rows) == [0, 0, 0, 1, 1, 1]  # keyword arguments and the pair of rotations are none of the samples'
+    arguments = ((), {"a": torch.zeros(tokens, 2, 3), "b": torch.zeros(tokens, 8), "c": torch.zeros(2 * tokens)})
+    split = split_arguments(arguments, tokens, (1, 0, 2))
+    assert [tuple(x.shape) for x in split.inputs] == [(tokens, 2, 3), (tokens, 2)]
+    assert list(split.constants) == [1]
+    assert split.folded == {1}
+    assert len(split_arguments(arguments, tokens).inputs) == 2  # without knowing better
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_an_artifact_opens_in_the_types_that_it_was_made_of(tmp_path: Path, dtype: torch.dtype) -> None:
+    family = make_family("DiT", dtype=dtype)
+    set_parameters(family.quantized)
+    freeze(family.quantized)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).to(dtype)
+    pipeline = DiTPipeline(family.full, vae, DDIMScheduler())
+    save_artifact(pipeline, "transformer", family.quantized, tmp_path / "quantized", {})
+    loaded: Any = load_quantized(tmp_path / "quantized")
+    assert loaded.transformer.dtype == loaded.vae.dtype == dtype
+    types = {n: t.dtype for n, t in family.quantized.state_dict().items()}
+    assert {n: t.dtype for n, t in loaded.transformer.state_dict().items()} == types
+    assert torch.equal(family.predict(loaded.transformer), family.predict(family.quantized))
+    pixels, latents = (torch.zeros(1, c, 8, 8, dtype=dtype) for c in (3, 4))
+    assert torch.equal(loaded.vae.decode(latents).sample, vae.eval().decode(latents).sample)
+    assert loaded.vae.encode(pixels).latent_dist.mean.dtype == dtype
+
+
+def test_a_module_in_another_type_keeps_it() -> None:
+    family = make_family("PixArt", dtype=torch.bfloat16)
+    for denoiser in (family.full, family.quantized):  # such as diffusers keeps in float32
+        denoiser.scale_shift_table.data = denoiser.scale_shift_table.data.float()
+    set_parameters(family.quantized)
+    expected = family.predict(family.quantized)
+    fresh = round_trip(family, "PixArt")
+    assert describe(family.quantized).dtypes == {"": "bfloat16", "scale_shift_table": "float32"}
+    assert fresh.scale_shift_table.dtype == torch.float32
+    assert torch.equal(family.predict(fresh), expected)
