@@ -78,14 +78,22 @@ class QuantAttnProcessor(nn.Module):
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         if encoder_hidden_states is None:
-            q, k, v = project(attn, tokens, SELF)
+            q, k, v = self.project(attn, tokens, SELF)
         else:
             context = attn.norm_encoder_hidden_states(source) if attn.norm_cross else source
-            (q,), (k, v) = project(attn, tokens, SELF[:1]), project(attn, context, SELF[1:])
+            (q,), (k, v) = self.project(attn, tokens, SELF[:1]), self.project(attn, context, SELF[1:])
         if self.normalizes:
             q, k = norm_heads(q, attn.norm_q, attn.heads), norm_heads(k, attn.norm_k, attn.heads)
         out = self.attend(q, k, v, attn.heads, mask, attn.scale).to(tokens.dtype)
         return self.merge(attn, out, residual)
+
+    def project(self, attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """Some of an attention's projections of one tensor, which is quantized once if they share its quantizer."""
+        layers = [getattr(attn, name) for name in names]
+        if len(layers) > 1 and shares_input_quantizer(layers):
+            quantized = layers[0].input_quantizer(x)
+            return [layer.compute(quantized) for layer in layers]
+        return [layer(x) for layer in layers]
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, scale: float | None = None
@@ -149,11 +157,11 @@ class QuantAddedKVAttnProcessor(QuantAttnProcessor):
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
-        k, v = project(attn, context, ADDED[1:])
+        k, v = self.project(attn, context, ADDED[1:])
         if attn.only_cross_attention:
-            (q,) = project(attn, tokens, SELF[:1])
+            (q,) = self.project(attn, tokens, SELF[:1])
         else:
-            q, own_k, own_v = project(attn, tokens, SELF)
+            q, own_k, own_v = self.project(attn, tokens, SELF)
             k, v = torch.cat([k, own_k], dim=1), torch.cat([v, own_v], dim=1)
         out = self.attend(q, k, v, attn.heads, mask, attn.scale).to(tokens.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
@@ -189,11 +197,11 @@ class QuantJointAttnProcessor(QuantAttnProcessor):
 
     def joint(self, attn: Any, tokens: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the image's tokens, followed by those of the context."""
-        q, k, v = project(attn, tokens, SELF)
+        q, k, v = self.project(attn, tokens, SELF)
         q, k = norm_heads(q, attn.norm_q, attn.heads), norm_heads(k, attn.norm_k, attn.heads)
         if context is None:
             return q, k, v
-        added_q, added_k, added_v = project(attn, context, ADDED)
+        added_q, added_k, added_v = self.project(attn, context, ADDED)
         added_q = norm_heads(added_q, attn.norm_added_q, attn.heads)
         added_k = norm_heads(added_k, attn.norm_added_k, attn.heads)
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q, added_q), (k, added_k), (v, added_v)))
@@ -314,15 +322,6 @@ def _take_apart(fused: Any, parts: Sequence[Any]) -> None:
     if fused.bias is not None:
         for part, bias in zip(parts, fused.bias.split(sizes), strict=True):
             part.bias.copy_(bias)
-
-
-def project(attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Some of an attention's projections of one tensor, which is quantized once if they share its quantizer."""
-    layers = [getattr(attn, name) for name in names]
-    if len(layers) > 1 and shares_input_quantizer(layers):
-        quantized = layers[0].input_quantizer(x)
-        return [layer.compute(quantized) for layer in layers]
-    return [layer(x) for layer in layers]
 
 
 def shares_input_quantizer(layers: Sequence[nn.Module]) -> bool:

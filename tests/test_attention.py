@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
-from tcaq_lightning.attention import PROCESSORS, is_attention, mask_by_head, processor_name, project
+from tcaq_lightning.attention import PROCESSORS, is_attention, mask_by_head, processor_name
 from tcaq_lightning.config import LayerRule, QuantizationConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantLayer
@@ -213,7 +213,7 @@ def test_layers_with_other_bits_do_not_share() -> None:
     added = [holder.layer.add_q_proj, holder.layer.add_k_proj, holder.layer.add_v_proj]
     assert len({id(layer.input_quantizer) for layer in added}) == 3
     x = normal(2, 3, 8)
-    got = project(holder.layer, x, ("add_q_proj", "add_k_proj", "add_v_proj"))
+    got = holder.layer.processor.project(holder.layer, x, ("add_q_proj", "add_k_proj", "add_v_proj"))
     assert all(torch.equal(a, layer(x)) for a, layer in zip(got, added, strict=True))
 
 
