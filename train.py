@@ -11,137 +11,29 @@ The same command again goes on where the last one stopped, however it stopped.
 
 from __future__ import annotations
 
-import copy
 import sys
+from pathlib import Path
 
 import torch
-from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
-from callbacks import ActivationStatistics, DistributionFitting, LearningCurves, Progress
-from callbacks.progress import counting
-from callbacks.run_log import RunLog, log_results
-from tcaq_lightning.alignment import calibrate, calibration_trajectories
-from tcaq_lightning.artifact import artifact_sizes, freeze, save_artifact
-from tcaq_lightning.calibration import Calibration, seconds_by_stage
 from tcaq_lightning.cli import run_cli
-from tcaq_lightning.config import Config
-from tcaq_lightning.distributed import is_main, on_main
-from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_samples
-from tcaq_lightning.evaluation.grid import save_grid
+from tcaq_lightning.job import run_job, sketch_job
 from tcaq_lightning.launch import launched
 from tcaq_lightning.parsing import parse_config
-from tcaq_lightning.pipelines import (
-    check_denoiser,
-    denoiser_bytes,
-    find_denoiser,
-    make_scheduler,
-    open_pipeline,
-    sample_shape,
-    to_images,
-)
-from tcaq_lightning.plan import coverage_table, make_plan
-from tcaq_lightning.quantize import quantize
-from tcaq_lightning.report import final_table, write_report
-from tcaq_lightning.run import Run, settings_of_result
-from tcaq_lightning.timesteps import TimestepGroups, group_boundaries
-from tcaq_lightning.trainers import choose_device, quiet_lightning
-from tcaq_lightning.units import trace_units
+from tcaq_lightning.pipelines import open_pipeline
+from tcaq_lightning.trainers import quiet_lightning
 
 
 def main() -> None:
     """Run the main job, or what is left of it, on as many devices as it is given."""
     config, dry_run = parse_config()
     quiet_lightning()
+    model = config.model
+    if dry_run and model.architecture is not None and not Path(model.path).exists():
+        sketch_job(config)
+        return
     with launched(config):
-        calibrate_and_measure(config, dry_run)
-
-
-def calibrate_and_measure(config: Config, dry_run: bool) -> None:
-    """The main job, as each rank runs it."""
-    console = Console(log_path=False, quiet=not is_main())
-    run = Run(config)
-    run.read()
-    if run.finished and not dry_run:
-        console.print(f"{run.directory} is finished; nothing to do. See {run.directory / 'report.md'}")
-        return
-
-    # the pretrained model, and everything that can be wrong with it or with the settings
-    pipeline = open_pipeline(config.model.path)
-    name, full = find_denoiser(pipeline)
-    full.to(choose_device(config.trainer))
-    scheduler = make_scheduler(pipeline.scheduler, config.calibration.sampler)
-    check_denoiser(full, scheduler)
-    if config.evaluation.sampler is not None:
-        make_scheduler(pipeline.scheduler, config.evaluation.sampler, "evaluation.sampler")
-    open_features(config.evaluation, full)
-
-    # its quantized twin: same module tree, layers replaced, every one accounted for
-    grid = scheduler.timesteps.tolist()
-    context = TimestepGroups(group_boundaries(grid, config.quantization.activation.timestep_groups))
-    quantized = copy.deepcopy(full)
-    coverage = quantize(quantized, config.quantization, context)
-    probe = torch.randn(config.reconstruction.batch_size, *sample_shape(full), device=full.device)
-    timesteps = scheduler.timesteps[:1].expand(len(probe)).to(full.device)
-    pair = probe[:2].clone()
-    graph = trace_units(full, lambda: full(pair, timesteps[:2]), pair)
-    plan = make_plan(config, full, graph, coverage, probe, timesteps, len(grid), run.manifest.get("plan"))
-    console.print(plan.table())
-    if dry_run:
-        console.print(coverage_table(coverage))
-        return
-    run.start(plan=plan.to_dict(), units=graph.names)
-
-    # calibration data: the denoiser inputs that the full-precision sampler visits
-    calibration = config.calibration
-    with counting(console, "trajectories", len(calibration.indices)) as advance:
-        trajectories = calibration_trajectories(config, run, full, pipeline.scheduler, advance)
-
-    # rounds and units
-    writer = SummaryWriter(str(run.directory / "tensorboard")) if config.logging.tensorboard and is_main() else None
-    curves = [LearningCurves(writer, graph.names, config.logging.every_n_steps)] if writer else []
-    with Progress(console, config.steps_by_round(), len(graph.names)) as progress:
-        held_out = trajectories.finals[calibration.num_trajectories :]
-        work = Calibration(
-            config=config,
-            run=run,
-            full=full,
-            quantized=quantized,
-            scheduler=pipeline.scheduler,
-            graph=graph,
-            context=context,
-            limits=plan.limits,
-            trajectories=trajectories,
-            listener=RunLog(progress, writer, held_out, config.logging.grid_images),
-            observers=[ActivationStatistics(), DistributionFitting()],
-            learners=[*curves, progress],
-        )
-        rounds = calibrate(work)
-
-    # the artifact, and what it costs
-    artifact = run.directory / "quantized"
-    freeze(quantized)
-    metadata = {"config": settings_of_result(config), "coverage": len(coverage)}
-    on_main(lambda: save_artifact(pipeline, name, quantized, artifact, metadata))
-    console.print(f"artifact: {artifact}; measuring it", soft_wrap=True)
-    cache = run.directory / "evaluation"
-    with counting(console, "evaluation", planned_samples(config.evaluation)) as advance:
-        metrics = evaluate(
-            full, quantized, pipeline.scheduler, calibration.sampler, config.evaluation, config.seed, cache, advance
-        )
-
-    def show() -> None:
-        images = [to_images(x) for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
-        save_grid(*(x[: config.logging.grid_images] for x in images), run.directory / "samples" / "grid.png")
-        seconds = seconds_by_stage(work.records, rounds) | metrics.seconds
-        content = metrics.to_dict() | {"bytes": {"full": denoiser_bytes(full), "quantized": artifact_sizes(artifact)}}
-        summary = write_report(run.directory, content, coverage, seconds, work.records, rounds)
-        if writer is not None:
-            log_results(writer, config, summary, *images)
-        console.print(final_table(summary))
-
-    on_main(show)
-    run.finish()
+        run_job(config, lambda: open_pipeline(model.path, model.variant, getattr(torch, model.dtype)), dry_run)
 
 
 if __name__ == "__main__":

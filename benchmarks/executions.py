@@ -89,7 +89,7 @@ class LayerCounter(contextlib.ExitStack):
         self.enter_context(mock.patch.object(owner, name, wrapper))
 
     def _see_streams(self, streams: Streams, *_: Any) -> None:
-        self.samples += len(streams.x)
+        self.samples += len(streams.samples)
         self.names = {id(m): n for n, m in streams.full.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
     def _count_full(self, layer: nn.Module, x: Tensor) -> None:

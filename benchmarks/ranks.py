@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHIPPED, calibration, model_path, read_json, run, train
-from benchmarks.stages import EVALUATION, LOOP
+from benchmarks.stages import LOOP
+from tcaq_lightning.cost import EVALUATION
 
 
 def ranks(

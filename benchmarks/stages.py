@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHIPPED, calibration, model_path, read_json, run, train
+from tcaq_lightning.cost import EVALUATION
 from tcaq_lightning.parsing import parse_config
 
 LOOP = ("learn_r", "learn_v")
-EVALUATION = ("noise_error", "full_images", "quantized_images", "fid")
 
 
 def shares(stages: dict[str, float], wall: float | None = None) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,6 +18,7 @@ from tcaq_lightning.initialization import Choices, Observations
 from tcaq_lightning.pipelines import to_images
 from tcaq_lightning.quantize import quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer
+from tcaq_lightning.statistics import range_heat_maps
 from tcaq_lightning.trajectories import Trajectories
 
 
@@ -101,27 +100,6 @@ class RunLog:
         grid = ImageGrid(self.writer, self.grid_images)
         grid.show("held_out_images", to_images(self.reference), to_images(samples.finals), round_index)
         self.writer.flush()
-
-
-def range_heat_maps(before: Tensor, after: Tensor, title: str) -> Figure:
-    """Largest magnitude of each channel in each timestep group, before and after shift and division by r.
-
-    Args:
-        before, after: (G, C).
-        title: heading.
-    """
-    before, after = before.clamp(min=1e-6).log10(), after.clamp(min=1e-6).log10()
-    low, high = torch.quantile(torch.stack([before, after]), torch.tensor([0.01, 1.0])).tolist()
-    figure = Figure(figsize=(7, 4))
-    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.85, hspace=0.9)  # a layout engine is far slower
-    for axes, values, label in zip(
-        figure.subplots(2, 1), (before, after), ("max |X|", "max |(X - shift) / r|"), strict=True
-    ):
-        image = axes.imshow(values.numpy(), aspect="auto", vmin=low, vmax=high, interpolation="nearest")
-        axes.set(xlabel="channel", ylabel="timestep group", title=f"log10 {label}")
-        figure.colorbar(image, ax=axes)
-    figure.suptitle(title, fontsize=8)
-    return figure
 
 
 def log_results(

@@ -1,7 +1,10 @@
-"""Commands on finished models: sample, evaluate.
+"""Commands on finished models and runs, and on images: sample, evaluate, statistics, report.
 
 python -m tcaq_lightning sample runs/default/quantized --num 64 --output grid.png
 python -m tcaq_lightning evaluate runs/default/quantized --full fashion-mnist-ddpm --output metrics.json
+python -m tcaq_lightning evaluate IMAGES --features inception --metrics fid,sfid,is --reference REFERENCE.npz
+python -m tcaq_lightning statistics IMAGES REFERENCE.safetensors
+python -m tcaq_lightning report runs/default
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import auto_cli
 
@@ -29,6 +33,11 @@ def sample(
     steps: int = 20,
     eta: float = 0.0,
     options: dict[str, Any] | None = None,
+    prompts: Path | None = None,
+    negative_prompt: str | None = None,
+    class_labels: list[int] | None = None,
+    guidance_scale: float | None = None,
+    call_options: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
@@ -43,6 +52,11 @@ def sample(
         steps: sampler steps.
         eta: DDIM's noise share.
         options: further settings of the scheduler, as in --options.clip_sample false.
+        prompts: text file with one prompt a line, for a model that takes text.
+        negative_prompt: what guidance leads away from.
+        class_labels: classes that the images take in turn; without them, all of a class-conditional model's.
+        guidance_scale: classifier-free guidance; without it, the pipeline's own.
+        call_options: further arguments of the pipeline's call, as in --call_options.height 512.
         seed: of the noise.
         batch_size: images at a time.
         threads: CPU threads; without it, PyTorch's choice.
@@ -50,7 +64,9 @@ def sample(
     import torch
 
     from tcaq_lightning import pipelines
+    from tcaq_lightning.config import ConditioningConfig
     from tcaq_lightning.evaluation.grid import save_images
+    from tcaq_lightning.sampling import make_sampling
 
     _at_least(1, num=num, steps=steps, batch_size=batch_size, threads=threads)
     _at_least(0, seed=seed)
@@ -58,13 +74,15 @@ def sample(
     sampler = _sampler(scheduler, steps, eta, options)
     pipeline = open_model(path)
     _, denoiser = pipelines.find_denoiser(pipeline)
-    pipelines.make_scheduler(pipeline.scheduler, sampler, "sampler")
+    conditioning = ConditioningConfig(prompts, negative_prompt, class_labels, guidance_scale, call_options or {})
+    sampling = make_sampling(pipeline, conditioning)
+    sampling.check(denoiser, sampler, "sampler")
     _check_writable(output)
     parts = []
     with _progress(num) as advance:
         for start in range(0, num, batch_size):
             indices = range(start, min(start + batch_size, num))
-            parts.append(pipelines.sample(denoiser, pipeline.scheduler, sampler, indices, seed).cpu())
+            parts.append(sampling.sample(denoiser, sampler, indices, seed).cpu())
             advance(len(indices))
     save_images(pipelines.to_images(torch.cat(parts)), output, columns=math.ceil(math.sqrt(num)))
 
@@ -74,80 +92,283 @@ def evaluate(
     full: str | None = None,
     num_images: int = 512,
     num_trajectories: int = 32,
-    fid_samples: int = 5000,
+    fid_samples: int | None = None,
     features: str = "fashion-mnist-features",
     scheduler: str | None = None,
     steps: int = 20,
     eta: float = 0.0,
     options: dict[str, Any] | None = None,
+    prompts: Path | None = None,
+    negative_prompt: str | None = None,
+    class_labels: list[int] | None = None,
+    guidance_scale: float | None = None,
+    call_options: dict[str, Any] | None = None,
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
     output: Path | None = None,
     cache: Path | None = None,
+    metrics: str = "fid",
+    reference: str | None = None,
+    inception_weights: str | None = None,
+    is_splits: int = 10,
+    kid_subsets: int = 100,
+    kid_subset_size: int = 1000,
+    neighbours: int = 3,
+    clip_model: str | None = None,
+    clip_prompts: str | None = None,
+    save_images: str | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
 ) -> None:
-    """Measure FID; beside a full-precision model also the noise error and the same-noise images' MSE and PSNR.
+    """Measure FID and other metrics of a model or of images that exist already.
+
+    Beside a full-precision model also the noise error and the same-noise images' MSE and PSNR.
 
     Args:
-        path: quantized artifact, full-precision model in diffusers layout, or name of a shipped model.
+        path: quantized artifact, full-precision model in diffusers layout, or name of a shipped model; or images: a
+            folder of PNG or other pictures, or an .npz with uint8 `arr_0` (N, H, W, C).
         full: full-precision model to compare with.
         num_images: images of both models from the same noise.
         num_trajectories: full-precision trajectories for the noise error.
-        fid_samples: images for FID; 0 leaves it out.
-        features: feature extractor with reference statistics: a directory or the name of a shipped one.
+        fid_samples: images for the metrics, 0 leaves them out; by default 5000 of a model, all where path is images.
+        features: feature extractor: inception, a directory, or the name of a shipped one.
         scheduler: class name in diffusers, such as UniPCMultistepScheduler; without it, the model's own.
         steps: sampler steps.
         eta: DDIM's noise share.
         options: further settings of the scheduler, as in --options.clip_sample false.
+        prompts: text file with one prompt a line, for a model that takes text.
+        negative_prompt: what guidance leads away from.
+        class_labels: classes that the images take in turn; without them, all of a class-conditional model's.
+        guidance_scale: classifier-free guidance; without it, the pipeline's own.
+        call_options: further arguments of the pipeline's call, as in --call_options.height 512.
         seed: of the noise.
         batch_size: images at a time.
         threads: CPU threads; without it, PyTorch's choice.
         output: JSON file for all figures.
         cache: directory for finished batches, so that the same command goes on after it was killed.
+        metrics: some of fid, sfid, is, kid, precision_recall and clip, with commas between them.
+        reference: real images: a folder, an .npz with images or statistics, or what the command statistics wrote.
+        inception_weights: torch-fidelity's weights of Inception v3; without it, its file in torch hub's cache.
+        is_splits: parts of the images whose inception scores are averaged.
+        kid_subsets: random subsets that KID is averaged over.
+        kid_subset_size: images in each of them.
+        neighbours: k of precision and recall.
+        clip_model: directory of a CLIP model in transformers' layout.
+        clip_prompts: text file with the prompt of each image, one a line.
+        save_images: directory for all images as PNG files.
+        devices: processes of this node that share the work; torchrun and SLURM set it themselves.
+        accelerator: Lightning accelerator: auto, cpu, gpu, mps.
     """
-    from rich.console import Console
-
-    from tcaq_lightning.config import EvaluationConfig
-    from tcaq_lightning.evaluation import evaluate as evaluation
-    from tcaq_lightning.files import write_json
-    from tcaq_lightning.pipelines import find_denoiser, sample_shape
-    from tcaq_lightning.report import final_table
+    from tcaq_lightning.config import ConditioningConfig, EvaluationConfig, Metric, TrainerConfig
+    from tcaq_lightning.launch import connected
+    from tcaq_lightning.trainers import quiet_lightning
 
     _at_least(1, num_images=num_images, num_trajectories=num_trajectories, steps=steps, batch_size=batch_size)
-    _at_least(1, threads=threads)
+    _at_least(1, threads=threads, devices=devices)
     _at_least(0, fid_samples=fid_samples, seed=seed)
-    _set_threads(threads)
-    sampler = _sampler(scheduler, steps, eta, options)
-    config = EvaluationConfig(num_trajectories, num_images, fid_samples, features, batch_size, sampler)
+    images = _is_images(path)
+    config = EvaluationConfig(
+        num_trajectories=num_trajectories,
+        num_images=num_images,
+        fid_samples=(0 if images else 5000) if fid_samples is None else fid_samples,
+        features=features,
+        batch_size=batch_size,
+        sampler=_sampler(scheduler, steps, eta, options),
+        metrics=cast("list[Metric]", [name.strip() for name in metrics.split(",")]),  # checked by the dataclass
+        reference=reference,
+        inception_weights=inception_weights,
+        is_splits=is_splits,
+        kid_subsets=kid_subsets,
+        kid_subset_size=kid_subset_size,
+        neighbours=neighbours,
+        clip_model=clip_model,
+        clip_prompts=clip_prompts,
+        save_images=save_images,
+    )
+    if images and (full is not None or save_images is not None or fid_samples == 0):
+        raise UserError(
+            f"--full, --save_images and --fid_samples 0 are for models, got images ({path}); leave them out"
+        )
+    quiet_lightning()
+    trainer = TrainerConfig(accelerator=accelerator, devices=devices, threads=threads)
+    conditioning = ConditioningConfig(prompts, negative_prompt, class_labels, guidance_scale, call_options or {})
+    with connected(trainer):
+        if images:
+            _measure_images(path, config, trainer, seed, output, cache)
+        else:
+            _measure_models(path, full, conditioning, config, trainer, seed, output, cache)
+
+
+def _measure_images(path: str, config: Any, trainer: Any, seed: int, output: Path | None, cache: Path | None) -> None:
+    from tcaq_lightning.evaluation.evaluate import evaluate_images
+    from tcaq_lightning.evaluation.images import open_images
+    from tcaq_lightning.trainers import choose_device
+
+    images = open_images(Path(path), "path (no model_index.json, so images)")
+    if output is not None:
+        _check_writable(output)
+    with _progress(config.fid_samples or len(images)) as advance:
+        metrics = evaluate_images(images, config, seed, cache, advance, choose_device(trainer))
+    _show({"images": path, "seed": seed, **metrics.to_dict()}, metrics.seconds, output)
+
+
+def _measure_models(
+    path: str,
+    full: str | None,
+    conditioning: Any,
+    config: Any,
+    trainer: Any,
+    seed: int,
+    output: Path | None,
+    cache: Path | None,
+) -> None:
+    from tcaq_lightning.evaluation import evaluate as evaluation
+    from tcaq_lightning.pipelines import find_denoiser
+    from tcaq_lightning.sampling import make_sampling
+    from tcaq_lightning.trainers import choose_device
+
     pipeline = open_model(path)
     _, denoiser = find_denoiser(pipeline)
     models: dict[str, Any] = {"full": None, "quantized": denoiser}
     if full is not None:
         models["full"] = find_denoiser(open_model(full))[1]
-        if sample_shape(models["full"]) != sample_shape(denoiser):
+        expected, got = (_interface(model) for model in (denoiser, models["full"]))
+        if got != expected:
             raise UserError(
-                f"--full: expected a model of samples {sample_shape(denoiser)} like {path}, "
-                f"got {sample_shape(models['full'])} from {full}; give the model that was quantized"
+                f"--full: expected a model like {path}, {expected}, got {got} from {full}; give the model that was "
+                "quantized"
             )
     elif not is_quantized(path):
         models = {"full": denoiser, "quantized": None}
+    sampling = make_sampling(pipeline, conditioning)
     if output is not None:
         _check_writable(output)
+    device = choose_device(trainer)
+    pipeline.to(device)
+    models = {name: None if m is None else m.to(device) for name, m in models.items()}
     total = evaluation.planned_samples(config, sum(m is not None for m in models.values()))
     with _progress(total) as advance:
         metrics = evaluation.evaluate(
             **models,
-            scheduler=pipeline.scheduler,
-            calibration_sampler=sampler,
+            sampling=sampling,
+            calibration_sampler=config.sampler,
             config=config,
             seed=seed,
             cache_dir=cache,
             advance=advance,
         )
     content = {"model": path, "compared_with": full, "seed": seed, **metrics.to_dict()}
-    Console().print(final_table({**content, "stages": metrics.seconds}))
+    _show(content, metrics.seconds, output)
+
+
+def _show(content: dict[str, Any], seconds: dict[str, float], output: Path | None) -> None:
+    """The table on the console and the JSON file, by rank 0."""
+    from rich.console import Console
+
+    from tcaq_lightning.distributed import is_main, on_main
+    from tcaq_lightning.files import write_json
+    from tcaq_lightning.report import final_table
+
+    if is_main():
+        Console().print(final_table({**content, "stages": seconds}))
     if output is not None:
-        write_json(output, content)
+        on_main(lambda: write_json(output, content))
+
+
+def statistics(
+    images: Path,
+    output: Path,
+    features: str = "inception",
+    inception_weights: str | None = None,
+    num_features: int = 10_000,
+    batch_size: int = 64,
+    threads: int | None = None,
+    cache: Path | None = None,
+    devices: int = 1,
+    accelerator: str = "auto",
+) -> None:
+    """Compute the statistics of real images that evaluate --reference compares with, once for all evaluations.
+
+    Args:
+        images: folder of pictures, or .npz with uint8 `arr_0` (N, H, W, C).
+        output: .safetensors file.
+        features: feature extractor: inception, a directory, or the name of a shipped one.
+        inception_weights: torch-fidelity's weights of Inception v3; without it, its file in torch hub's cache.
+        num_features: images whose features are kept too, for kid and precision_recall; evenly spaced over all.
+        batch_size: images at a time.
+        threads: CPU threads; without it, PyTorch's choice.
+        cache: directory for finished batches, so that the same command goes on after it was killed.
+        devices: processes of this node that share the work; torchrun and SLURM set it themselves.
+        accelerator: Lightning accelerator: auto, cpu, gpu, mps.
+    """
+    from tcaq_lightning.config import EvaluationConfig, TrainerConfig
+    from tcaq_lightning.evaluation.images import open_images
+    from tcaq_lightning.evaluation.spaces import write_statistics
+    from tcaq_lightning.launch import connected
+    from tcaq_lightning.trainers import choose_device, quiet_lightning
+
+    _at_least(1, batch_size=batch_size, threads=threads, devices=devices)
+    _at_least(0, num_features=num_features)
+    if output.suffix != ".safetensors":
+        raise UserError(f"output: expected a name that ends in .safetensors, got {output}; give such a name")
+    quiet_lightning()
+    trainer = TrainerConfig(accelerator=accelerator, devices=devices, threads=threads)
+    config = EvaluationConfig(features=features, inception_weights=inception_weights, batch_size=batch_size)
+    with connected(trainer):
+        found = open_images(images, "images")
+        _check_writable(output)
+        with _progress(len(found)) as advance:
+            write_statistics(found, output, config, num_features, cache, advance, choose_device(trainer))
+
+
+def _is_images(path: str) -> bool:
+    """Whether a path is meant as images: an .npz, or a directory that holds no model."""
+    given = Path(path)
+    return given.suffix == ".npz" or (given.is_dir() and not (given / "model_index.json").exists())
+
+
+def report(
+    run_dir: Path,
+    output: Path | None = None,
+    latency: list[int] | None = None,
+    sensitivity: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Write one self-contained HTML page about a finished run of train.py.
+
+    What --latency and --sensitivity measure is kept in RUN_DIR/report and shown by later reports too.
+
+    Args:
+        run_dir: of a finished run.
+        output: HTML file; without it, RUN_DIR/report.html.
+        latency: batch sizes, such as [1,8], to measure a denoiser call's time and memory with, on every backend.
+        sensitivity: held-out trajectories, such as 8, to measure the noise error of each layer quantized alone on; 0
+            leaves it out. A measurement that was stopped goes on.
+        threads: CPU threads; without it, PyTorch's choice.
+    """
+    from rich.console import Console
+
+    from tcaq_lightning.run_report.finished import read_finished
+    from tcaq_lightning.run_report.latency import measure_latency
+    from tcaq_lightning.run_report.layer_sensitivity import measure_sensitivity
+    from tcaq_lightning.run_report.write import write_page
+
+    for size in latency or []:
+        _at_least(1, latency=size)
+    _at_least(0, sensitivity=sensitivity)
+    _at_least(1, threads=threads)
+    _set_threads(threads)
+    run = read_finished(run_dir)
+    target = run_dir / "report.html" if output is None else output
+    _check_writable(target)
+    if sensitivity:
+        with _progress(1, "layers") as advance:
+            measure_sensitivity(run_dir, run.manifest["config"], sensitivity, advance.to)
+    if latency:
+        measure_latency(run_dir, run.manifest["config"], latency, threads)
+    write_page(run, target)
+    Console().print(f"report: {target}", soft_wrap=True)
 
 
 def is_quantized(path: str) -> bool:
@@ -180,6 +401,13 @@ def open_model(path: str) -> Any:
     return open_pipeline(path)
 
 
+def _interface(denoiser: Any) -> dict[str, Any]:
+    """What a denoiser takes and gives, as far as its configuration says."""
+    keys = ("in_channels", "out_channels", "sample_size", "cross_attention_dim", "num_class_embeds")
+    shapes = {key: denoiser.config[key] for key in keys if denoiser.config.get(key) is not None}
+    return {"class": type(denoiser).__name__, **shapes}
+
+
 def _sampler(scheduler: str | None, steps: int, eta: float, options: dict[str, Any] | None) -> Any:
     from tcaq_lightning.config import SamplerConfig
 
@@ -206,17 +434,33 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+@dataclass
+class _Advance:
+    """Moves a bar: by a number of samples, or to a place in a total that is known only now."""
+
+    by: Callable[[int], None]
+    to: Callable[[int, int], None]
+
+    def __call__(self, count: int) -> None:
+        self.by(count)
+
+
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; gives the function that advances it."""
+def _progress(total: int, what: str = "samples") -> Iterator[_Advance]:
+    """A bar on stderr; gives what moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    from tcaq_lightning.distributed import is_main
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("samples", total=total)
-        yield lambda count: progress.advance(task, count)
+    with Progress(*columns, console=console, disable=not (console.is_terminal and is_main())) as progress:
+        task = progress.add_task(what, total=total)
+        yield _Advance(
+            by=lambda count: progress.advance(task, count),
+            to=lambda done, of: progress.update(task, completed=done, total=of),
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,7 +474,8 @@ def main(argv: list[str] | None = None) -> int:
     """
 
     def command() -> None:
-        auto_cli([sample, evaluate], args=argv, exit_on_error=False, prog="python -m tcaq_lightning")
+        commands: list[Callable[..., Any]] = [sample, evaluate, statistics, report]
+        auto_cli(list(commands), args=argv, exit_on_error=False, prog="python -m tcaq_lightning")
 
     return run_cli(command)
 

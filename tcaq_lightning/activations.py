@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.prefetch import read_ahead
 from tcaq_lightning.storage import ActivationStorage, Ledger, Tier
 from tcaq_lightning.timesteps import TimestepGroups
@@ -187,11 +188,11 @@ class Streams:
         full, quantized: denoisers with equally named units.
         graph: execution order and dependencies.
         context: the quantized denoiser's timestep groups.
-        x, timesteps: (N, C, H, W) and (N,), the calibration samples.
+        samples: the N calibration samples.
         batch_size: samples per pass.
         storage: where outputs and inputs are kept.
-        arguments: gives a denoiser's full call, (args, kwargs), for a slice of the samples; None: `x`, `timesteps` and
-            `return_dict=False`.
+        arguments: gives a denoiser's full call, (args, kwargs), for a slice of the samples; None: that of
+            `samples`.
     """
 
     def __init__(
@@ -200,16 +201,15 @@ class Streams:
         quantized: nn.Module,
         graph: UnitGraph,
         context: TimestepGroups,
-        x: Tensor,
-        timesteps: Tensor,
+        samples: Samples,
         batch_size: int,
         storage: ActivationStorage,
         arguments: Callable[[slice], Arguments] | None = None,
     ) -> None:
         self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
         self.arguments = arguments
-        self.x, self.timesteps = x, timesteps
-        self.groups = context.of(timesteps)
+        self.samples, self.dtype = samples, samples.x.dtype
+        self.groups = context.of(samples.timesteps)
         self.batch_size = batch_size
         self.storage = storage
         self.device = next(full.parameters()).device
@@ -236,7 +236,7 @@ class Streams:
         for batch, arguments in self._replays(self.quantized, self._quantized, position):
             part = split_arguments(arguments, batch.stop - batch.start, self.graph.rows.get(name))
             if split is None:
-                inputs = [self.storage.allocate((len(self.x), *x.shape[1:]), x.dtype) for x in part.inputs]
+                inputs = [self.storage.allocate((len(self.samples), *x.shape[1:]), x.dtype) for x in part.inputs]
                 split = part
             for stored, x in zip(inputs, part.inputs, strict=True):
                 stored[batch] = x
@@ -248,7 +248,7 @@ class Streams:
             split.spec,
             targets[name] if tree is None else tree.build(targets.__getitem__),
             self.groups,
-            dtype=self.x.dtype,
+            dtype=self.dtype,
             folded=split.folded,
             dtypes=split.dtypes,
         )
@@ -277,10 +277,10 @@ class Streams:
     def executions(self, position: int) -> dict[str, int]:
         """On how many samples `load` and `store` run the unit at `position`, by stream."""
         kept = self.graph.alive_after(position).intersection(self.graph.keys(self.graph.names[position]))
-        return {"full_stream": len(self.x), "quantized_stream": len(self.x) if kept else 0}
+        return {"full_stream": len(self.samples), "quantized_stream": len(self.samples) if kept else 0}
 
     def _allocate(self, key: str) -> Tensor:
-        return self.storage.allocate((len(self.x), *self.graph.output_shapes[key]), self.x.dtype)
+        return self.storage.allocate((len(self.samples), *self.graph.output_shapes[key]), self.dtype)
 
     @staticmethod
     def _keep(stored: dict[str, Tensor], keys: list[str], batch: slice, outputs: Outputs) -> None:
@@ -289,8 +289,8 @@ class Streams:
                 stored[key][batch] = by_sample(x, batch.stop - batch.start)
 
     def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self.x), self.batch_size):
-            yield slice(start, min(start + self.batch_size, len(self.x)))
+        for start in range(0, len(self.samples), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.samples)))
 
     @torch.no_grad()
     def _replays(
@@ -304,8 +304,7 @@ class Streams:
             try:
                 with patched_forwards(denoiser, forwards):
                     if self.arguments is None:
-                        x, timesteps = self.x[batch].to(self.device), self.timesteps[batch].to(self.device)
-                        denoiser(x, timesteps, return_dict=False)
+                        self.samples[batch].predict(denoiser)
                     else:
                         args, kwargs = self.arguments(batch)
                         denoiser(*args, **kwargs)
@@ -316,7 +315,7 @@ class Streams:
 
     def _stub(self, name: str, stored: dict[str, Tensor], batch: slice) -> Callable[..., Outputs]:
         def output(key: str) -> Tensor:
-            dtype, shape = self.graph.output_dtypes.get(key, self.x.dtype), self.graph.output_shapes[key]
+            dtype, shape = self.graph.output_dtypes.get(key, self.dtype), self.graph.output_shapes[key]
             if key in stored:  # a copy: glue may write in place
                 x = stored[key][batch].to(self.device, dtype, copy=True)
             else:  # freed: NaN, so that a use of it would show at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import time
@@ -27,6 +28,7 @@ from tcaq_lightning.quantize import (
     restore_quantization_state,
 )
 from tcaq_lightning.run import Run
+from tcaq_lightning.sampling import Sampling, weights_hash
 from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.shards import Shard
 from tcaq_lightning.storage import ActivationStorage
@@ -89,7 +91,7 @@ def _weigh_errors(work: Calibration) -> None:
     """Measure what the units' errors do to the samples."""
     if not work.config.reconstruction.enabled or work.config.reconstruction.weighting == "uniform":
         return
-    gain = sampler_gain(work.scheduler, work.trajectories.timesteps)
+    gain = sampler_gain(work.sampling.scheduler, work.trajectories.timesteps)
     work.sensitivities = unit_sensitivities(
         work.full, work.graph, work.context, work.trajectories, gain, work.batch_size, work.config.seed
     )
@@ -127,45 +129,70 @@ def _aligned_samples(work: Calibration, share: float, round_index: int, held_out
 
 def _quantized_trajectories(work: Calibration, path: Path, indices: Sequence[int]) -> Trajectories:
     """The quantized sampler's trajectories, kept on disk."""
-    sampler, seed = work.config.calibration.sampler, work.config.seed
-    return stored_trajectories(
-        path, lambda: collect_together(work.quantized, work.scheduler, sampler, indices, seed, work.batch_size)
-    )
+    return stored_trajectories(path, work.config, work.quantized, work.sampling, indices)
 
 
 def calibration_trajectories(
-    config: Config, run: Run, full: nn.Module, scheduler: Any, advance: Callable[[int], None] | None = None
+    config: Config, run: Run, full: nn.Module, sampling: Sampling, advance: Callable[[int], None] | None = None
 ) -> Trajectories:
     """The trajectories that calibration starts from, of the full-precision sampler; kept on disk.
 
     Args:
         config, run: the run.
         full: full-precision denoiser.
-        scheduler: the pipeline's own scheduler.
+        sampling: how the pipeline is sampled.
         advance: told the number of trajectories just done.
     """
-    data = config.calibration
-    return stored_trajectories(
-        run.directory / "calibration" / "trajectories.safetensors",
-        lambda: collect_together(full, scheduler, data.sampler, data.indices, config.seed, data.batch_size, advance),
-    )
+    path = run.directory / "calibration" / "trajectories.safetensors"
+    return stored_trajectories(path, config, full, sampling, config.calibration.indices, advance)
 
 
-def stored_trajectories(path: Path, make: Callable[[], Trajectories]) -> Trajectories:
-    """Trajectories from a file of the run, made and written if it is missing or damaged; the same on every rank."""
-    tensors = on_main(lambda: _stored(path))
-    if tensors is not None:
-        return Trajectories(**tensors)
-    trajectories = make()
-    on_main(lambda: save_tensors(path, trajectories.tensors()))
+def stored_trajectories(
+    path: Path,
+    config: Config,
+    denoiser: nn.Module,
+    sampling: Sampling,
+    indices: Sequence[int],
+    advance: Callable[[int], None] | None = None,
+) -> Trajectories:
+    """Trajectories from a file of the run, made and written if it is missing or damaged; the same on every rank.
+
+    The file carries a manifest: hash of the model, sampler and its settings, seed, guidance, labels or prompts.
+
+    Args:
+        path: of the file.
+        config: the run's configuration.
+        denoiser: that samples, full-precision or quantized.
+        sampling: how the pipeline is sampled.
+        indices: numbers of the noises.
+        advance: told the number of trajectories just done.
+    """
+    found = on_main(lambda: _stored(path))
+    if found is not None:
+        return Trajectories.unpacked(*found)
+    data, seed = config.calibration, config.seed
+    trajectories = collect_together(denoiser, sampling, data.sampler, indices, seed, data.batch_size, advance)
+
+    def write() -> None:
+        tensors, record = trajectories.packed()
+        manifest = {
+            "denoiser": weights_hash(denoiser),
+            "sampler": {"own": type(sampling.scheduler).__name__, **dataclasses.asdict(data.sampler)},
+            "seed": seed,
+            "noises": list(indices),
+            **sampling.manifest(),
+        }
+        save_tensors(path, tensors, {**record, "manifest": manifest})
+
+    on_main(write)
     return trajectories
 
 
-def _stored(path: Path) -> dict[str, Tensor] | None:
+def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        return load_tensors(path)[0]
+        return load_tensors(path)
     except DamagedFileError as error:
         log.warning("%s; made again", error)
         return None
@@ -180,7 +207,7 @@ def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any],
     distances = mismatch(sampled, work.held_out)
     record = {
         "round": round_index,
-        "timesteps": work.trajectories.timesteps.tolist(),
+        "timesteps": work.trajectories.timesteps[:: work.trajectories.halves].tolist(),
         "mismatch": distances.tolist(),
         "mean_mismatch": float(distances.mean()),
         "kept": True,
@@ -197,10 +224,10 @@ def _run_round(work: Calibration, round_index: int, samples: Trajectories) -> No
     shard = Shard.deal(groups, samples.num_trajectories - held_out, held_out)
     streams = None
     if None in restored:  # a finished round needs no streams
-        x, timesteps = samples.select(shard.trajectories).flat()
         stored = getattr(torch, work.config.calibration.storage)
         storage = ActivationStorage(work.limits, work.device, work.run.directory, stored)
-        streams = Streams(work.full, work.quantized, work.graph, work.context, x, timesteps, work.batch_size, storage)
+        own = samples.select(shard.trajectories).flat()
+        streams = Streams(work.full, work.quantized, work.graph, work.context, own, work.batch_size, storage)
     for position, (name, record) in enumerate(zip(names, restored, strict=True)):
         work.listener.unit_started(round_index, position, name)
         if streams is not None:

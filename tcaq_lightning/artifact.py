@@ -27,7 +27,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import naming
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
-from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, quiet_diffusers
+from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
 
 __all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "write_checksums"]
 
@@ -145,12 +145,13 @@ def load_quantized(path: str | Path, device: torch.device | str | None = None) -
     Raises:
         UserError: no artifact there, another format version, or a missing or damaged file.
     """
-    quiet_diffusers()
     directory = Path(path)
     name, config, quantization = _read_config(directory)
     _verify_checksums(directory)
     denoiser = _build(directory / name, config, quantization)
-    opener: Any = DiffusionPipeline
+    index = _read_json(directory / INDEX_FILE)
+    quiet_diffusers(index)
+    opener = pipeline_class(index)
     options: dict[str, Any] = {name: denoiser}
     try:
         if dtypes := quantization.get("component_dtypes"):

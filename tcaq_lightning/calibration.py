@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tcaq_lightning.config import Config
 from tcaq_lightning.initialization import Choices, Observations
 from tcaq_lightning.run import Run
+from tcaq_lightning.sampling import Sampling
 from tcaq_lightning.storage import Tier
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trajectories import Trajectories
@@ -42,7 +43,7 @@ class Calibration:
 
     Attributes:
         full, quantized: denoisers, the second with quantized layers.
-        scheduler: the pipeline's own scheduler.
+        sampling: how the pipeline is sampled.
         graph: units in execution order.
         context: timestep groups of the quantized denoiser.
         limits: bytes of stored activations by tier.
@@ -58,7 +59,7 @@ class Calibration:
     run: Run
     full: nn.Module
     quantized: nn.Module
-    scheduler: Any
+    sampling: Sampling
     graph: UnitGraph
     context: TimestepGroups
     limits: dict[Tier, float]

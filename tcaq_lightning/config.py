@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tcaq_lightning.errors import UserError
+
+Metric = Literal["fid", "sfid", "is", "kid", "precision_recall", "clip"]
+"""What can be measured on images."""
+INCEPTION = "inception"
+"""Name of the feature extractor of published figures."""
 
 
 def _require(ok: bool, key: str, expected: str, got: object) -> None:
@@ -30,6 +36,40 @@ class ModelConfig:
 
     path: str = "fashion-mnist-ddpm"
     """A directory in diffusers layout (model_index.json), a hub id, or the name of a shipped model."""
+    architecture: str | None = None
+    """What --dry_run plans with where there is nothing at model.path: name of a shipped configuration without weights,
+    such as stable-diffusion-v1-4, or a directory with one."""
+    variant: str | None = None
+    """Variant of the weights' files, such as fp16; null takes the ones without."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in; quantizers and rounding are always computed in float32."""
+
+
+@dataclass
+class ConditioningConfig:
+    """What the samples are of; nothing of it concerns an unconditional model."""
+
+    prompts: Path | None = None
+    """Text file with one prompt a line; sample i takes line i, from the start again after the last one."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, for all samples."""
+    class_labels: list[int] | None = None
+    """Classes that the samples take in turn; null: all of a class-conditional model's."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, in calibration, sampling and evaluation; null: the pipeline's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's call, such as height and width."""
+
+    def __post_init__(self) -> None:
+        self.prompts = None if self.prompts is None else Path(self.prompts)
+        _require(
+            self.class_labels is None or len(self.class_labels) > 0,
+            "conditioning.class_labels",
+            "null or not empty",
+            [],
+        )
+        scale = self.guidance_scale
+        _require(scale is None or 0 <= scale < math.inf, "conditioning.guidance_scale", "finite and at least 0", scale)
 
 
 @dataclass
@@ -307,19 +347,78 @@ class EvaluationConfig:
     num_images: int = 64
     """Images sampled from the same noise by both models, for MSE and PSNR."""
     fid_samples: int = 0
-    """Images for FID; 0 leaves it out. Needs a model that evaluation.features fits."""
+    """Images for FID and the other metrics; 0 leaves them out. Needs a model that evaluation.features fits."""
     features: str = "fashion-mnist-features"
-    """Feature extractor with reference statistics: a directory, or the name of a shipped one."""
+    """Feature extractor: inception, the one of published figures; a directory, or the name of a shipped one."""
     batch_size: int = 64
     """Samples per forward pass."""
     sampler: SamplerConfig | None = None
     """Sampler of the images; null takes calibration.sampler."""
+    metrics: list[Metric] = field(default_factory=lambda: ["fid"])
+    """What is measured on the fid_samples images: fid, kid, precision_recall; with features: inception also sfid and
+    is; with clip_model and clip_prompts also clip."""
+    reference: str | None = None
+    """Real images to compare with: a folder of images, an .npz with images (arr_0) or statistics (mu, sigma, mu_s,
+    sigma_s), or a .safetensors of `python -m tcaq_lightning statistics`; null takes the extractor's own."""
+    inception_weights: str | None = None
+    """File with torch-fidelity's weights of Inception v3; null looks for it in torch hub's cache."""
+    is_splits: int = 10
+    """Parts of the images whose inception scores are averaged."""
+    kid_subsets: int = 100
+    """Random subsets that KID is averaged over."""
+    kid_subset_size: int = 1000
+    """Images in each of them."""
+    neighbours: int = 3
+    """Nearest neighbours k of precision and recall."""
+    clip_model: str | None = None
+    """Directory of a CLIP model in transformers' layout."""
+    clip_prompts: str | None = None
+    """Text file with the prompt of each image, one a line."""
+    save_images: str | None = None
+    """Directory for all images as PNG files (clipped to [0, 1], times 255, rounded); null writes none."""
 
     def __post_init__(self) -> None:
         _require(self.num_trajectories >= 1, "evaluation.num_trajectories", "at least 1", self.num_trajectories)
         _require(self.num_images >= 1, "evaluation.num_images", "at least 1", self.num_images)
         _require(self.fid_samples >= 0, "evaluation.fid_samples", "at least 0", self.fid_samples)
         _require(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
+        _require(
+            0 < len(self.metrics) == len(set(self.metrics)) and set(self.metrics) <= set(get_args(Metric)),
+            "evaluation.metrics",
+            f"different ones of {', '.join(get_args(Metric))}",
+            self.metrics,
+        )
+        _require(self.is_splits >= 1, "evaluation.is_splits", "at least 1", self.is_splits)
+        _require(self.kid_subsets >= 1, "evaluation.kid_subsets", "at least 1", self.kid_subsets)
+        _require(self.kid_subset_size >= 2, "evaluation.kid_subset_size", "at least 2", self.kid_subset_size)
+        _require(self.neighbours >= 1, "evaluation.neighbours", "at least 1", self.neighbours)
+        for metric in {"sfid", "is"} & set(self.metrics):
+            _require(self.features == INCEPTION, "evaluation.features", f"{INCEPTION} for {metric}", self.features)
+        if "clip" in self.metrics:
+            for name in ("clip_model", "clip_prompts"):
+                _require(bool(getattr(self, name)), f"evaluation.{name}", "given for clip", getattr(self, name))
+        if self.fid_samples:
+            self.check_number(self.fid_samples, "evaluation.fid_samples", self.metrics)
+
+    def check_number(self, number: int, what: str, metrics: Collection[str]) -> None:
+        """See that there are enough images for some metrics, real or generated ones.
+
+        Args:
+            number: of images.
+            what: they are, for the message.
+            metrics: that look at these images.
+
+        Raises:
+            UserError: there are too few.
+        """
+        least = {
+            "is": (self.is_splits, "evaluation.is_splits"),
+            "kid": (self.kid_subset_size, "evaluation.kid_subset_size"),
+            "precision_recall": (self.neighbours + 1, "evaluation.neighbours + 1"),
+        }
+        for metric, (needed, key) in least.items():
+            if metric in metrics:
+                _require(number >= needed, what, f"at least {needed} for {metric} ({key})", number)
 
 
 @dataclass
@@ -375,6 +474,8 @@ class Config:
     """Seed of noises, sample draws and searches."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The pretrained model."""
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    """Prompts or classes, and guidance."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Calibration data."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
@@ -467,6 +568,8 @@ class Config:
         """Plain YAML-ready values, run_dir as a string."""
         values = dataclasses.asdict(self)
         values["run_dir"] = str(self.run_dir)
+        prompts = self.conditioning.prompts
+        values["conditioning"]["prompts"] = None if prompts is None else str(prompts)
         return values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,18 @@ class Observations:
     ranges: dict[str, RangeStatistics] = field(default_factory=dict)
     histograms: dict[str, LogHistogram] = field(default_factory=dict)
     fits: dict[str, list[TailFit]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Ranges, (G, C) `NAME:low` and `NAME:high`, and histograms, (G, 1 + bins) `NAME:counts` over `edges`."""
+        found = {f"{name}:low": ranges.low for name, ranges in self.ranges.items()}
+        found |= {f"{name}:high": ranges.high for name, ranges in self.ranges.items()}
+        for name, histogram in self.histograms.items():
+            found |= {f"{name}:counts": histogram.counts, "edges": histogram.edges}
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fits, JSON-ready."""
+        return {"fits": {name: [asdict(fit) for fit in fits] for name, fits in self.fits.items()}}
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from tcaq_lightning.cli import EXIT_RANK_LOST, EXIT_USER_ERROR, ending
-from tcaq_lightning.config import Config
+from tcaq_lightning.config import Config, TrainerConfig
 from tcaq_lightning.environment import Place, find_place
 from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.trainers import choose_device
@@ -41,10 +41,7 @@ PATIENCE = 10.0
 
 @contextmanager
 def launched(config: Config) -> Iterator[None]:
-    """Make this process one of the ranks of a run while the context lasts; `distributed` is how they communicate.
-
-    With trainer.devices above 1 the other processes of this node are started with the command that started this one,
-    unless torchrun or SLURM has started them. When one rank fails, all of them end with its exit code.
+    """`connected` for a calibration run.
 
     Args:
         config: `trainer.devices` and `trainer.num_nodes` are set to what torchrun or SLURM started.
@@ -53,16 +50,34 @@ def launched(config: Config) -> Iterator[None]:
         UserError: the configuration does not fit the number of ranks, or another rank met a user's mistake.
         RankLostError: another rank ended without a word, or cannot be reached.
     """
-    trainer = config.trainer
+    with connected(config.trainer, config.check_ranks):
+        yield
+
+
+@contextmanager
+def connected(trainer: TrainerConfig, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Make this process one of the ranks of a command while the context lasts; `distributed` is how they communicate.
+
+    With trainer.devices above 1 the other processes of this node are started with the command that started this one,
+    unless torchrun or SLURM has started them. When one rank fails, all of them end with its exit code.
+
+    Args:
+        trainer: `devices` and `num_nodes` are set to what torchrun or SLURM started.
+        check: sees that there is work for every rank, once their number is known.
+
+    Raises:
+        UserError: from `check`, or another rank met a user's mistake.
+        RankLostError: another rank ended without a word, or cannot be reached.
+    """
     place = find_place(trainer.devices, trainer.num_nodes)
     trainer.devices, trainer.num_nodes = place.devices, place.num_nodes
-    config.check_ranks()
+    check()
     if trainer.threads is not None or place.ranks > 1:
         torch.set_num_threads(trainer.threads or max(1, (os.cpu_count() or 1) // place.devices))
     if place.ranks == 1:
         yield
         return
-    backend = _claim_device(config, place)
+    backend = _claim_device(trainer, place)
     if place.rank:
         logging.getLogger("tcaq_lightning").setLevel(logging.ERROR)  # rank 0 warns for all
     timeout = timedelta(minutes=trainer.timeout)
@@ -86,13 +101,13 @@ def launched(config: Config) -> Iterator[None]:
         _part(store, place, children, failed)
 
 
-def _claim_device(config: Config, place: Place) -> str:
+def _claim_device(trainer: TrainerConfig, place: Place) -> str:
     """Make the rank's own device the current one; returns the backends of the process group.
 
     Raises:
         UserError: there are fewer devices than ranks on this node.
     """
-    kind = choose_device(config.trainer).type
+    kind = choose_device(trainer).type
     if kind not in BACKENDS:
         raise UserError(f"trainer.devices must be 1 on a device of type {kind}, got {place.devices}")
     if kind == "cuda":
@@ -125,7 +140,11 @@ def _open_store(place: Place, timeout: timedelta) -> tuple[Store, int]:
 
 def _start_processes(place: Place, port: int) -> Children:
     """Start the other processes of this node, with the command that started this one."""
-    command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
+    # As a script, a package's __main__ would have the package's own files for top-level modules.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    package = None if spec is None or not spec.name.startswith("tcaq_lightning.") else spec.parent
+    started = [str(Path(sys.argv[0]).resolve())] if package is None else ["-m", package]
+    command = [sys.executable, *started, *sys.argv[1:]]
     places = [
         Place(place.rank + i, i, place.devices, place.num_nodes, place.address, port) for i in range(1, place.devices)
     ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline
 from tcaq_lightning.config import SamplerConfig
@@ -32,17 +35,28 @@ def shipped(name: str) -> Path | None:
     return path if name and "/" not in name and path.is_dir() else None
 
 
-def quiet_diffusers() -> None:
-    """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged."""
+def quiet_diffusers(index: dict[str, Any] | None = None) -> None:
+    """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged.
+
+    Args:
+        index: of the pipeline that will be opened; transformers, if it takes any of it, is kept quiet too.
+    """
     diffusers_logging.set_verbosity(logging.CRITICAL)
     diffusers_logging.disable_progress_bar()
+    if any(isinstance(part, (list, tuple)) and part[0] == "transformers" for part in (index or {}).values()):
+        with suppress(ImportError):  # opening the pipeline will say what is missing
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity(logging.CRITICAL)
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def open_pipeline(path: str) -> DiffusionPipeline:
+def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Open a pretrained model in diffusers layout.
 
     Args:
         path: directory with a model_index.json, name of a shipped model, or hub id.
+        variant: of the weights' files, such as fp16. dtype: that the model computes in.
 
     Returns:
         The pipeline on the CPU, its denoiser frozen and in evaluation mode.
@@ -50,7 +64,6 @@ def open_pipeline(path: str) -> DiffusionPipeline:
     Raises:
         UserError: no such model, no denoiser, weights missing, of other shapes, NaN or infinite.
     """
-    quiet_diffusers()
     directory = shipped(path) or Path(path)
     local = directory.exists()
     if not local and (path.count("/") != 1 or path.startswith((".", "/"))):
@@ -60,15 +73,22 @@ def open_pipeline(path: str) -> DiffusionPipeline:
         index = DiffusionPipeline.load_config(source, local_files_only=local)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path} has no readable model_index.json; expected diffusers layout") from error
+    quiet_diffusers(index)
     name = next((n for n in DENOISER_NAMES if index.get(n)), None)
     if name is None:
         raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
-    denoiser = _load_denoiser(source, name, str(index[name][1]), local)
-    pipeline_class: Any = OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+    loading: dict[str, Any] = {
+        "use_safetensors": True,
+        "low_cpu_mem_usage": False,
+        "local_files_only": local,
+        "variant": variant,
+    }
+    if dtype != torch.float32:  # the default of diffusers; newer versions call it dtype, and warn
+        loading["torch_dtype"] = dtype
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    denoiser = _load_denoiser(source, name, str(index[name][1]), loading)
     try:
-        pipeline = pipeline_class.from_pretrained(
-            source, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local, **{name: denoiser}
-        )
+        pipeline = pipeline_class(index).from_pretrained(source, **loading, **{name: denoiser})
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"model.path: cannot open {path}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -76,21 +96,19 @@ def open_pipeline(path: str) -> DiffusionPipeline:
     return opened
 
 
-def _load_denoiser(source: str, name: str, class_name: str, local: bool) -> nn.Module:
+def pipeline_class(index: dict[str, Any]) -> Any:
+    """The class that opens a pipeline, by its model_index.json."""
+    return OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+
+
+def _load_denoiser(source: str, name: str, class_name: str, loading: dict[str, Any]) -> nn.Module:
     denoiser_class = getattr(diffusers, class_name, None)
     if denoiser_class is None:
         raise UserError(
             f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
         )
     try:
-        denoiser, info = denoiser_class.from_pretrained(
-            source,
-            subfolder=name,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            local_files_only=local,
-            output_loading_info=True,
-        )
+        denoiser, info = denoiser_class.from_pretrained(source, subfolder=name, output_loading_info=True, **loading)
     except Exception as error:  # as above
         raise UserError(f"model.path: cannot load {name} of {source}: {one_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys"):
@@ -116,32 +134,34 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     """Name and module of the pipeline's denoiser.
 
     Raises:
-        UserError: none of the known components is there, or it needs conditioning.
+        UserError: none of the known components is there.
     """
     for name in DENOISER_NAMES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
-            if getattr(module.config, "num_class_embeds", None) or getattr(module.config, "class_embed_type", None):
-                raise UserError(
-                    f"{name} is class-conditional; expected an unconditional denoiser, which sampling needs"
-                )
             return name, module
     raise UserError(f"the pipeline has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
 
 
 @torch.no_grad()
-def check_denoiser(denoiser: nn.Module, scheduler: Any) -> None:
+def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any] | None = None) -> None:
     """See that the scheduler can use the denoiser: it maps (x_t, t) to a finite prediction of x_t's shape.
 
     A scheduler of learned variances takes twice the channels.
 
+    Args:
+        denoiser: full precision. scheduler: for one run of the sampler.
+        arguments: of the denoiser for two samples, beside x_t and t.
+
     Raises:
         UserError: it needs further inputs, takes none of its own sample size, or predicts something else.
     """
-    expected = f"model.path: expected a {type(denoiser).__name__} that maps x_t and t alone to a prediction like x_t"
+    takes = f"x_t, t, {', '.join(arguments)}" if arguments else "x_t and t alone"
+    expected = f"model.path: expected a {type(denoiser).__name__} that maps {takes} to a prediction like x_t"
     try:
         x = torch.zeros(2, *sample_shape(denoiser), device=next(denoiser.parameters()).device)
-        prediction = denoiser(x, torch.ones(2, dtype=torch.long, device=x.device), return_dict=False)[0]
+        t = torch.ones(2, dtype=torch.long, device=x.device)
+        prediction = denoiser(x, t, return_dict=False, **on_device(arguments or {}, x.device))[0]
     except Exception as error:  # a model raises whatever it likes
         raise UserError(f"{expected}, got {one_line(error)}") from error
     doubled = str(scheduler.config.get("variance_type")).startswith("learned")
@@ -156,16 +176,16 @@ def denoiser_bytes(denoiser: nn.Module) -> int:
     return sum(v.numel() * v.element_size() for v in denoiser.state_dict().values())
 
 
-def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
-    """A scheduler for one run of the sampler, its timesteps set.
+def configured_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """A scheduler with the sampler's settings, its timesteps not yet set.
 
     Args:
         own: the pipeline's scheduler; its noise schedule and prediction type are kept.
-        sampler: class, steps and further settings.
+        sampler: class and further settings.
         key: config key that errors name.
 
     Raises:
-        UserError: unknown class, option or number of steps.
+        UserError: unknown class or option.
     """
     scheduler_class = type(own) if sampler.scheduler is None else getattr(diffusers, sampler.scheduler, None)
     if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
@@ -177,17 +197,25 @@ def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sam
             f"{key}.options: {scheduler_class.__name__} has no option {unknown[0]!r}; it has {sorted(known)}"
         )
     try:
-        scheduler = scheduler_class.from_config(own.config, **sampler.options)
-        scheduler.set_timesteps(sampler.num_steps)
+        return scheduler_class.from_config(own.config, **sampler.options)
     except Exception as error:  # schedulers validate their settings each in its own way
+        raise UserError(f"{key}: {scheduler_class.__name__}: {one_line(error)}") from error
+
+
+def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """`configured_scheduler` for one run of the sampler, its timesteps set.
+
+    Raises:
+        UserError: unknown class, option or number of steps.
+    """
+    scheduler = configured_scheduler(own, sampler, key)
+    try:
+        scheduler.set_timesteps(sampler.num_steps)
+    except Exception as error:  # as above
         raise UserError(
-            f"{key}: {scheduler_class.__name__} with {sampler.num_steps} steps: {one_line(error)}"
+            f"{key}: {type(scheduler).__name__} with {sampler.num_steps} steps: {one_line(error)}"
         ) from error
     return scheduler
-
-
-Recorder = Callable[[int, Tensor, Tensor], None]
-"""Called with (call index, timestep (scalar tensor), denoiser input x_t (B, ...)) before each denoiser call."""
 
 
 def initial_noise(shape: Sequence[int], indices: Sequence[int], seed: int) -> tuple[Tensor, list[torch.Generator]]:
@@ -212,7 +240,7 @@ def sample(
     sampler: SamplerConfig,
     indices: Sequence[int],
     seed: int,
-    record: Recorder | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> Tensor:
     """Sample with the denoiser, by the loop that every diffusers scheduler shares.
 
@@ -224,7 +252,7 @@ def sample(
         sampler: the scheduler to use and its steps.
         indices: numbers of the samples, which fix their noise.
         seed: seed of the noise.
-        record: sees every denoiser input.
+        arguments: of the denoiser for these samples, beside x_t and t.
 
     Returns:
         Samples (B, C, H, W) in the model's range, [-1, 1] for pixels.
@@ -237,13 +265,18 @@ def sample(
     extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
     if "generator" in known:
         extra["generator"] = generators
-    for call, t in enumerate(scheduler.timesteps):
+    others = on_device(arguments or {}, device)
+    for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(x, t)
-        if record is not None:
-            record(call, t, model_input)
-        prediction = denoiser(model_input, t.to(device), return_dict=False)[0]
+        prediction = denoiser(model_input, t.to(device), return_dict=False, **others)[0]
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
     return x
+
+
+def on_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments whose tensors are on a device."""
+    moved: dict[str, Any] = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, arguments)
+    return moved
 
 
 def sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:

@@ -11,23 +11,24 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from tcaq_lightning.activations import TensorKind, UnitData, store_peaks
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
+from tcaq_lightning.cost import (
+    DEVICE_TFLOPS,
+    RANK_EFFICIENCY,
+    calibration_passes,
+    forward_flops,
+    seconds_on_devices,
+)
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.quantize import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
-from tcaq_lightning.workspace import Footprint, measure_footprint, unit_samples
-
-STEP_COST = 4.5
-"""An optimisation step of all units against one full-precision forward of the same batch, measured on CPUs: forward,
-twice that backward, fake quantization, and Adam."""
-PASSES = 4
-"""Forward passes over all calibration samples that a round costs outside of the optimisation: both streams, the
-observation, searches, gate, bias correction, and sampling for the next round."""
+from tcaq_lightning.workspace import Footprint, TrialWork, measure_footprint, unit_samples
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,19 @@ class Plan:
         table.add_row("copies of the model", f"{self.model_bytes / GIGABYTE:.2f} GB")
         kind, workspace = max(self.workspace_bytes.items(), key=lambda item: item[1])
         table.add_row("workspace", f"{workspace / GIGABYTE:.2f} GB (most in: {kind})")
-        table.add_row("time", f"about {self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s")
+        table.add_row("time", f"about {duration(self.seconds)}")
         return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits.
+
+    >>> duration(80), duration(600), duration(20000)
+    ('80 s', '10 min', '5.6 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
 def make_plan(
@@ -86,8 +98,7 @@ def make_plan(
     denoiser: nn.Module,
     graph: UnitGraph,
     coverage: list[CoverageRow],
-    x: Tensor,
-    timesteps: Tensor,
+    probe: Samples,
     calls: int,
     earlier: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -98,42 +109,95 @@ def make_plan(
         denoiser: full precision.
         graph: units in execution order.
         coverage: the coverage table.
-        x, timesteps: a batch of calibration-like inputs of config.reconstruction.batch_size samples.
+        probe: calibration-like inputs, any number.
         calls: denoiser calls of one trajectory.
         earlier: plan of an earlier command of the run, whose measured memory is taken over.
     """
     with torch.no_grad():
-        inputs = _input_kinds(unit_samples(denoiser, graph, x[:2], timesteps[:2]), graph)
+        inputs = _input_kinds(unit_samples(denoiser, graph, probe[:2]), graph)
+        batch = probe.cycled(config.reconstruction.batch_size)
         started = time.perf_counter()
-        denoiser(x, timesteps, return_dict=False)
-        forward = (time.perf_counter() - started) / len(x)  # of one sample
+        batch.predict(denoiser)
+        forward = (time.perf_counter() - started) / len(batch)  # of one sample
+    device = next(denoiser.parameters()).device
+    limits = resolve_limits(config.calibration.memory_budget, device, config.run_dir, config.trainer.devices)
+    if earlier is not None and earlier.get("processes") == world_size():
+        footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
+    else:
+        footprint = measure_footprint(config, denoiser, graph, probe, calls)
+    seconds = forward * calibration_passes(config, calls) / world_size()
+    kinds = _Kinds(graph, inputs, probe.x.dtype)
+    return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
+
+
+def sketch_plan(
+    config: Config, denoiser: nn.Module, graph: UnitGraph, coverage: list[CoverageRow], samples: Samples, calls: int
+) -> Plan:
+    """The plan of a model without weights, from shapes alone; its time is that of devices of an assumed throughput.
+
+    Args:
+        config: the run's configuration.
+        denoiser: on the meta device.
+        graph: units in execution order.
+        coverage: the coverage table.
+        samples: in the shapes of its inputs, at least `tracing.SIZES[1]`, on the meta device.
+        calls: denoiser calls of one trajectory.
+    """
+    with torch.no_grad():
+        inputs = _input_kinds(unit_samples(denoiser, graph, samples), graph)
+    trial = TrialWork(config, denoiser, graph, samples)
+    workspace = {"learn": trial.learning_bytes() if config.reconstruction.enabled else 0}
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    flops = forward_flops(denoiser, samples[:1])
+    seconds = seconds_on_devices(calibration_passes(config, calls), flops, ranks, DEVICE_TFLOPS, RANK_EFFICIENCY)
+    limits: dict[Tier, float] = {"device": 0.0, "host": math.inf, "disk": 0.0}
+    kinds = _Kinds(graph, inputs, samples.x.dtype)
+    return _plan(config, coverage, kinds, calls, ranks, limits, Footprint(trial.model_bytes(), workspace), seconds)
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What the store will hold: the units' outputs, of one type, and the inputs of each."""
+
+    graph: UnitGraph
+    inputs: list[list[TensorKind]]
+    dtype: torch.dtype
+
+
+def _plan(
+    config: Config,
+    coverage: list[CoverageRow],
+    kinds: _Kinds,
+    calls: int,
+    ranks: int,
+    limits: dict[Tier, float],
+    footprint: Footprint,
+    seconds: float,
+) -> Plan:
     calibration = config.calibration
     trajectories = calibration.num_trajectories, calibration.held_out_trajectories
-    samples = sum(trajectories) * calls
-    on_rank = sum(math.ceil(count / world_size()) for count in trajectories) * calls
+    on_rank = sum(math.ceil(count / ranks) for count in trajectories) * calls
     steps = config.reconstruction.iterations if config.reconstruction.enabled else 0
-    optimisation = steps * config.reconstruction.batch_size * STEP_COST
     layers: dict[str, int] = {}
     for row in coverage:
         layers[row.bits] = layers.get(row.bits, 0) + 1
     stored = getattr(torch, calibration.storage)
-    limits = resolve_limits(calibration.memory_budget, x.device, config.run_dir, config.trainer.devices)
-    if earlier is not None and earlier.get("processes") == world_size():
-        footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
-    else:
-        footprint = measure_footprint(config, denoiser, graph, x, timesteps, calls)
+
+    def peaks(tiers: dict[Tier, float]) -> dict[Tier, int]:
+        return store_peaks(kinds.graph, kinds.inputs, on_rank, kinds.dtype, stored, tiers)
+
     return Plan(
-        processes=world_size(),
-        units=len(graph.names),
-        samples=samples,
+        processes=ranks,
+        units=len(kinds.graph.names),
+        samples=sum(trajectories) * calls,
         layers=layers,
         kept=[row.name for row in coverage if row.note == KEPT_BY_RULE or row.note.startswith(UNKNOWN_ATTENTION)],
-        steps=steps * len(graph.names),
-        store_bytes=_store_peaks(limits, lambda tiers: store_peaks(graph, inputs, on_rank, x.dtype, stored, tiers)),
+        steps=steps * len(kinds.graph.names),
+        store_bytes=_store_peaks(limits, peaks),
         limits=limits,
         model_bytes=footprint.models,
         workspace_bytes=footprint.workspace,
-        seconds=forward * (optimisation + PASSES * samples * config.num_rounds) / world_size(),
+        seconds=seconds,
     )
 
 

@@ -12,6 +12,7 @@ from tcaq_lightning.files import replacing, write_bytes, write_json
 from tcaq_lightning.quantize import CoverageRow
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -77,10 +78,11 @@ def headline(content: Record) -> list[tuple[str, str]]:
         # None stands for infinity: the images are equal.
         rows.append(("same-noise image PSNR", "-" if images["psnr"] is None else f"{images['psnr']:.2f} dB"))
     fid = content.get("fid") or {}
-    for key, label in (("full", "full precision"), ("quantized", "quantized")):
+    scores = content.get("scores") or {}
+    for key, label in (("full", "full precision"), ("quantized", "quantized"), ("images", "images")):
         if f := fid.get(key):
-            text = f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}], {f['num_samples']} samples"
-            rows.append((f"FID, {label}", text))
+            rows.append((f"FID, {label}", _distance(f)))
+        rows += _score_rows(label, scores.get(key) or {})
     if size := content.get("bytes"):
         text = f"{size['quantized']:,} of {size['full']:,} bytes ({size['full'] / size['quantized']:.2f} times smaller)"
         rows.append(("denoiser on disk", text))
@@ -88,11 +90,34 @@ def headline(content: Record) -> list[tuple[str, str]]:
     return rows
 
 
+def _distance(fid: Record) -> str:
+    """A distance with its interval, where there is one."""
+    interval = "" if fid["low"] is None else f" [{fid['low']:.3f}, {fid['high']:.3f}]"
+    return f"{fid['value']:.3f}{interval}, {fid['num_samples']} samples"
+
+
+def _score_rows(label: str, scores: Record) -> list[tuple[str, str]]:
+    """Rows of `headline` for the metrics beside FID."""
+    rows = []
+    if s := scores.get("sfid"):
+        rows.append((f"sFID, {label}", _distance(s)))
+    if s := scores.get("is"):
+        rows.append((f"IS, {label}", f"{s['mean']:.3f} ± {s['std']:.3f} over {s['splits']} parts"))
+    if s := scores.get("kid"):
+        text = f"{s['mean']:.5f} ± {s['std']:.5f} over {s['subsets']} subsets of {s['subset_size']}"
+        rows.append((f"KID, {label}", text))
+    if s := scores.get("precision_recall"):
+        rows.append((f"precision, recall, {label}", f"{s['precision']:.4f}, {s['recall']:.4f} (k = {s['k']})"))
+    if s := scores.get("clip"):
+        rows.append((f"CLIP score, {label}", f"{s['mean']:.3f} ± {s['std_error']:.3f}, {s['num_samples']} images"))
+    return rows
+
+
 def final_table(content: Record) -> Table:
     """The figures that matter as a table for the console."""
     from rich.table import Table
 
-    table = Table("", "", title="Quantized denoiser", show_header=False)
+    table = Table("", "", title="Images" if "images" in content else "Quantized denoiser", show_header=False)
     for name, text in headline(content):
         table.add_row(name, text)
     return table
@@ -212,14 +237,24 @@ def plot_noise_error(noise: Record) -> Figure:
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     error, bias = figure.subplots(1, 2)
-    error.plot(noise["timesteps"], _points(noise["relative"]), ".-")
-    error.set(xlabel="t", ylabel="relative noise error", yscale="log")
-    bias.plot(noise["timesteps"], _points(noise["bias"]), ".-")
-    bias.axhline(0, color="0.8", linewidth=1)
-    bias.set(xlabel="t", ylabel="mean noise error")
-    for axes in (error, bias):
-        axes.invert_xaxis()
+    draw_relative_error(error, noise)
+    draw_bias(bias, noise)
     return figure
+
+
+def draw_relative_error(axes: Axes, noise: Record) -> None:
+    """Relative error of the noise against the timestep, on a logarithmic axis."""
+    axes.plot(noise["timesteps"], points(noise["relative"]), ".-")
+    axes.set(xlabel="t", ylabel="relative noise error", yscale="log")
+    axes.invert_xaxis()
+
+
+def draw_bias(axes: Axes, noise: Record) -> None:
+    """Mean error of the noise against the timestep."""
+    axes.plot(noise["timesteps"], points(noise["bias"]), ".-")
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.set(xlabel="t", ylabel="mean noise error")
+    axes.invert_xaxis()
 
 
 def plot_mismatch(rounds: Sequence[Record]) -> Figure:
@@ -235,7 +270,7 @@ def plot_mismatch(rounds: Sequence[Record]) -> Figure:
     for record in rounds:
         label = f"round {record['round']}" + ("" if record["kept"] else " (not kept)")
         # At the first step both samplers start from the same noise: 0 has no place on a logarithmic axis.
-        values = [v or float("nan") for v in _points(record["mismatch"])]
+        values = [v or float("nan") for v in points(record["mismatch"])]
         axes.plot(record["timesteps"], values, ".-", label=label)
     axes.set(xlabel="t", ylabel="relative distance of x_t", yscale="log")
     axes.invert_xaxis()
@@ -243,7 +278,8 @@ def plot_mismatch(rounds: Sequence[Record]) -> Figure:
     return figure
 
 
-def _points(values: Sequence[float | None]) -> list[float]:
+def points(values: Sequence[float | None]) -> list[float]:
+    """Values to draw: NaN, which leaves a gap, for what is not finite."""
     return [float("nan") if v is None else v for v in values]
 
 

@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +62,8 @@ class Run:
                     f"run_dir: {self.directory} is not empty and holds no run; expected a new or empty directory"
                 )
             return {}
-        try:
-            manifest = json.loads(path.read_bytes())
-            earlier = manifest["config"]
-            if _digest(earlier) != manifest["config_sha256"]:
-                raise ValueError("its checksum does not fit its configuration")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"run_dir: {path} is damaged: expected what the run wrote, got {one_line(error)}; "
-                "put a copy of it back, or use another run_dir"
-            ) from error
+        manifest = read_manifest(path)
+        earlier = manifest["config"]
         changed = [key for key in _differences(earlier, self.config.to_dict()) if not _may_change(key)]
         if changed:
             key = changed[0]
@@ -77,7 +71,7 @@ class Run:
                 f"{key} is {_lookup(self.config.to_dict(), key)!r} but {self.directory} was made with "
                 f"{_lookup(earlier, key)!r}; use another run_dir or the same value"
             )
-        return dict(manifest)
+        return manifest
 
     def start(self, **facts: Any) -> None:
         """Claim the directory, and write the manifest and the configuration.
@@ -98,7 +92,8 @@ class Run:
             ) from error
         self._remove_temporaries()
         content = self.config.to_dict()
-        self.manifest |= {"config": content, "config_sha256": _digest(content), "version": __version__, **facts}
+        self.manifest |= {"config": content, "config_sha256": _digest(content)}
+        self.manifest |= {"version": __version__, "versions": versions(), **facts}
         self._write()
         write_bytes(self.directory / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
 
@@ -116,7 +111,11 @@ class Run:
 
     def unit_file(self, round_index: int, position: int, name: str) -> Path:
         """Finished state of a unit."""
-        return self.round_dir(round_index) / "units" / f"{position:03d}-{name}.safetensors"
+        return unit_path(self.directory, round_index, position, name)
+
+    def statistics_file(self, round_index: int, position: int, name: str) -> Path:
+        """What was observed of a unit before anything was set."""
+        return statistics_path(self.directory, round_index, position, name)
 
     def checkpoint(self, round_index: int, position: int, phase: str) -> Path:
         """Checkpoint of the fit that is running."""
@@ -132,15 +131,58 @@ class Run:
             path.unlink()
 
 
+def unit_path(directory: Path, round_index: int, position: int, name: str) -> Path:
+    """File of a unit's finished state in the RUN_DIR `directory`."""
+    return directory / "rounds" / f"{round_index:02d}" / "units" / f"{position:03d}-{name}.safetensors"
+
+
+def statistics_path(directory: Path, round_index: int, position: int, name: str) -> Path:
+    """File of what was observed of a unit, in the RUN_DIR `directory`."""
+    return directory / "rounds" / f"{round_index:02d}" / "statistics" / f"{position:03d}-{name}.safetensors"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest.json, checked against its own checksum.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+        if _digest(manifest["config"]) != manifest["config_sha256"]:
+            raise ValueError("its checksum does not fit its configuration")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"run_dir: {path} is damaged: expected what the run wrote, got {one_line(error)}; "
+            "put a copy of it back, or use another run_dir"
+        ) from error
+    return dict(manifest)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run's bits depend on.
+
+    >>> sorted(versions())
+    ['diffusers', 'numpy', 'python', 'pytorch-lightning', 'safetensors', 'tcaq-lightning', 'torch']
+    """
+    packages = ("torch", "pytorch-lightning", "diffusers", "safetensors", "numpy")
+    found = {"tcaq-lightning": __version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in packages}
+
+
 def settings_of_result(config: Config) -> dict[str, Any]:
     """The settings that determine the artifact, for its metadata: nothing about where it was made.
 
-    >>> settings_of_result(Config())["model"]
-    {'path': 'fashion-mnist-ddpm'}
+    >>> settings_of_result(Config())["model"]["path"]
+    'fashion-mnist-ddpm'
     """
     values = _without(config.to_dict(), (*UNRELATED_TO_RESULT, "evaluation"))
-    local = Path(config.model.path)
-    return values | {"model": {"path": local.resolve().name if local.exists() else config.model.path}}
+    local, prompts = Path(config.model.path), config.conditioning.prompts
+    if local.exists():
+        values["model"]["path"] = local.resolve().name
+    if prompts is not None:
+        values["conditioning"]["prompts"] = prompts.name
+    return values
 
 
 def _digest(config: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from tcaq_lightning.activations import Outputs, by_sample, channel_count, output_tensors
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.distributed import is_mine, total
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trajectories import Trajectories
@@ -91,7 +92,6 @@ def unit_sensitivities(
         sample's squared error.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(full.parameters()).device
     groups = context.of(trajectories.timesteps)  # (S,)
     calls_of_group = torch.bincount(groups, minlength=context.num_groups).clamp(min=1)
     weight = gain / calls_of_group[groups] / PROBES  # of each call in its group's mean
@@ -105,18 +105,16 @@ def unit_sensitivities(
         for calls in torch.split(torch.arange(trajectories.num_steps), batch_size)
     ]
     for number, (trajectory, calls) in enumerate(batches):
-        x = trajectories.inputs[calls, trajectory]  # (B, C, H, W)
-        signs = torch.randint(2, x.shape, generator=generator)  # the same ones however the batches are dealt
+        samples = trajectories.at(calls, torch.full_like(calls, trajectory))
+        signs = torch.randint(2, samples.x.shape, generator=generator)  # the same ones however the batches are dealt
         if is_mine(number):
-            squares = _squared_jacobians(full, graph, x.to(device), trajectories.timesteps[calls], signs)
+            squares = _squared_jacobians(full, graph, samples, signs)
             for name, square in squares.items():
                 sums[name].index_add_(0, groups[calls], square.float().cpu() * weight[calls, None])
     return {name: total(sums[name]) for name in graph.names}
 
 
-def _squared_jacobians(
-    full: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, signs: Tensor
-) -> dict[str, Tensor]:
+def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, signs: Tensor) -> dict[str, Tensor]:
     """(B, C) mean square of the gradient of a random projection of the prediction, by unit.
 
     What is within a unit is computed again in the backward pass: of deep denoisers it would not fit into memory.
@@ -124,7 +122,7 @@ def _squared_jacobians(
     Args:
         full: full-precision denoiser.
         graph: its units.
-        x, timesteps: (B, C, H, W) and (B,), the inputs of a batch.
+        samples: a batch.
         signs: of x's shape, 0 or 1: the projection.
     """
     outputs: dict[str, Tensor] = {}
@@ -142,7 +140,7 @@ def _squared_jacobians(
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         with torch.enable_grad(), patched_forwards(full, forwards):
-            prediction = full(x, timesteps.to(x.device), return_dict=False)[0][:, : x.shape[1]]  # without variances
+            prediction = samples.predict(full)[:, : samples.x.shape[1]]  # without variances
             gradients = torch.autograd.grad(
                 (prediction * (signs.to(prediction) * 2 - 1)).sum(),
                 list(outputs.values()),
@@ -153,7 +151,8 @@ def _squared_jacobians(
         for handle in handles:
             handle.remove()
     squares = {
-        key: channel_means(by_sample(g.float(), len(x)).square()) for key, g in zip(outputs, gradients, strict=True)
+        key: channel_means(by_sample(g.float(), len(samples)).square())
+        for key, g in zip(outputs, gradients, strict=True)
     }
     return {name: torch.cat([squares[key] for key in graph.keys(name)], dim=1) for name in graph.names}
 

@@ -17,14 +17,6 @@ from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
 
-TIMESTEP_UNITS = {
-    "FluxTransformer2DModel": 1000,
-    "ChromaTransformer2DModel": 1000,
-    "Flux2Transformer2DModel": 1000,
-    "QwenImageTransformer2DModel": 1000,
-}
-"""By class, the scheduler's timesteps in one of the denoiser's: these are called with t / 1000. Extend to add one."""
-
 
 def group_boundaries(timesteps: Sequence[float], num_groups: int) -> list[float]:
     """Split a calibration grid in `num_groups` neighbourhoods of equal numbers of steps.
@@ -131,8 +123,9 @@ class TimestepHook:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._position_in(module)]
         batch = sample.shape[0]
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        groups = self.groups.of(t * TIMESTEP_UNITS.get(type(module).__name__, 1))
-        if groups.numel() == 1:
-            self.groups.set(groups.expand(batch), int(groups))
+        groups = self.groups.of(t)
+        # A batch of one timestep may hand it over for every sample; elsewhere a look at the values is a sync.
+        if groups.numel() == 1 or (groups.device.type == "cpu" and bool((groups == groups[0]).all())):
+            self.groups.set(groups[:1].expand(batch), int(groups[0]))
         else:
             self.groups.set(groups)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.calibration import Calibration
+from tcaq_lightning.distributed import on_main
+from tcaq_lightning.files import save_tensors
 from tcaq_lightning.fitting import fit_unit, held_out_error, shifted_layer
 from tcaq_lightning.initialization import Observations, initialize, probe_indices
 from tcaq_lightning.observation import UnitObservation
@@ -65,6 +67,8 @@ def reconstruct_unit(
             everything = torch.arange(len(seen))
             choices = initialize(unit, seen, everything, work.context, observed, config.tcr, config.daq, work.device)
             data.executed += seen.executed
+        path = work.run.statistics_file(round_index, position, name)
+        on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))
         work.listener.unit_initialized(tag, unit, observed, choices)
         if config.reconstruction.enabled:
             with clock("gate"):

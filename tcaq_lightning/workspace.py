@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tcaq_lightning.activations import Outputs, SplitArguments, UnitData, by_sample, split_arguments
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.initialization import PROBES, capture_inputs
@@ -52,24 +53,21 @@ class Footprint:
     workspace: dict[str, int]
 
 
-def unit_samples(
-    denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, **conditioning: Any
-) -> dict[str, UnitData]:
+def unit_samples(denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> dict[str, UnitData]:
     """Inputs and outputs of every unit in one pass of the full-precision denoiser, all in timestep group 0.
 
     Args:
         denoiser: full precision.
         graph: its units.
-        x, timesteps: (B, C, H, W) and (B,).
-        conditioning: what else the denoiser takes.
+        samples: inputs of the denoiser.
     """
     found: dict[str, UnitData] = {}
-    groups = torch.zeros(len(x), dtype=torch.long)
+    groups = torch.zeros(len(samples), dtype=torch.long)
     arguments: dict[str, SplitArguments] = {}
 
     def enter(name: str) -> Any:
         def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            arguments[name] = split = split_arguments((args, kwargs), len(x), graph.rows.get(name))
+            arguments[name] = split = split_arguments((args, kwargs), len(samples), graph.rows.get(name))
             split.inputs = [v.clone() for v in split.inputs]
 
         return receive
@@ -81,9 +79,9 @@ def unit_samples(
                 split.inputs,
                 split.constants,
                 split.spec,
-                tree_map_only(Tensor, lambda v: by_sample(v, len(x)).clone(), output),
+                tree_map_only(Tensor, lambda v: by_sample(v, len(samples)).clone(), output),
                 groups,
-                dtype=x.dtype,
+                dtype=samples.x.dtype,
                 folded=split.folded,
                 dtypes=split.dtypes,
             )
@@ -95,31 +93,28 @@ def unit_samples(
     handles += [m.register_forward_hook(leave(n)) for n, m in modules.items()]
     try:
         with torch.no_grad():
-            denoiser(x, timesteps, return_dict=False, **conditioning)
+            samples.predict(denoiser)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def measure_footprint(
-    config: Config, denoiser: nn.Module, graph: UnitGraph, x: Tensor, timesteps: Tensor, calls: int
-) -> Footprint:
+def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, samples: Samples, calls: int) -> Footprint:
     """Do every kind of work on a few samples, and scale what it allocates.
 
     Args:
         config: the run's configuration.
         denoiser: full precision; left as it is, like the random state.
         graph: its units.
-        x, timesteps: (B, C, H, W) and (B,), inputs like those of the calibration, any number.
+        samples: inputs like those of the calibration, any number.
         calls: denoiser calls of one trajectory.
     """
-    few = torch.arange(SIZES[1]) % len(x)
-    work = TrialWork(config, denoiser, graph, x[few], timesteps[few])
+    work = TrialWork(config, denoiser, graph, samples.cycled(SIZES[1]))
     distinct = work.distinct()
     data = config.calibration
     trajectories = len(data.indices)
-    samples = SAMPLE_COPIES * trajectories * calls * x[0].nbytes
+    of_trajectories = SAMPLE_COPIES * trajectories * (calls * samples.x[0].nbytes + samples.conditioning_bytes())
     groups = config.quantization.activation.timestep_groups
     probes = groups * max(1, PROBES // groups)
     with torch.random.fork_rng(enabled=config.reconstruction.qdrop > 0):
@@ -132,7 +127,7 @@ def measure_footprint(
             workspace["learn"] = work.learning_bytes()
             if config.reconstruction.weighting == "sensitivity":
                 workspace["sensitivity"] = scaled_peak(work.weigh, min(data.batch_size, calls))
-    return Footprint(work.model_bytes(), {kind: samples + nbytes for kind, nbytes in workspace.items()})
+    return Footprint(work.model_bytes(), {kind: of_trajectories + nbytes for kind, nbytes in workspace.items()})
 
 
 class TrialWork:
@@ -142,24 +137,16 @@ class TrialWork:
         config: the run's configuration.
         denoiser: full precision.
         graph: its units.
-        x, timesteps: (B, C, H, W) and (B,), at least `SIZES[1]` samples.
-        conditioning: what else the denoiser takes.
+        samples: inputs of the denoiser, at least `SIZES[1]`.
 
     Attributes:
         data: the samples of every unit. twin: quantized, neutral. context: its timestep groups, a single one.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        denoiser: nn.Module,
-        graph: UnitGraph,
-        x: Tensor,
-        timesteps: Tensor,
-        **conditioning: Any,
-    ) -> None:
-        self.config, self.denoiser, self.graph, self.x, self.timesteps = config, denoiser, graph, x, timesteps
-        self.data = unit_samples(denoiser, graph, x, timesteps, **conditioning)
+    def __init__(self, config: Config, denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> None:
+        self.config, self.denoiser, self.graph, self.samples = config, denoiser, graph, samples
+        self.device = next(denoiser.parameters()).device
+        self.data = unit_samples(denoiser, graph, samples)
         self.twin, self.context = copy.deepcopy(denoiser), TimestepGroups([])
         quantize(self.twin, config.quantization, self.context)
 
@@ -197,20 +184,18 @@ class TrialWork:
     @torch.no_grad()
     def sample(self, count: int) -> Tensor:
         """One call of the quantized denoiser."""
-        prediction: Tensor = self.twin(self.x[:count], self.timesteps[:count], return_dict=False)[0]
-        return prediction
+        return self.samples[:count].predict(self.twin)
 
     def weigh(self, count: int) -> None:
         """The backward pass through the whole denoiser that weighs the units' errors."""
-        x, timesteps = self.x[:count], self.timesteps[:count]
-        trajectories = Trajectories(x.unsqueeze(1), timesteps, x)
+        trajectories = Trajectories.of_samples(self.samples[:count])
         unit_sensitivities(self.denoiser, self.graph, self.context, trajectories, torch.ones(count), count, seed=0)
 
     @torch.no_grad()
     def search(self, unit: nn.Module, data: UnitData) -> None:
         """One candidate of every quantizer's search, the inputs of all of them at hand."""
         everything = torch.arange(len(data))
-        inputs = capture_inputs(unit, data, self.context, everything, self.x.device)
+        inputs = capture_inputs(unit, data, self.context, everything, self.device)
         layers_of = readers(unit)
         with self.context.using(data.groups):
             for name, quantizer in quantizers(unit).items():
@@ -227,7 +212,7 @@ class TrialWork:
 
     def judge(self, unit: nn.Module, data: UnitData) -> None:
         """The error of a unit's output."""
-        squared_errors(unit, data, torch.arange(len(data)), self.context, len(data), self.x.device)
+        squared_errors(unit, data, torch.arange(len(data)), self.context, len(data), self.device)
 
     def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
         """A few optimisation steps, with the regulariser."""
@@ -235,7 +220,7 @@ class TrialWork:
         settings: dict[str, Any] = {"batch_size": count * world_size(), "warmup": 0.0}
         config = dataclasses.replace(self.config.reconstruction, **settings, compile=False)  # as it is, it takes more
         module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, STEPS, (0, 0, 0))
-        module.to(self.x.device)  # as a Trainer would
+        module.to(self.device)  # as a Trainer would
         optimizer = module.configure_optimizers()
         module.on_train_start()
         for step in range(STEPS):

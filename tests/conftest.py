@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tcaq_lightning.activations import Streams, UnitData
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
 from tcaq_lightning.daq import decide_by_likelihood
 from tcaq_lightning.histogram import LogHistogram
@@ -67,7 +68,8 @@ class Twins:
 
     def streams(self, batch_size: int = 4) -> Streams:
         storage = self.storage or ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, CPU, Path())
-        return Streams(self.full, self.quantized, self.graph, self.context, self.x, self.timesteps, batch_size, storage)
+        samples = Samples(self.x, self.timesteps)
+        return Streams(self.full, self.quantized, self.graph, self.context, samples, batch_size, storage)
 
     def data_of(self, name: str) -> UnitData:
         """The unit's inputs when all units before it are in full precision."""

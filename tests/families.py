@@ -20,6 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from tcaq_lightning.activations import Arguments, Streams
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.quantize import quantize
 from tcaq_lightning.storage import ActivationStorage
@@ -173,7 +174,7 @@ def _call(model: Any, x: Tensor, t: Tensor, part: slice) -> Arguments:
         "hidden_states": x.flatten(2).transpose(1, 2)[:, :12],
         "encoder_hidden_states": text,
         "pooled_projections": pooled,
-        "timestep": t / 1000,
+        "timestep": t,
         "img_ids": positions,
         "txt_ids": torch.zeros(5, 3),
         "guidance": guidance,
@@ -223,7 +224,8 @@ class Family:
 
     def streams(self, batch_size: int = 3) -> Streams:
         storage = ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, torch.device("cpu"), Path())
-        parts = self.full, self.quantized, self.graph, self.context, self.x, self.timesteps, batch_size, storage
+        samples = Samples(self.x, self.timesteps)
+        parts = self.full, self.quantized, self.graph, self.context, samples, batch_size, storage
         return Streams(*parts, arguments=self.arguments)
 
 
@@ -256,10 +258,12 @@ def make_family(
     """A denoiser and its quantized twin, its quantizers neutral; `prepare` changes both first."""
     full = make_denoiser(name, dtype)
     prepare(full)
-    quantized, context = copy.deepcopy(full), TimestepGroups([500.0])
+    unit = 1000 if isinstance(full, FluxTransformer2DModel) else 1  # it is called with t / 1000
+    quantized, context = copy.deepcopy(full), TimestepGroups([500.0 / unit])
     rows = quantize(quantized, config, context)
     x = _normal(SAMPLES, 4, 8, 8, seed=3).to(dtype)
     timesteps = torch.tensor([0, 999, 600, 40, 480, 520, 700])
+    timesteps = timesteps / unit if unit > 1 else timesteps
     family = Family(full, quantized, UnitGraph([], {}, {}), context, rows, x, timesteps)
     family.graph = trace_units(full, lambda: family.predict(full, slice(0, 2)))
     return family

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tcaq_lightning.activations import Streams, UnitData, by_sample, output_tensors, split_arguments
 from tcaq_lightning.artifact import load_quantized, save_artifact
 from tcaq_lightning.attention import is_attention
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import (
     ActivationConfig,
     DAQConfig,
@@ -220,7 +221,7 @@ def test_sensitivities_are_those_of_finite_differences_for_every_output() -> Non
             super().__init__()
             self.denoiser = family.full
 
-        def forward(self, _x: Tensor, _t: Tensor, return_dict: bool = False) -> Any:
+        def forward(self, _x: Tensor, timestep: Tensor, return_dict: bool = False) -> Any:
             args, kwargs = family.arguments(slice(0, 1))
             return self.denoiser(*args, **kwargs)
 
@@ -235,7 +236,7 @@ def test_sensitivities_are_those_of_finite_differences_for_every_output() -> Non
         },
     )
     name = "transformer_blocks.0"
-    got = gradients(Bound(), graph, x, t, signs)[f"denoiser.{name}"][0]  # (2 * 16,)
+    got = gradients(Bound(), graph, Samples(x, t), signs)[f"denoiser.{name}"][0]  # (2 * 16,)
     block = family.full.get_submodule(name)
     forward, step = block.forward, 1e-2
 
@@ -469,7 +470,7 @@ def test_a_denoiser_that_is_not_in_the_registry_works_by_the_general_rule() -> N
     joint = "denoiser.joint_transformer_blocks.0.attn"
     assert graph.keys(joint) == [joint, f"{joint}#1"]  # it returns two streams
     storage = ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, CPU, Path())
-    streams, outputs = Streams(full, quantized, graph, context, x, t, 3, storage), []
+    streams, outputs = Streams(full, quantized, graph, context, Samples(x, t), 3, storage), []
     with full_precision(quantized):
         for position in range(len(graph.names)):
             data = streams.load(position)

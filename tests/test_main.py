@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from tcaq_lightning.artifact import freeze, save_artifact
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.images import ImageWriter, open_images
 from tcaq_lightning.pipelines import find_denoiser
 from tcaq_lightning.quantize import quant_layers, quantize, quantizers
 from tcaq_lightning.timesteps import TimestepGroups
+from tests.evaluation.inception_weights import pictures, random_weights
 
 
 def pipeline(size: int = 8) -> Any:
@@ -144,7 +149,7 @@ def test_evaluate_one_model(which: str, models: dict[str, str], tmp_path: Path) 
         (["evaluate", "FULL", "--fid_samples", "0"], "nothing to measure"),
         (["evaluate", "FULL", "--fid_samples", "-1"], "--fid_samples must be at least 0"),
         (["evaluate", "FULL", "--features", "/nowhere"], "/nowhere"),
-        (["evaluate", "FULL", "--full", "OTHER"], "(1, 16, 16)"),
+        (["evaluate", "FULL", "--full", "OTHER"], "'sample_size': 16"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -181,5 +186,131 @@ def test_interrupt(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> N
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tcaq_lightning.pipelines.sample", interrupt)
+    monkeypatch.setattr("tcaq_lightning.sampling.LoopSampling.sample", interrupt)
     assert run("sample", models["full"]) == 130
+
+
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random Inception weights, two folders of grey pictures, and one with a broken one."""
+    root = tmp_path_factory.mktemp("protocol")
+    torch.save(random_weights(), root / "weights.pth")
+    for seed, name in enumerate(("fake", "real", "broken")):
+        ImageWriter(root / name, "test").write(range(8), pictures(8, size=8, channels=1, seed=seed))
+    path = root / "broken" / "000006.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return {"weights": root / "weights.pth"} | {name: root / name for name in ("fake", "real", "broken")}
+
+
+def test_images_against_statistics(
+    protocol: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tcaq_lightning.evaluation.inception.INPUT_SIZE", 75)
+    weights = ["--inception_weights", protocol["weights"]]
+    statistics, output = tmp_path / "real.safetensors", tmp_path / "metrics.json"
+    assert (
+        run("statistics", protocol["real"], statistics, *weights, "--num_features", 5, "--cache", tmp_path / "c") == 0
+    )
+    assert statistics.is_file()
+    assert capsys.readouterr().out == ""
+    options = ["--features", "inception", *weights, "--reference", statistics, "--output", output]
+    metrics = ["--metrics", "fid,sfid,is,kid,precision_recall", "--is_splits", 2, "--kid_subset_size", 4]
+    assert run("evaluate", protocol["fake"], *options, *metrics, "--batch_size", 3) == 0
+    table = capsys.readouterr().out
+    for name in ("FID, images", "sFID, images", "IS, images", "KID, images", "precision, recall, images"):
+        assert name in table
+    content = json.loads(output.read_text())
+    assert content["fid"]["images"]["num_samples"] == 8
+    assert content["images"] == str(protocol["fake"])
+    assert content["protocol"]["checksum"]
+
+
+def test_samples_are_saved_and_measured_again(models: dict[str, str], tmp_path: Path) -> None:
+    outputs = [tmp_path / f"{i}.json" for i in range(2)]
+    assert evaluate(models["quantized"], models, "--save_images", tmp_path / "out", "--output", outputs[0]) == 0
+    assert len(open_images(tmp_path / "out", "path")) == 6
+    assert run("evaluate", tmp_path / "out", "--features", models["features"], "--output", outputs[1]) == 0
+    sampled, written = (json.loads(o.read_text())["fid"] for o in outputs)
+    # An own extractor sees samples before they are rounded to bytes.
+    assert written["images"]["value"] == pytest.approx(sampled["quantized"]["value"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["evaluate", "FAKE", "--metrics", "fid,beauty"], "evaluation.metrics"),
+        (["evaluate", "FAKE", "--metrics", "is"], "evaluation.features must be inception for is"),
+        (["evaluate", "FAKE", "--metrics", "clip"], "evaluation.clip_model"),
+        (["evaluate", "FAKE", "--metrics", "clip", "--clip_model", "x", "--clip_prompts", "/no/p"], "/no/p"),
+        (["evaluate", "FAKE", "--features", "inception", "--inception_weights", "/no/w.pth"], "/no/w.pth"),
+        (["evaluate", "FAKE", "--features", "FEATURES", "--reference", "NOTHING"], "got none"),
+        (["evaluate", "FAKE", "--features", "FEATURES", "--reference", "/no/r.npz"], "/no/r.npz"),
+        (["evaluate", "FAKE", "--full", "x"], "--full"),
+        (["evaluate", "NOTHING"], "got none"),
+        (["evaluate", "BROKEN", "--features", "FEATURES"], "000006.png"),
+        (["statistics", "BROKEN", "OUT.safetensors", "--features", "FEATURES"], "000006.png"),
+        (["statistics", "FAKE", "OUT.npz", "--features", "FEATURES"], ".safetensors"),
+        (["statistics", "/no/images", "OUT.safetensors", "--features", "FEATURES"], "/no/images"),
+    ],
+)
+def test_mistakes_about_images_are_one_line_and_exit_2(
+    arguments: list[str],
+    text: str,
+    models: dict[str, str],
+    protocol: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"FAKE": protocol["fake"], "BROKEN": protocol["broken"], "FEATURES": models["features"]}
+    names |= {
+        "NOTHING": tmp_path / "empty",
+        "OUT.safetensors": tmp_path / "o.safetensors",
+        "OUT.npz": tmp_path / "o.npz",
+    }
+    assert run(*(names.get(a, a) for a in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert text in err
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(protocol: dict[str, Path], models: dict[str, str], tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def command(*arguments: object) -> tuple[int, str]:
+        line = [sys.executable, "-m", "tcaq_lightning", *map(str, arguments)]
+        ended = subprocess.run(line, check=False, capture_output=True, text=True, env=environment, timeout=600)
+        return ended.returncode, ended.stderr
+
+    weights = ["--inception_weights", protocol["weights"], "--batch_size", 3, "--threads", 1]
+    metrics = ["--metrics", "fid,sfid,is,kid,precision_recall", "--is_splits", 2, "--kid_subset_size", 4]
+    contents = []
+    statistics = tmp_path / "real.safetensors"
+    assert command("statistics", protocol["real"], statistics, *weights, "--devices", 2) == (0, "")
+    for devices, reference in ((1, protocol["real"]), (2, statistics)):
+        output = tmp_path / f"{devices}.json"
+        options = ["--features", "inception", "--reference", reference, "--output", output, "--devices", devices]
+        code, err = command("evaluate", protocol["fake"], *options, *weights, *metrics)
+        assert code == 0
+        assert err.count("8 samples by 2048 features") == 1  # said once, by the first rank
+        contents.append(json.loads(output.read_text()))
+        del contents[-1]["seconds"], contents[-1]["protocol"]["reference"]
+    assert contents[0] == contents[1]
+
+    # Samples, too; and a picture that only the second rank comes across.
+    samples = ["--features", models["features"], "--steps", 2, "--fid_samples", 6, "--batch_size", 3, "--threads", 1]
+    for devices in (1, 2):
+        saved = ["--save_images", tmp_path / f"pictures{devices}", "--output", tmp_path / "m.json"]
+        assert command("evaluate", models["full"], *samples, *saved, "--devices", devices) == (0, "")
+        contents.append(json.loads((tmp_path / "m.json").read_text())["fid"])
+    assert contents[2] == contents[3]
+    one, two = (open_images(tmp_path / f"pictures{n}", "path").read(range(6)) for n in (1, 2))
+    assert torch.equal(one, two)
+    code, err = command(
+        "evaluate", protocol["broken"], "--features", models["features"], "--batch_size", 4, "--devices", 2
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "000006.png" in err

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tcaq_lightning.memory import peak_memory
 
 SCRIPT = """
 from benchmarks.common import anonymous_memory
@@ -31,3 +35,20 @@ def test_freed_memory_is_kept_or_given_back() -> None:
     reused, returned = map(int, ended.stdout.split())
     assert reused > 100 << 20
     assert returned < 10 << 20
+
+
+def test_peak_memory_rises_with_what_is_touched_and_stays() -> None:
+    before = peak_memory()
+    if before is None:
+        pytest.skip("this system does not tell a process' peak memory")
+    block = bytearray(b"x") * max(0, before - resident() + 50_000_000)
+    after = peak_memory()
+    del block
+    assert after is not None
+    assert 40_000_000 < after - before < 80_000_000
+    assert peak_memory() == pytest.approx(after, rel=0.01)
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -129,20 +129,3 @@ def test_sampling_equals_diffusers_own_pipeline(make_unet: Any) -> None:
     generator.manual_seed(2)
     expected = pipeline(batch_size=1, generator=generator, num_inference_steps=4, output_type="np").images
     torch.testing.assert_close(got, torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
-
-
-def test_sampling_records_every_denoiser_input(make_unet: Any) -> None:
-    unet = make_unet(attention=False)
-    seen: list[tuple[int, int]] = []
-    inputs: list[torch.Tensor] = []
-    unet.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    recorded: list[torch.Tensor] = []
-
-    def record(call: int, t: torch.Tensor, x: torch.Tensor) -> None:
-        seen.append((call, int(t)))
-        recorded.append(x)
-
-    sampler = SamplerConfig(scheduler="EulerDiscreteScheduler", num_steps=3)  # scales its model input
-    sample(unet, DDIMScheduler(clip_sample=False), sampler, [0, 1], 0, record)
-    assert [call for call, _ in seen] == [0, 1, 2]
-    assert all(torch.equal(a, b) for a, b in zip(inputs, recorded, strict=True))

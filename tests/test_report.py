@@ -155,3 +155,24 @@ def test_attention_choice_is_json() -> None:
     assert record["uniform_error"] == pytest.approx([0.3, 0.1, 0.2])
     assert len(record["R"]) == 3
     json.dumps(record)
+
+
+def test_every_metric_has_a_row() -> None:
+    distance = {"value": 8.0, "low": None, "high": None, "num_samples": 10}
+    scores = {
+        "sfid": {**distance, "low": 7.0, "high": 9.0},
+        "is": {"mean": 9.5, "std": 0.25, "splits": 10},
+        "kid": {"mean": 0.00123, "std": 0.0001, "subsets": 100, "subset_size": 1000},
+        "precision_recall": {"precision": 0.75, "recall": 0.5, "k": 3, "num_real": 10},
+        "clip": {"mean": 31.46, "std_error": 0.1, "num_samples": 10},
+    }
+    rows = headline({"fid": {"images": distance}, "scores": {"images": scores}})
+    assert rows == [
+        ("FID, images", "8.000, 10 samples"),
+        ("sFID, images", "8.000 [7.000, 9.000], 10 samples"),
+        ("IS, images", "9.500 ± 0.250 over 10 parts"),
+        ("KID, images", "0.00123 ± 0.00010 over 100 subsets of 1000"),
+        ("precision, recall, images", "0.7500, 0.5000 (k = 3)"),
+        ("CLIP score, images", "31.460 ± 0.100, 10 images"),
+    ]
+    assert "KID, images" in render({"fid": {"images": distance}, "scores": {"images": scores}})

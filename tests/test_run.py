@@ -83,7 +83,7 @@ def test_second_command_is_refused(tmp_path: Path) -> None:
 
 def test_settings_of_result_tell_no_place(tmp_path: Path) -> None:
     values = settings_of_result(Config(run_dir=tmp_path / "run", model=ModelConfig(str(tmp_path))))
-    assert values["model"] == {"path": tmp_path.name}
+    assert values["model"]["path"] == tmp_path.name
     assert not {"run_dir", "trainer", "logging", "evaluation"} & values.keys()
     assert settings_of_result(Config(model=ModelConfig("google/ddpm-cifar10-32")))["model"]["path"].startswith(
         "google/"

@@ -111,17 +111,11 @@ class Transformer(nn.Module):
         return self.groups.current.tolist()
 
 
-class FluxTransformer2DModel(Transformer):
-    """Called with t / 1000, as the one of diffusers."""
-
-
 def test_hook_finds_the_timestep_wherever_a_denoiser_takes_it() -> None:
     x, t = torch.zeros(3, 4, 2), torch.tensor([700.0, 0.0, 500.0])
     model = Transformer(TimestepGroups([450.0]))
     assert model(x, x, t) == model(x, encoder_hidden_states=x, timestep=t) == [1, 0, 1]
     assert model(hidden_states=x, encoder_hidden_states=x, timestep=t) == [1, 0, 1]
-    flux = FluxTransformer2DModel(TimestepGroups([450.0]))
-    assert flux(x, x, t / 1000) == flux(x, x, timestep=t / 1000) == [1, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.sampling import LoopSampling
 from tcaq_lightning.trajectories import Trajectories, collect, mismatch, mixed
 
 SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"]
@@ -31,7 +32,7 @@ def noise(index: int, seed: int, draws: int) -> list[Tensor]:
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_collect_equals_a_hand_written_ddim_loop(unet: Any, scheduler: DDIMScheduler, eta: float) -> None:
     steps, seed, indices = 5, 3, [4, 0, 7]
-    got = collect(unet, scheduler, SamplerConfig(num_steps=steps, eta=eta), indices, seed, batch_size=2)
+    got = collect(unet, LoopSampling(scheduler), SamplerConfig(num_steps=steps, eta=eta), indices, seed, batch_size=2)
     alphas = scheduler.alphas_cumprod.double()
     timesteps = [800, 600, 400, 200, 0]
     assert got.timesteps.tolist() == timesteps
@@ -53,13 +54,13 @@ def test_collect_equals_a_hand_written_ddim_loop(unet: Any, scheduler: DDIMSched
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_noise_does_not_depend_on_the_batch_size(unet: Any, scheduler: Any, name: str, eta: float) -> None:
     sampler = SamplerConfig(scheduler=name, num_steps=4, eta=eta)
-    one, all_at_once = (collect(unet, scheduler, sampler, range(3), 1, batch_size=b) for b in (1, 3))
+    one, all_at_once = (collect(unet, LoopSampling(scheduler), sampler, range(3), 1, batch_size=b) for b in (1, 3))
     assert torch.equal(one.inputs[0], all_at_once.inputs[0])
     torch.testing.assert_close(one.inputs, all_at_once.inputs, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one.finals, all_at_once.finals, rtol=1e-3, atol=1e-3)
     assert torch.equal(one.timesteps, all_at_once.timesteps)
     assert bool(one.finals.isfinite().all())
-    other = collect(unet, scheduler, sampler, range(3), 2, batch_size=3)
+    other = collect(unet, LoopSampling(scheduler), sampler, range(3), 2, batch_size=3)
     assert not torch.allclose(other.inputs[0], one.inputs[0])
 
 
@@ -67,7 +68,15 @@ def test_every_step_is_one_call_and_none_is_repeated(unet: Any, scheduler: Any) 
     calls: list[int] = []
     done: list[int] = []
     handle = unet.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[0]))
-    got = collect(unet, scheduler, SamplerConfig(num_steps=6), range(5), 0, batch_size=2, advance=done.append)
+    got = collect(
+        unet,
+        LoopSampling(scheduler),
+        SamplerConfig(num_steps=6),
+        range(5),
+        0,
+        batch_size=2,
+        advance=done.append,
+    )
     handle.remove()
     assert calls == [2] * 6 + [2] * 6 + [1] * 6
     assert done == [2, 2, 1]
@@ -104,10 +113,10 @@ def test_mismatch_equals_a_loop() -> None:
 
 def test_flat_select_and_join() -> None:
     made = trajectories()
-    x, t = made.flat()
+    x, t = made.flat().x, made.flat().timesteps
     assert t.tolist() == [900] * 8 + [500] * 8 + [0] * 8
     assert torch.equal(x[8 + 3], made.inputs[1, 3])
     parts = [made.select(slice(0, 3)), made.select(slice(3, None))]
     joined = Trajectories.join(parts)
-    assert all(torch.equal(a, b) for a, b in zip(joined.tensors().values(), made.tensors().values(), strict=True))
-    assert set(made.tensors()) == {"inputs", "timesteps", "finals"}
+    assert all(torch.equal(a, b) for a, b in zip(joined.packed()[0].values(), made.packed()[0].values(), strict=True))
+    assert set(made.packed()[0]) == {"inputs", "timesteps", "finals"}

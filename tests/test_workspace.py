@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
+from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import (
     ActivationConfig,
     CalibrationConfig,
@@ -33,18 +33,18 @@ def config_of(batch_size: int = 8, **reconstruction: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def parts(make_unet: Any) -> tuple[Any, Any, Tensor, Tensor]:
+def parts(make_unet: Any) -> tuple[Any, Any, Samples]:
     unet = make_unet()
     generator = torch.Generator().manual_seed(0)
     x, timesteps = torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8)
-    return unet, trace_units(unet, lambda: unet(x[:2], timesteps[:2])), x, timesteps
+    return unet, trace_units(unet, lambda: unet(x[:2], timesteps[:2])), Samples(x, timesteps)
 
 
 def test_nothing_is_changed(parts: Any) -> None:
-    unet, graph, x, timesteps = parts
+    unet, graph, samples = parts
     before = {k: v.clone() for k, v in unet.state_dict().items()}
     state = torch.get_rng_state()
-    measure_footprint(config_of(qdrop=0.5), unet, graph, x, timesteps, CALLS)
+    measure_footprint(config_of(qdrop=0.5), unet, graph, samples, CALLS)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
     assert not any(p.requires_grad for p in unet.parameters())
@@ -57,27 +57,27 @@ def test_nothing_is_compiled(parts: Any) -> None:
 
 
 def test_models_and_kinds_of_work(parts: Any) -> None:
-    unet, graph, x, timesteps = parts
-    footprint = measure_footprint(config_of(), unet, graph, x, timesteps, CALLS)
+    unet, graph, samples = parts
+    footprint = measure_footprint(config_of(), unet, graph, samples, CALLS)
     parameters = sum(p.nbytes for p in unet.parameters())
     assert 3.5 * parameters < footprint.models < 5 * parameters  # W twice, V twice, and small tables
     assert set(footprint.workspace) == {"sampling", "search", "gate", "learn", "sensitivity"}
-    small = measure_footprint(config_of(batch_size=4, weighting="uniform"), unet, graph, x, timesteps, CALLS)
+    small = measure_footprint(config_of(batch_size=4, weighting="uniform"), unet, graph, samples, CALLS)
     assert all(small.workspace[kind] < footprint.workspace[kind] for kind in ("sampling", "gate", "learn"))
     assert set(small.workspace) == {"sampling", "search", "gate", "learn"}
-    none = measure_footprint(config_of(enabled=False), unet, graph, x, timesteps, CALLS)
+    none = measure_footprint(config_of(enabled=False), unet, graph, samples, CALLS)
     assert set(none.workspace) == {"sampling", "search", "gate"}
 
 
 @pytest.mark.parametrize("phase", ["r", "v"])
 @pytest.mark.parametrize("name", ["mid_block.resnets.0", "mid_block.attentions.0"])
 def test_a_step_takes_what_is_foretold(parts: Any, phase: Any, name: str) -> None:
-    unet, graph, x, timesteps = parts
-    work = TrialWork(config_of(), unet, graph, x, timesteps)
+    unet, graph, samples = parts
+    work = TrialWork(config_of(), unet, graph, samples)
     unit, data = work.twin.get_submodule(name), work.data[name]
     with TracedAllocations() as traced:
         work.learn(unit, data, phase)
-    foretold = work.scaled(name, lambda unit, part: work.learn(unit, part, phase), len(x))
+    foretold = work.scaled(name, lambda unit, part: work.learn(unit, part, phase), len(samples))
     batches = 2 * sum(t.nbytes for t in (*data.inputs, data.targets))
     kept = sum(t.nbytes for n, t in unit.state_dict().items() if n.endswith((".v", "weight_quantizer.delta")))
     assert foretold >= traced.trace.peak() + batches + kept
@@ -85,15 +85,15 @@ def test_a_step_takes_what_is_foretold(parts: Any, phase: Any, name: str) -> Non
 
 
 def test_units_of_equal_shape_are_measured_once(make_unet: Any, parts: Any) -> None:
-    unet, graph, x, timesteps = parts
-    distinct = TrialWork(config_of(), unet, graph, x, timesteps).distinct()
+    unet, graph, samples = parts
+    distinct = TrialWork(config_of(), unet, graph, samples).distinct()
     assert len(distinct) < len(graph.names)
     assert set(distinct) <= set(graph.names)
 
 
 def test_samples_of_units_are_their_inputs_and_outputs(parts: Any) -> None:
-    unet, graph, x, timesteps = parts
-    data = unit_samples(unet, graph, x, timesteps)
+    unet, graph, samples = parts
+    data = unit_samples(unet, graph, samples)
     assert list(data) == graph.names
     resnet = unet.get_submodule("mid_block.resnets.0")
     part = _part(data["mid_block.resnets.0"], 3)

@@ -1,17 +1,13 @@
-"""Everything that is measured on a quantized denoiser: noise error, same-noise images, FID."""
+"""Everything that is measured on a quantized denoiser: noise error, same-noise images, FID and the other metrics."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.config import EvaluationConfig, SamplerConfig
-from tcaq_lightning.distributed import gather, on_main, rank, share, world_size
+from tcaq_lightning.distributed import on_main, share
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.features import (
-    REFERENCE_FILE,
-    FeatureExtractor,
-    extract_features,
-    load_feature_extractor,
-)
-from tcaq_lightning.evaluation.fid import FIDResult, ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.batches import Batch, Wanted, fingerprint, in_batches
+from tcaq_lightning.evaluation.fid import FIDResult
+from tcaq_lightning.evaluation.images import ImageSet, ImageWriter, to_pixels
 from tcaq_lightning.evaluation.metrics import ImageError, NoiseError, image_error, noise_error
-from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
-from tcaq_lightning.pipelines import make_scheduler, sample, sample_shape, shipped
-from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.evaluation.scores import plain, score
+from tcaq_lightning.evaluation.spaces import FeatureSpace, measure_images, open_space
+from tcaq_lightning.sampling import Sampling
 from tcaq_lightning.trajectories import collect
 
 log = logging.getLogger(__name__)
@@ -53,9 +45,12 @@ class Metrics:
         images: error of the same-noise images; None without both models.
         num_images: number of same-noise images.
         fid_full, fid_quantized: FID of either model's images; None if not asked for or not finite.
-        sampler: sampler of the images, as a dictionary.
+        sampler: sampler of the images, as a dictionary; empty for images from elsewhere.
         seconds: by part, those of samples taken from the cache included.
         full_samples, quantized_samples: (num_images, C, H, W) on the CPU, in the model's range; not in `to_dict`.
+        fid_images: FID of images from elsewhere.
+        scores: the other metrics, by `full`, `quantized` or `images` and then by name.
+        protocol: what features were compared, JSON-ready; None if none were.
     """
 
     noise: NoiseError | None
@@ -67,6 +62,9 @@ class Metrics:
     seconds: dict[str, float]
     full_samples: Tensor | None = field(default=None, repr=False)
     quantized_samples: Tensor | None = field(default=None, repr=False)
+    fid_images: FIDResult | None = None
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    protocol: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; None stands for what was not measured or is not finite."""
@@ -77,11 +75,14 @@ class Metrics:
         if self.images is not None:
             images = {"mse": self.images.mse, "psnr": self.images.psnr, "num_images": self.num_images}
         fid = {"full": self.fid_full, "quantized": self.fid_quantized}
+        fid |= {"images": self.fid_images} if self.fid_images is not None else {}
         values: dict[str, Any] = finite(
             {
                 "noise_error": noise,
                 "same_noise": images,
                 "fid": {k: None if v is None else dataclasses.asdict(v) for k, v in fid.items()},
+                "scores": self.scores,
+                "protocol": self.protocol,
                 "sampler": self.sampler,
                 "seconds": self.seconds,
             }
@@ -102,43 +103,24 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@dataclass(frozen=True)
-class FeatureSpace:
-    """Where FID is measured."""
-
-    extractor: FeatureExtractor
-    reference: ReferenceStatistics
-
-
-def open_features(config: EvaluationConfig, denoiser: nn.Module) -> FeatureSpace | None:
-    """Open the feature extractor and see that FID can be measured, before anything is sampled.
+def open_features(config: EvaluationConfig, channels: int) -> FeatureSpace | None:
+    """Open the feature extractor and see that all can be measured, before anything is sampled.
 
     Args:
         config: which extractor, how many samples.
-        denoiser: the model whose images are to be measured.
+        channels: of the images.
 
     Returns:
-        None if FID is not asked for.
+        None if nothing is to be measured on images.
 
     Raises:
-        UserError: no such extractor, too few samples, or images that it does not take.
+        UserError: no such extractor or reference, too few samples, or images that it does not take.
     """
     if config.fid_samples == 0:
         return None
-    channels = sample_shape(denoiser)[0]
-    if channels != 1:
-        raise UserError(
-            f"evaluation.fid_samples: features are of grey images, the model's have {channels} channels; "
-            "set evaluation.fid_samples to 0"
-        )
-    directory = shipped(config.features) or Path(config.features)
-    extractor = load_feature_extractor(directory)
-    if config.fid_samples <= extractor.num_features:
-        raise UserError(
-            f"evaluation.fid_samples must be 0 or more than the {extractor.num_features} features of "
-            f"{config.features}, got {config.fid_samples}"
-        )
-    return FeatureSpace(extractor, ReferenceStatistics.load(directory / REFERENCE_FILE))
+    space = open_space(config)
+    space.check(config, channels, config.fid_samples, "evaluation.fid_samples")
+    return space
 
 
 def planned_samples(config: EvaluationConfig, models: int = 2) -> int:
@@ -159,7 +141,7 @@ def planned_samples(config: EvaluationConfig, models: int = 2) -> int:
 def evaluate(
     full: nn.Module | None,
     quantized: nn.Module | None,
-    scheduler: Any,
+    sampling: Sampling,
     calibration_sampler: SamplerConfig,
     config: EvaluationConfig,
     seed: int,
@@ -174,7 +156,7 @@ def evaluate(
     Args:
         full: full-precision denoiser f, or None.
         quantized: quantized denoiser q, or None.
-        scheduler: the pipeline's own scheduler.
+        sampling: how the pipeline is sampled.
         calibration_sampler: sampler of the held-out trajectories.
         config: what to measure.
         seed: the run's seed.
@@ -191,68 +173,129 @@ def evaluate(
             "give a full-precision model to compare with or a number of FID samples"
         )
     sampler = config.sampler or calibration_sampler
-    make_scheduler(scheduler, sampler, "calibration.sampler" if config.sampler is None else "evaluation.sampler")
-    space = open_features(config, next(iter(models.values())))
+    key = "calibration.sampler" if config.sampler is None else "evaluation.sampler"
+    sampling.check_sampler(sampler, key)
+    space = open_features(config, sampling.channels(next(iter(models.values()))))
     seconds: dict[str, float] = {}
     noise = None
     if full is not None and quantized is not None:
         began = time.perf_counter()
         held_out = range(HELD_OUT_START, HELD_OUT_START + config.num_trajectories)
         mine = share(held_out)
-        paths = collect(full, scheduler, calibration_sampler, mine, seed, config.batch_size, advance)
+        paths = collect(full, sampling, calibration_sampler, mine, seed, config.batch_size, advance)
         if advance is not None and len(mine) < len(held_out):
             advance(len(held_out) - len(mine))
         noise = noise_error(full, quantized, paths, config.batch_size)
         seconds["noise_error"] = time.perf_counter() - began
+    if space is not None and space.reference.missing(config.metrics):
+        began = time.perf_counter()
+        device = next(next(iter(models.values())).parameters()).device
+        space = space.to(device).with_reference_measured(config, cache_dir)
+        seconds["reference"] = time.perf_counter() - began
     kept = config.num_images if len(models) == 2 else 0
     drawn = {}
     for name, model in models.items():
-        drawn[name] = sample_images(model, scheduler, sampler, config, kept, space, seed, cache_dir, advance)
+        drawn[name] = sample_images(
+            model, sampling, sampler, config, kept, space, seed, cache_dir, advance, _pictures(config, name, models)
+        )
         seconds[f"{name}_images"] = drawn[name].seconds
     began = time.perf_counter()
-    fids = on_main(lambda: {name: _fid(name, images.features, space, seed) for name, images in drawn.items()})
+    scores = _scores({name: images.features for name, images in drawn.items()}, space, config, seed)
     seconds["fid"] = time.perf_counter() - began
     samples = {name: images.samples for name, images in drawn.items()} if kept else {}
     return Metrics(
         noise=noise,
         images=image_error(samples["quantized"], samples["full"]) if kept else None,
         num_images=kept,
-        fid_full=fids.get("full"),
-        fid_quantized=fids.get("quantized"),
+        fid_full=scores.get("full", {}).pop("fid", None),
+        fid_quantized=scores.get("quantized", {}).pop("fid", None),
         sampler=dataclasses.asdict(sampler),
         seconds=seconds,
         full_samples=samples.get("full"),
         quantized_samples=samples.get("quantized"),
+        scores={name: plain(values) for name, values in scores.items() if values},
+        protocol=_protocol(config, space),
     )
 
 
-def _fid(name: str, features: Tensor, space: FeatureSpace | None, seed: int) -> FIDResult | None:
+def evaluate_images(
+    images: ImageSet,
+    config: EvaluationConfig,
+    seed: int,
+    cache_dir: Path | None = None,
+    advance: Callable[[int], None] | None = None,
+    device: torch.device | None = None,
+) -> Metrics:
+    """Measure images that are on disk: the first `config.fid_samples` of them, or all if that is 0.
+
+    Args:
+        images: in a fixed order.
+        config: what to measure.
+        seed: of resampling.
+        cache_dir: where finished batches of features are kept, so that a killed evaluation goes on.
+        advance: told the number of images just done.
+        device: of the extractor, by default the CPU.
+
+    Raises:
+        UserError: too few images, or something that the metrics need is missing.
+    """
+    number = config.fid_samples or len(images)
+    if number > len(images):
+        raise UserError(
+            f"evaluation.fid_samples: expected at most the {len(images)} images in {images.path}, got {number}; "
+            "take all of them, or generate more"
+        )
+    space = open_space(config)
+    space.check(config, images.shape[0], number, f"the number of images in {images.path}")
+    space = space.to(device or torch.device("cpu")).with_reference_measured(config, cache_dir)
+    began = time.perf_counter()
+    features = measure_images(images, space, number, config.batch_size, cache_dir, advance)
+    measured = time.perf_counter()
+    scores = _scores({"images": features}, space, config, seed)
+    seconds = {"images": measured - began, "fid": time.perf_counter() - measured}
+    fid = scores.get("images", {}).pop("fid", None)
+    return Metrics(
+        noise=None,
+        images=None,
+        num_images=0,
+        fid_full=None,
+        fid_quantized=None,
+        sampler={},
+        seconds=seconds,
+        fid_images=fid,
+        scores={name: plain(values) for name, values in scores.items() if values},
+        protocol=_protocol(config, space),
+    )
+
+
+def _scores(
+    features: dict[str, dict[str, Tensor]], space: FeatureSpace | None, config: EvaluationConfig, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Metrics by set of images, computed on rank 0, where the features are."""
+    if space is None:
+        return {}
+    reference = space.reference
+    return on_main(lambda: {name: score(name, values, reference, config, seed) for name, values in features.items()})
+
+
+def _protocol(config: EvaluationConfig, space: FeatureSpace | None) -> dict[str, Any] | None:
     if space is None:
         return None
-    if not features.isfinite().all():
-        log.warning("no FID of the %s model: some of its images are NaN, its sampling diverged", name)
+    values: dict[str, Any] = {"features": config.features, "checksum": space.checksum, "reference": config.reference}
+    return values | ({"clip_model": config.clip_model} if space.clip is not None else {})
+
+
+def _pictures(config: EvaluationConfig, name: str, models: Mapping[str, Any]) -> Path | None:
+    """Where a model's images are written."""
+    if config.save_images is None:
         return None
-    return frechet_distance(features, space.reference, seed=seed)
-
-
-@dataclass
-class SampledImages:
-    """Images of one model.
-
-    Attributes:
-        samples: (num_kept, C, H, W) the first ones, in the model's range.
-        features: (fid_samples, F), or (0, 0) without FID.
-        seconds: spent on sampling and features, also by the process that filled the cache.
-    """
-
-    samples: Tensor
-    features: Tensor
-    seconds: float
+    directory = Path(config.save_images)
+    return directory / name if len(models) > 1 else directory
 
 
 def sample_images(
     denoiser: nn.Module,
-    scheduler: Any,
+    sampling: Sampling,
     sampler: SamplerConfig,
     config: EvaluationConfig,
     num_kept: int,
@@ -260,7 +303,8 @@ def sample_images(
     seed: int,
     cache_dir: Path | None = None,
     advance: Callable[[int], None] | None = None,
-) -> SampledImages:
+    pictures: Path | None = None,
+) -> Batch:
     """Sample the images of an evaluation batch by batch, keeping the first ones and the features of those for FID.
 
     A batch is kept in `cache_dir` under a name made of all that determines it, model weights included: another run
@@ -268,98 +312,46 @@ def sample_images(
 
     Args:
         denoiser: the model.
-        scheduler: the pipeline's own scheduler.
+        sampling: how the pipeline is sampled.
         sampler: sampler settings.
         config: number of FID samples and batch size.
         num_kept: number of samples to keep as they are.
-        space: feature extractor, or None.
+        space: what to take of the images, or None.
         seed: the run's seed.
         cache_dir: as in `evaluate`.
         advance: as in `evaluate`.
+        pictures: directory for all images as PNG files, or None.
     """
-    num_features = 0 if space is None else config.fid_samples
     device = next(denoiser.parameters()).device
-    extractor = None if space is None else space.extractor.to(device)
-    directory = None
+    models = [None] if space is None else space.to(device).models
+    own = sampling.scheduler
+    schedule = {k: v for k, v in own.config.items() if not k.startswith("_")}  # paths and versions aside
+    drawn = [dataclasses.asdict(sampler), type(own).__name__, schedule, seed, config.batch_size, sampling.manifest()]
+    key = list(drawn)
+    if space is not None:
+        key += space.key
+    directory = writer = None
     if cache_dir is not None:
-        schedule = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}  # paths and versions aside
-        key = [dataclasses.asdict(sampler), type(scheduler).__name__, schedule, seed, config.batch_size]
-        directory = cache_dir / _fingerprint(denoiser, extractor, key)
-    total = max(num_kept, num_features)
-    starts = range(0, total, config.batch_size)
-
-    def size(start: int, limit: int = total) -> int:
-        return max(0, min(start + config.batch_size, limit) - start)
-
-    def path(start: int) -> Path | None:
-        return None if directory is None else directory / f"{start:06d}.safetensors"
-
-    def draw(start: int) -> SampledImages:
-        began = time.perf_counter()
-        indices = range(IMAGES_START + start, IMAGES_START + start + size(start))
-        samples = sample(denoiser, scheduler, sampler, indices, seed)
-        measure = size(start, num_features)
-        features = extract_features(extractor, samples[:measure]) if extractor and measure else torch.zeros(0, 0)
-        kept = samples[: size(start, num_kept)]
-        return SampledImages(kept.cpu(), features.cpu(), time.perf_counter() - began)
-
-    def done(start: int) -> None:
-        if advance is not None:
-            advance(size(start))
-
-    found = on_main(lambda: [_read_batch(path(s), size(s, num_kept), size(s, num_features)) for s in starts])
-    batches = {start: SampledImages(**values) for start, values in zip(starts, found, strict=True) if values}
-    for start in batches:
-        done(start)
-    missing = [start for start in starts if start not in batches]
-    for first in range(0, len(missing), world_size()):
-        dealt = missing[first : first + world_size()]  # one batch for each rank
-        drawn = gather(vars(draw(dealt[rank()])) if rank() < len(dealt) else {})
-        for start, values in zip(dealt, drawn[: len(dealt)], strict=True):
-            batches[start] = batch = SampledImages(**values)
-            on_main(partial(_write_batch, path(start), batch))
-            done(start)
-    ordered = [batches[start] for start in starts]
-    return SampledImages(
-        torch.cat([b.samples for b in ordered]),
-        torch.cat([b.features for b in ordered if len(b.features)] or [torch.zeros(0, 0)]),
-        sum(b.seconds for b in ordered),
+        directory = cache_dir / fingerprint([denoiser, *models], key)
+    if pictures is not None:
+        # What is measured on the pictures does not change them.
+        source = fingerprint([denoiser], drawn)
+        writer = on_main(lambda: ImageWriter(pictures, source))
+    wanted = Wanted(
+        kept=num_kept,
+        measured=0 if space is None else config.fid_samples,
+        names=() if space is None else space.names,
+        batch_size=config.batch_size,
     )
 
+    def draw(start: int) -> Batch:
+        began = time.perf_counter()
+        indices = range(IMAGES_START + start, IMAGES_START + start + wanted.size(start))
+        samples = sampling.sample(denoiser, sampler, indices, seed)
+        measure = wanted.size(start, wanted.measured)
+        features = space.of_samples(samples[:measure], start) if space is not None and measure else {}
+        kept = samples[: wanted.size(start, num_kept)].cpu()
+        pixels = to_pixels(samples).cpu() if pictures is not None else None
+        return Batch(kept, features, time.perf_counter() - began, pixels)
 
-def _write_batch(path: Path | None, batch: SampledImages) -> None:
-    if path is not None:
-        save_tensors(path, {"samples": batch.samples, "features": batch.features}, {"seconds": batch.seconds})
-
-
-def _read_batch(path: Path | None, keep: int, measure: int) -> dict[str, Any] | None:
-    """Fields of a batch in the cache; None if it is missing, damaged, or holds other numbers of samples or features."""
-    if path is None or not path.exists():
-        return None
-    try:
-        tensors, record = load_tensors(path)
-    except DamagedFileError as error:
-        log.warning("%s; sampling this batch again", error)
-        return None
-    samples, features = tensors["samples"], tensors["features"]
-    if len(samples) != keep or len(features) != measure:
-        return None
-    return {"samples": samples, "features": features, "seconds": float(record["seconds"])}
-
-
-def _fingerprint(denoiser: nn.Module, extractor: nn.Module | None, key: Any) -> str:
-    """Name for everything that determines a model's images and their features."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
-    for model in (denoiser, extractor):
-        if model is None:
-            continue
-        for name, module in model.named_modules():
-            # Bits, kinds and timestep groups are plain attributes, in no state dict.
-            settings = {k: str(v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, Enum))}
-            groups = getattr(module, "groups", None)
-            boundaries = groups.boundaries if isinstance(groups, TimestepGroups) else None
-            digest.update(json.dumps([name, type(module).__name__, settings, boundaries], sort_keys=True).encode())
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:20]
+    return in_batches(draw, wanted, directory, writer, advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tcaq_lightning.errors import UserError
 
+log = logging.getLogger(__name__)
+
+WIDE = 512
+"""With more features than that, the interval is the bootstrap's limit instead of the bootstrap itself."""
+
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
@@ -22,8 +28,8 @@ class ReferenceStatistics:
     """float64 (F,)."""
     covariance: Tensor
     """float64 (F, F), with n - 1 in the denominator."""
-    count: int
-    """Number of images."""
+    count: int | None
+    """Number of images; None if the file does not tell it."""
 
     @classmethod
     def from_features(cls, features: Tensor) -> ReferenceStatistics:
@@ -43,7 +49,7 @@ class ReferenceStatistics:
 
     def save(self, path: Path) -> None:
         """Write the statistics as safetensors."""
-        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count)}
+        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count or 0)}
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
 
     @classmethod
@@ -58,14 +64,15 @@ class ReferenceStatistics:
         """
         try:
             tensors = load_file(path)
-            mean, covariance, count = tensors["mean"].double(), tensors["covariance"].double(), int(tensors["count"])
+            mean, covariance = tensors["mean"].double(), tensors["covariance"].double()
+            count = int(tensors["count"]) or None
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"expected reference statistics (mean, covariance, count) in {path}, "
                 f"got {' '.join(str(error).split())[:200]}; "
-                "write them with python -m tcaq_lightning.pretraining.classifier"
+                "write them with python -m tcaq_lightning statistics"
             ) from None
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or (count or 2) < 2:
             raise UserError(
                 f"expected a mean (F,), a covariance (F, F) and a count of at least 2 in {path}, "
                 f"got {tuple(mean.shape)}, {tuple(covariance.shape)} and {count}; write the statistics again"
@@ -75,7 +82,7 @@ class ReferenceStatistics:
 
 @dataclass(frozen=True)
 class FIDResult:
-    """A distance with its 95 % interval."""
+    """A distance with its 95 % interval; the ends are NaN where there are too few samples for one."""
 
     value: float
     low: float
@@ -116,8 +123,12 @@ def fid_metric(extractor: nn.Module, reference: ReferenceStatistics) -> FrechetI
             f"expected {len(reference.mean)} features an image, as in the reference statistics, "
             f"got {extractor.num_features}; take both from the same directory"
         )
-    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False, normalize=True)
-    n, mean = reference.count, reference.mean.to(metric.real_features_sum)
+    # Its features are all there already: a metric that synchronises would wait for ranks that compute none.
+    metric = FrechetInceptionDistance(
+        feature=extractor, reset_real_features=False, normalize=True, sync_on_compute=False
+    )
+    # Only mean and covariance count: any number of images leads back to them.
+    n, mean = reference.count or 2, reference.mean.to(metric.real_features_sum)
     metric.real_features_sum = n * mean
     metric.real_features_cov_sum = (n - 1) * reference.covariance.to(mean) + n * torch.outer(mean, mean)
     metric.real_features_num_samples = torch.tensor(n, device=mean.device)
@@ -125,7 +136,7 @@ def fid_metric(extractor: nn.Module, reference: ReferenceStatistics) -> FrechetI
 
 
 def frechet_distance(
-    features: Tensor, reference: ReferenceStatistics, resamples: int = 100, seed: int = 0
+    features: Tensor, reference: ReferenceStatistics, resamples: int = 100, seed: int = 0, allow_few: bool = False
 ) -> FIDResult:
     """FID of generated images from their features, with a bootstrap interval.
 
@@ -134,19 +145,22 @@ def frechet_distance(
     The interval is value +- 1.96 standard deviations over resampled sets of the generated images (Efron 1979).
     Percentiles of the resampled distances would not do: FID falls with the number of distinct images, so resampled
     sets are biased upwards. The interval says how far another seed's images may move the value; it does not cover
-    the bias of FID at this number of samples nor the spread of the reference.
+    the bias of FID at this number of samples nor the spread of the reference. With more than `WIDE` features, where
+    resampling would take hours, the standard deviation is the one that the bootstrap's tends to with many samples,
+    that of the influences of single images (the infinitesimal jackknife, Efron 1982).
 
     Args:
         features: (N, F) of the generated images.
         reference: statistics of real images under the same extractor.
         resamples: bootstrap sets, at least 2.
         seed: of the resampling.
+        allow_few: with F samples or fewer give a value all the same, with a warning and without an interval.
 
     Returns:
         The distance and its interval, the lower end not below 0.
 
     Raises:
-        UserError: fewer than F + 1 samples, features that are not finite, or another F than the reference's.
+        UserError: too few samples, features that are not finite, or another F than the reference's.
     """
     width = len(reference.mean)
     if features.ndim != 2 or features.shape[1] != width:
@@ -154,9 +168,10 @@ def frechet_distance(
             f"expected features (N, {width}), as in the reference statistics, got {tuple(features.shape)}; "
             "take both from the same extractor"
         )
-    if len(features) < width + 1:
+    least = 2 if allow_few else width + 1
+    if len(features) < least:
         raise UserError(
-            f"expected at least {width + 1} samples for a covariance of {width} features, got {len(features)}; "
+            f"expected at least {least} samples for a covariance of {width} features, got {len(features)}; "
             "generate more images (evaluation.fid_samples)"
         )
     bad = int((~features.isfinite()).any(dim=1).sum())
@@ -166,11 +181,62 @@ def frechet_distance(
             "check the generated images, the model may have diverged"
         )
     features = features.double().cpu()
+    if len(features) <= width:
+        log.warning(
+            "Frechet distance of %d samples by %d features: far above that of many samples, and not comparable with "
+            "published figures",
+            len(features),
+            width,
+        )
+        return FIDResult(_few_samples_distance(features, reference), torch.nan, torch.nan, len(features))
     metric = fid_metric(_Features(width), reference)
     metric.update(features, real=False)
     value = max(0.0, float(metric.compute()))
-    spread = 1.96 * float(_bootstrap(features, reference, resamples, seed).std())
+    if width > WIDE:
+        spread = 1.96 * influence_deviation(features, reference)
+    else:
+        spread = 1.96 * float(_bootstrap(features, reference, resamples, seed).std())
     return FIDResult(value, max(0.0, value - spread), value + spread, len(features))
+
+
+def _few_samples_distance(features: Tensor, reference: ReferenceStatistics) -> float:
+    """The same distance from an (N, N) matrix: S1 = X^T X, and X S2 X^T has the eigenvalues of S1 S2 but for zeros."""
+    mean = features.mean(dim=0)
+    x = (features - mean) / (len(features) - 1) ** 0.5
+    cross = torch.linalg.eigvalsh(x @ reference.covariance @ x.T).clamp_min(0).sqrt().sum()
+    traces = x.square().sum() + reference.covariance.trace()
+    return max(0.0, float((mean - reference.mean).square().sum() + traces - 2 * cross))
+
+
+def influence_deviation(features: Tensor, reference: ReferenceStatistics) -> float:
+    """Standard deviation of FID over sets of generated images, by the infinitesimal jackknife.
+
+    An image x moves the distance by 2 (m1 - m2) (x - m1) + (x - m1)^T A (x - m1) - tr(A S1) over N, where
+    A = 1 - R (R S1 R)^(-1/2) R with R = S2^(1/2) is the derivative with respect to S1.
+
+    Args:
+        features: float64 (N, F), N > F.
+        reference: statistics of real images.
+    """
+    n = len(features)
+    mean = features.mean(dim=0)
+    x = features - mean
+    covariance = x.T @ x / (n - 1)
+    root = _square_root(reference.covariance)
+    values, vectors = torch.linalg.eigh(root @ covariance @ root)
+    # Directions that either set does not have: their share in the distance does not depend on the others.
+    inverse = torch.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, values, torch.inf).rsqrt()
+    half = root @ vectors * inverse.sqrt()
+    quadratic = x.square().sum(dim=1) - (x @ half).square().sum(dim=1)
+    influence = 2 * x @ (mean - reference.mean) + quadratic - quadratic.mean()
+    return float(influence.square().sum().sqrt() / n)
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """Symmetric square root of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root
 
 
 def _bootstrap(features: Tensor, reference: ReferenceStatistics, resamples: int, seed: int) -> Tensor:
@@ -187,8 +253,7 @@ def _bootstrap(features: Tensor, reference: ReferenceStatistics, resamples: int,
 
 def _gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
     """Batched Frechet distance of Gaussians: tr (S1 S2)^(1/2) from the symmetric S2^(1/2) S1 S2^(1/2)."""
-    values, vectors = torch.linalg.eigh(covariance2)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    root = _square_root(covariance2)
     cross = torch.linalg.eigvalsh(root @ covariance1 @ root).clamp_min(0).sqrt().sum(dim=-1)
     traces = covariance1.diagonal(dim1=-2, dim2=-1).sum(dim=-1) + covariance2.trace()
     distance: Tensor = (mean1 - mean2).square().sum(dim=-1) + traces - 2 * cross

@@ -16,7 +16,7 @@ from tcaq_lightning.trajectories import Trajectories
 
 @dataclass(frozen=True)
 class NoiseError:
-    """Error of a quantized denoiser on full-precision trajectories, by denoiser call in sampling order.
+    """Error of a quantized denoiser on full-precision trajectories, by sampler step.
 
     Attributes:
         timesteps: (S,) float64.
@@ -64,22 +64,23 @@ def noise_error(full: nn.Module, quantized: nn.Module, trajectories: Trajectorie
         trajectories: held-out full-precision trajectories, this rank's share of them.
         batch_size: samples per forward pass.
     """
-    device = next(full.parameters()).device
     sums = []
-    for x, t in zip(trajectories.inputs, trajectories.timesteps, strict=True):
+    numbers = torch.arange(trajectories.num_trajectories)
+    for call in range(trajectories.num_steps):
         squared, reference, added, count = 0.0, 0.0, 0.0, 0
-        for part in torch.split(x, batch_size):
-            batch = part.to(device)  # (B, C, H, W)
-            target = full(batch, t.to(device), return_dict=False)[0].double()
-            difference = quantized(batch, t.to(device), return_dict=False)[0].double() - target
+        for part in torch.split(numbers, batch_size):
+            samples = trajectories.at(torch.full_like(part, call), part)
+            target = samples.predict(full).double()
+            difference = samples.predict(quantized).double() - target
             squared += float(difference.square().sum())
             reference += float(target.square().sum())
             added += float(difference.sum())
             count += difference.numel()
         sums.append((squared, reference, added, count))
-    squares, references, differences, counts = total(torch.tensor(sums, dtype=torch.float64)).unbind(1)  # (S,) each
+    by_call = total(torch.tensor(sums, dtype=torch.float64)).view(-1, trajectories.halves, 4)
+    squares, references, differences, counts = by_call.sum(1).unbind(1)  # (S,) each
     relative = squares / references.clamp(min=torch.finfo(torch.float64).tiny)
-    return NoiseError(trajectories.timesteps.double(), relative, differences / counts)
+    return NoiseError(trajectories.timesteps[:: trajectories.halves].double(), relative, differences / counts)
 
 
 def image_error(quantized: Tensor, full: Tensor) -> ImageError:

@@ -209,7 +209,8 @@ class SoftmaxQuantizer(nn.Module):
         version = None if self.tau.is_inference() else self.tau._version
         known = _LOGARITHMIC.get(self.tau)
         if known is None or version is None or known[0] != version:
-            known = version, tuple((self.tau > 0).tolist())
+            kinds = torch.zeros(self.tau.shape, dtype=torch.bool) if self.tau.is_meta else self.tau > 0
+            known = version, tuple(kinds.tolist())
             _LOGARITHMIC[self.tau] = known
         return known[1]
 

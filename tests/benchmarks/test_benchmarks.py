@@ -21,7 +21,7 @@ from benchmarks.common import (
     model_path,
     train_here,
 )
-from benchmarks.cost import Rates, check, cost, meta_denoiser, passes
+from benchmarks.cost import check, cost
 from benchmarks.depth import depth, unet_config
 from benchmarks.executions import COMPARED, STREAMS, executions
 from benchmarks.kills import kills
@@ -31,7 +31,9 @@ from benchmarks.ranks import ranks
 from benchmarks.stages import shares, stages
 from benchmarks.step import step
 from benchmarks.summary import draw, read_results, table
+from tcaq_lightning.architectures import on_meta
 from tcaq_lightning.config import Config
+from tcaq_lightning.cost import Rates, passes
 from tcaq_lightning.errors import UserError
 
 
@@ -54,7 +56,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_models_have_their_published_sizes(name: str, parameters: int) -> None:
-    assert sum(p.numel() for p in meta_denoiser(name).parameters()) == parameters
+    assert sum(p.numel() for p in on_meta(denoiser_config(name)).parameters()) == parameters
 
 
 def test_unknown_models_are_refused() -> None:
@@ -130,7 +132,7 @@ def test_passes_grow_with_the_iterations() -> None:
     def loop(iterations: int) -> float:
         config = Config()
         config.reconstruction.iterations = iterations
-        counted = passes(config, Rates(learn_r=2.0, learn_v=2.0))
+        counted = passes(config, config.calibration.sampler.num_steps, Rates(learn_r=2.0, learn_v=2.0))
         return counted["learn_r"] + counted["learn_v"]
 
     assert loop(400) == 2.0 * 400 * 32

@@ -14,13 +14,15 @@ from torch import nn
 from tcaq_lightning.config import EvaluationConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation import evaluate as module
-from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, planned_samples
+from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, evaluate_images, planned_samples
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, load_feature_extractor
 from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
-from tcaq_lightning.pipelines import sample
+from tcaq_lightning.evaluation.images import ImageWriter, open_images, to_pixels
+from tcaq_lightning.sampling import LoopSampling
+from tests.evaluation.inception_weights import pictures
 
 SAMPLER = SamplerConfig(num_steps=2, options={"clip_sample": False})
-SCHEDULER: Any = DDIMScheduler()
+SAMPLING = LoopSampling(DDIMScheduler())
 
 
 def unet(channels: int = 1) -> nn.Module:
@@ -58,11 +60,14 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Numbers of the noises of every call of the sampler for images."""
     calls: list[list[int]] = []
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        calls.append(list(args[3]))
-        return sample(*args, **kwargs)
+    original = LoopSampling.sample
 
-    monkeypatch.setattr(module, "sample", spy)
+    def spy(self: Any, denoiser: Any, sampler: Any, indices: Any, seed: int) -> Any:
+        if indices[0] >= IMAGES_START:
+            calls.append(list(indices))
+        return original(self, denoiser, sampler, indices, seed)
+
+    monkeypatch.setattr(LoopSampling, "sample", spy)
     return calls
 
 
@@ -74,13 +79,13 @@ def test_agrees_with_direct_computation(features_dir: Path, sampled: list[list[i
     full, quantized = unet(), altered(unet())
     counts: list[int] = []
     settings = config(features_dir)
-    metrics = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, seed=1, advance=counts.append)
+    metrics = evaluate(full, quantized, SAMPLING, SAMPLER, settings, seed=1, advance=counts.append)
     assert sum(counts) == planned_samples(settings) == 3 + 2 * 8
     # Each noise once for each model: FID and the same-noise images share samples.
     assert sorted(i for call in sampled for i in call) == sorted(2 * list(range(IMAGES_START, IMAGES_START + 8)))
 
     indices = range(IMAGES_START, IMAGES_START + 8)
-    f, q = (sample(m, SCHEDULER, SAMPLER, indices, seed=1) for m in (full, quantized))
+    f, q = (SAMPLING.sample(m, SAMPLER, indices, seed=1) for m in (full, quantized))
     assert metrics.images is not None
     assert metrics.images.mse == pytest.approx(float((f[:5] - q[:5]).square().mean()), rel=1e-4)
     torch.testing.assert_close(metrics.full_samples, f[:5])
@@ -96,7 +101,7 @@ def test_agrees_with_direct_computation(features_dir: Path, sampled: list[list[i
 
 def test_dictionary_is_json(features_dir: Path) -> None:
     model = unet()
-    metrics = evaluate(model, model, SCHEDULER, SAMPLER, config(features_dir), seed=0)
+    metrics = evaluate(model, model, SAMPLING, SAMPLER, config(features_dir), seed=0)
     values = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
     assert values["noise_error"]["summary"] == 0
     assert len(values["noise_error"]["timesteps"]) == len(values["noise_error"]["bias"]) == 2
@@ -111,7 +116,7 @@ def test_calibration_noise_is_not_met_again(features_dir: Path, monkeypatch: pyt
     seen: list[Any] = []
     collect = module.collect
     monkeypatch.setattr(module, "collect", lambda *a: seen.append(a) or collect(*a))
-    evaluate(unet(), unet(), SCHEDULER, SAMPLER, config(features_dir, fid_samples=0), seed=3)
+    evaluate(unet(), unet(), SAMPLING, SAMPLER, config(features_dir, fid_samples=0), seed=3)
     held_out = seen[0][3]
     assert min(held_out) > 100_000
     assert max(held_out) < IMAGES_START
@@ -120,7 +125,7 @@ def test_calibration_noise_is_not_met_again(features_dir: Path, monkeypatch: pyt
 
 def test_evaluation_sampler_is_for_images_only(features_dir: Path) -> None:
     settings = config(features_dir, fid_samples=0, sampler=SamplerConfig("UniPCMultistepScheduler", 3))
-    metrics = evaluate(unet(), altered(unet()), SCHEDULER, SAMPLER, settings, seed=0)
+    metrics = evaluate(unet(), altered(unet()), SAMPLING, SAMPLER, settings, seed=0)
     assert metrics.noise is not None
     assert len(metrics.noise.timesteps) == 2
     assert metrics.sampler["scheduler"] == "UniPCMultistepScheduler"
@@ -132,7 +137,7 @@ def test_one_model_alone_gets_its_fid(which: str, features_dir: Path) -> None:
     counts: list[int] = []
     metrics = evaluate(
         **models,
-        scheduler=SCHEDULER,
+        sampling=SAMPLING,
         calibration_sampler=SAMPLER,
         config=config(features_dir),
         seed=0,
@@ -142,7 +147,7 @@ def test_one_model_alone_gets_its_fid(which: str, features_dir: Path) -> None:
     assert metrics.noise is metrics.images is None
     assert getattr(metrics, f"fid_{which}") is not None
     with pytest.raises(UserError, match="nothing to measure"):
-        evaluate(None, unet(), SCHEDULER, SAMPLER, config(features_dir, fid_samples=0), seed=0)
+        evaluate(None, unet(), SAMPLING, SAMPLER, config(features_dir, fid_samples=0), seed=0)
 
 
 class KilledError(Exception):
@@ -151,7 +156,7 @@ class KilledError(Exception):
 
 def test_killed_evaluation_goes_on(features_dir: Path, tmp_path: Path, sampled: list[list[int]]) -> None:
     full, quantized, settings = unet(), altered(unet()), config(features_dir)
-    expected = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, seed=0)
+    expected = evaluate(full, quantized, SAMPLING, SAMPLER, settings, seed=0)
     sampled.clear()
     counts: list[int] = []
 
@@ -161,13 +166,13 @@ def test_killed_evaluation_goes_on(features_dir: Path, tmp_path: Path, sampled: 
             raise KilledError
 
     with pytest.raises(KilledError):
-        evaluate(full, quantized, SCHEDULER, SAMPLER, settings, 0, tmp_path, kill)
+        evaluate(full, quantized, SAMPLING, SAMPLER, settings, 0, tmp_path, kill)
     assert len(sampled) == 2
-    resumed = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, 0, tmp_path)
+    resumed = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 0, tmp_path)
     assert len(sampled) == 6
     assert without_seconds(resumed) == without_seconds(expected)
     assert torch.equal(resumed.full_samples, expected.full_samples)  # type: ignore[arg-type]
-    again = evaluate(full, quantized, SCHEDULER, SAMPLER, settings, 0, tmp_path)
+    again = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 0, tmp_path)
     assert len(sampled) == 6
     assert without_seconds(again) == without_seconds(expected)
     assert again.seconds["full_images"] == pytest.approx(resumed.seconds["full_images"])
@@ -177,7 +182,7 @@ def test_killed_evaluation_goes_on(features_dir: Path, tmp_path: Path, sampled: 
 def test_damaged_batch_is_sampled_again(
     damage: str, features_dir: Path, tmp_path: Path, sampled: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    arguments = (None, unet(), SCHEDULER, SAMPLER, config(features_dir), 0, tmp_path)
+    arguments = (None, unet(), SAMPLING, SAMPLER, config(features_dir), 0, tmp_path)
     expected = evaluate(*arguments)
     sampled.clear()
     path = sorted(tmp_path.rglob("*.safetensors"))[1]
@@ -196,7 +201,7 @@ def test_cache_knows_what_it_holds(features_dir: Path, tmp_path: Path, sampled: 
 
     def calls(*, model: Any = model, sampler: SamplerConfig = SAMPLER, seed: int = 0, **changes: Any) -> int:
         sampled.clear()
-        evaluate(None, model, SCHEDULER, sampler, config(features_dir, **changes), seed, tmp_path)
+        evaluate(None, model, SAMPLING, sampler, config(features_dir, **changes), seed, tmp_path)
         return len(sampled)
 
     assert calls() == 3
@@ -209,12 +214,12 @@ def test_cache_knows_what_it_holds(features_dir: Path, tmp_path: Path, sampled: 
     assert calls(batch_size=4) == 2
     # Full-precision batches serve whatever model they are compared with.
     sampled.clear()
-    evaluate(model, altered(model, 0.9), SCHEDULER, SAMPLER, config(features_dir, num_images=3), 1, tmp_path)
+    evaluate(model, altered(model, 0.9), SAMPLING, SAMPLER, config(features_dir, num_images=3), 1, tmp_path)
     assert len(sampled) == 3 + 1
 
 
 def test_diverged_model_has_no_fid(features_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = evaluate(unet(), altered(unet(), float("nan")), SCHEDULER, SAMPLER, config(features_dir), seed=0)
+    metrics = evaluate(unet(), altered(unet(), float("nan")), SAMPLING, SAMPLER, config(features_dir), seed=0)
     assert metrics.fid_quantized is None
     assert metrics.fid_full is not None
     assert "NaN" in caplog.text
@@ -229,7 +234,78 @@ def test_mistakes_show_before_anything_is_sampled(features_dir: Path, sampled: l
     ]
     for changes, text in cases:
         with pytest.raises(UserError, match=text):
-            evaluate(unet(), unet(), SCHEDULER, SAMPLER, config(features_dir, **changes), seed=0)
+            evaluate(unet(), unet(), SAMPLING, SAMPLER, config(features_dir, **changes), seed=0)
     with pytest.raises(UserError, match="3 channels"):
-        evaluate(unet(3), unet(3), SCHEDULER, SAMPLER, config(features_dir), seed=0)
+        evaluate(unet(3), unet(3), SAMPLING, SAMPLER, config(features_dir), seed=0)
     assert sampled == []
+
+
+def protocol(weights: Path, reference: Path, **changes: Any) -> EvaluationConfig:
+    values: dict[str, Any] = {
+        "num_trajectories": 2,
+        "num_images": 2,
+        "fid_samples": 5,
+        "batch_size": 3,
+        "features": "inception",
+        "inception_weights": str(weights),
+        "reference": str(reference),
+        "metrics": ["fid", "sfid", "is", "kid", "precision_recall"],
+        "is_splits": 1,
+        "kid_subsets": 2,
+        "kid_subset_size": 4,
+    }
+    return EvaluationConfig(**values | changes)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    """A folder of RGB pictures."""
+    ImageWriter(tmp_path / "real", "test").write(range(6), pictures(6, size=8))
+    return tmp_path / "real"
+
+
+def test_published_protocol_and_its_pictures(
+    small_inception: Path, reference: Path, tmp_path: Path, sampled: list[list[int]]
+) -> None:
+    """What is measured on samples is what is measured on the pictures that they are written as."""
+    full, quantized = unet(3), altered(unet(3))
+    settings = protocol(small_inception, reference, save_images=str(tmp_path / "pictures"))
+    metrics = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
+    values = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
+    assert set(values["scores"]) == {"full", "quantized"}
+    assert values["fid"]["full"]["low"] is None  # too few images for an interval
+    assert values["protocol"]["features"] == "inception"
+    written = open_images(tmp_path / "pictures" / "quantized", "path")
+    samples = SAMPLING.sample(quantized, SAMPLER, range(IMAGES_START, IMAGES_START + 5), seed=1)
+    assert torch.equal(written.read(range(5)), to_pixels(samples))
+    settings.save_images = None
+    again = evaluate_images(written, settings, 1).to_dict()
+    assert again["fid"]["images"] == values["fid"]["quantized"]
+    assert again["scores"]["images"] == values["scores"]["quantized"]
+
+    # A picture that is gone is drawn again, with its batch; the cache serves the others.
+    settings.save_images = str(tmp_path / "pictures")
+    lost = tmp_path / "pictures" / "full" / "000004.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    sampled.clear()
+    repeated = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
+    assert sampled == [[IMAGES_START + 3, IMAGES_START + 4]]
+    assert lost.read_bytes() == content
+    assert without_seconds(repeated) == without_seconds(metrics)
+    with pytest.raises(UserError, match="save_images"):
+        evaluate(full, altered(unet(3), 0.9), SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
+
+
+def test_channels_that_are_no_picture(small_inception: Path, reference: Path, sampled: list[list[int]]) -> None:
+    with pytest.raises(UserError, match="4 channels"):
+        evaluate(None, unet(4), SAMPLING, SAMPLER, protocol(small_inception, reference), 0)
+    assert sampled == []
+
+
+def test_diverged_model_has_no_scores(small_inception: Path, reference: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = protocol(small_inception, reference, metrics=["fid", "is"])
+    metrics = evaluate(None, altered(unet(3), float("nan")), SAMPLING, SAMPLER, settings, 0)
+    assert metrics.fid_quantized is None
+    assert metrics.scores == {}
+    assert "FID, is of the quantized" in caplog.text

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.fid import ReferenceStatistics, fid_metric, frechet_distance
+from tcaq_lightning.evaluation import fid
+from tcaq_lightning.evaluation.fid import ReferenceStatistics, fid_metric, frechet_distance, influence_deviation
 
 
 def gaussian(n: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -138,3 +139,48 @@ def test_user_errors(features: Tensor, message: str) -> None:
 def test_metric_refuses_another_width() -> None:
     with pytest.raises(UserError, match="expected 4 features"):
         fid_metric(_Means(), ReferenceStatistics(torch.zeros(4).double(), torch.eye(4).double(), 100))
+
+
+@settings(max_examples=10, deadline=None)
+@given(n=st.integers(3, 12), width=st.integers(12, 20), seed=st.integers(0, 100))
+def test_few_samples_agree_with_scipy(n: int, width: int, seed: int) -> None:
+    fake, real = gaussian(n, width, seed), gaussian(200, width, seed + 1, shift=0.5)
+    result = frechet_distance(fake, ReferenceStatistics.from_features(real), allow_few=True)
+    # scipy's square root of a singular matrix keeps half of the digits
+    assert result.value == pytest.approx(scipy_fid(fake, real), rel=1e-4)
+    assert math.isnan(result.low)
+    assert math.isnan(result.high)
+
+
+def test_few_samples_are_said_to_be_few(caplog: pytest.LogCaptureFixture) -> None:
+    reference = ReferenceStatistics.from_features(gaussian(50, 8, seed=0))
+    frechet_distance(gaussian(8, 8, seed=1), reference, allow_few=True)
+    assert "8 samples by 8 features" in caplog.text
+    with pytest.raises(UserError, match="at least 2 samples"):
+        frechet_distance(gaussian(1, 8, seed=1), reference, allow_few=True)
+
+
+def test_influences_vary_as_other_seeds_do() -> None:
+    rng = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=rng, dtype=torch.float64)
+    real = torch.randn(2000, 6, generator=rng, dtype=torch.float64)
+    sets = [torch.randn(500, 6, generator=rng, dtype=torch.float64) @ mixing + 0.3 for _ in range(200)]
+    spread = np.std([scipy_fid(x, real) for x in sets])
+    deviations = [influence_deviation(x, ReferenceStatistics.from_features(real)) for x in sets[:20]]
+    assert np.mean(deviations) == pytest.approx(spread, rel=0.15)
+
+
+def test_wide_features_get_their_interval_from_influences(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, reference = gaussian(400, 8, 0, 0.3), ReferenceStatistics.from_features(gaussian(500, 8, 1))
+    resampled = frechet_distance(fake, reference, resamples=400)
+    monkeypatch.setattr(fid, "WIDE", 4)
+    direct = frechet_distance(fake, reference)
+    assert direct.value == resampled.value
+    assert direct.high - direct.value == pytest.approx(resampled.high - resampled.value, rel=0.15)
+
+
+def test_directions_without_spread_do_not_disturb_the_interval() -> None:
+    fake, real = gaussian(300, 5, 0, 0.2), gaussian(300, 5, 1)
+    expected = influence_deviation(fake, ReferenceStatistics.from_features(real))
+    wide, flat = (torch.cat([x, torch.zeros(len(x), 2).double()], dim=1) for x in (fake, real))
+    assert influence_deviation(wide, ReferenceStatistics.from_features(flat)) == pytest.approx(expected, rel=1e-6)

@@ -20,8 +20,8 @@ class Toy(nn.Module):
         self.scale = nn.Parameter(torch.tensor(scale))
         self.shift = shift
 
-    def forward(self, x: Tensor, t: Tensor, return_dict: bool = True) -> tuple[Tensor, ...]:
-        return (x * self.scale + t / 1000 + self.shift,)
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor, ...]:
+        return (sample * self.scale + timestep.view(-1, 1, 1, 1) / 1000 + self.shift,)
 
 
 def trajectories(steps: int = 3, count: int = 5) -> Trajectories:

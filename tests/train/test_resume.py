@@ -23,7 +23,7 @@ SAVE = "tcaq_lightning.alignment:save_tensors"
 CHECKPOINT = "tcaq_lightning.files:CheckedCheckpointIO.save_checkpoint"
 CHECKSUMS = "tcaq_lightning.artifact:write_checksums"
 PLACE = "pathlib:Path.rename"
-BATCH = "tcaq_lightning.evaluation.evaluate:save_tensors"
+BATCH = "tcaq_lightning.evaluation.batches:save_tensors"
 REPORT = "tcaq_lightning.report:write_json"
 
 # In the order in which a run comes by. A step's number counts from where the killed process began.

@@ -1,0 +1,174 @@
+"""What generated images are compared with: real images, or statistics of their features."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.images import IMAGES_ARRAY, ImageSet, open_images
+from tcaq_lightning.files import replacing
+
+KEY = "evaluation.reference"
+NEEDED = {"fid": "statistics", "sfid": "spatial", "kid": "features", "precision_recall": "features"}
+"""Which part of a reference a metric looks at."""
+ARRAYS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+"""Names of mean and covariance in an .npz of the guided-diffusion evaluations."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of real images, as far as they are known.
+
+    Attributes:
+        statistics: of the features that FID is measured with.
+        spatial: of the features that sFID is measured with.
+        features: (N, F) the features themselves, for KID, precision and recall.
+        images: what the missing parts can be computed from.
+    """
+
+    statistics: ReferenceStatistics | None = None
+    spatial: ReferenceStatistics | None = None
+    features: Tensor | None = None
+    images: ImageSet | None = None
+
+    def missing(self, metrics: Collection[str]) -> list[str]:
+        """Parts that some metrics need and that are not there."""
+        parts = {NEEDED[m] for m in metrics if m in NEEDED}
+        return sorted(part for part in parts if getattr(self, part) is None)
+
+    def completed(self, measured: Mapping[str, Tensor]) -> Reference:
+        """With what is missing taken from features of `images`; statistics that came with them stay.
+
+        Args:
+            measured: `features` (N, F) and, with Inception, `spatial` (N, F').
+        """
+        spatial = self.spatial
+        if spatial is None and "spatial" in measured:
+            spatial = ReferenceStatistics.from_features(measured["spatial"])
+        statistics = self.statistics or ReferenceStatistics.from_features(measured["features"])
+        return Reference(statistics, spatial, measured["features"])
+
+    def save(self, path: Path, num_features: int, extractor: str, checksum: str) -> None:
+        """Write statistics, and some features beside them, as safetensors.
+
+        Args:
+            path: the file, written atomically.
+            num_features: how many images' features to keep, evenly spaced over the images.
+            extractor: its name, for messages. checksum: of its weights.
+        """
+        assert self.statistics is not None
+        tensors = {
+            "mean": self.statistics.mean,
+            "covariance": self.statistics.covariance,
+            "count": torch.tensor(self.statistics.count or 0),
+        }
+        if self.spatial is not None:
+            tensors |= {"spatial_mean": self.spatial.mean, "spatial_covariance": self.spatial.covariance}
+        if self.features is not None and num_features:
+            kept = min(num_features, len(self.features))
+            tensors["features"] = self.features[torch.arange(kept) * len(self.features) // kept]
+        with replacing(path) as temporary:
+            metadata = {"extractor": extractor, "checksum": checksum}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+
+def open_reference(path: Path, metrics: Collection[str], num_features: int, checksum: str) -> Reference:
+    """Find out what a reference offers, and that it is enough for the metrics.
+
+    Args:
+        path: folder of images; .npz with images `arr_0`, or `mu`, `sigma`, `mu_s` and `sigma_s`, or both; .safetensors
+            that `python -m tcaq_lightning statistics` wrote.
+        metrics: to be measured.
+        num_features: F of the extractor.
+        checksum: of the extractor's weights.
+
+    Raises:
+        UserError: it is none of these, was made with another extractor, or lacks what a metric needs.
+    """
+    if path.suffix == ".safetensors":
+        reference = _open_statistics(path, checksum)
+    elif path.suffix == ".npz" and path.is_file():
+        reference = _open_npz(path, metrics)
+    else:
+        reference = Reference(images=open_images(path, KEY))
+    if reference.statistics is not None and len(reference.statistics.mean) != num_features:
+        raise UserError(
+            f"{KEY}: expected statistics of {num_features} features, as evaluation.features gives them, "
+            f"got {len(reference.statistics.mean)} in {path}; take both from the same extractor"
+        )
+    missing = reference.missing(metrics)
+    if missing and reference.images is None:
+        lacking = [m for m in metrics if NEEDED.get(m) in missing]
+        raise UserError(
+            f"{KEY}: {', '.join(lacking)} cannot be measured against {path}, which holds no "
+            f"{' and no '.join({'statistics': 'mean', 'spatial': 'spatial statistics'}.get(m, m) for m in missing)}; "
+            "give a folder or an .npz of images, or write the statistics with python -m tcaq_lightning statistics"
+        )
+    return reference
+
+
+def _open_statistics(path: Path, checksum: str) -> Reference:
+    statistics = ReferenceStatistics.load(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys() if name not in {"mean", "covariance"}}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{KEY}: expected statistics in {path}, got {error}; write them again") from None
+    if metadata.get("checksum", checksum) != checksum:
+        raise UserError(
+            f"{KEY}: expected statistics of the extractor with checksum {checksum}, got those of "
+            f"{metadata.get('extractor')} with {metadata['checksum']} in {path}; write them again with "
+            "python -m tcaq_lightning statistics and the weights that are used here"
+        )
+    spatial = None
+    if "spatial_mean" in found:
+        mean, covariance = found["spatial_mean"].double(), found["spatial_covariance"].double()
+        spatial = ReferenceStatistics(mean, covariance, statistics.count)
+    return Reference(statistics, spatial, found.get("features"))
+
+
+def _open_npz(path: Path, metrics: Collection[str]) -> Reference:
+    """Statistics, images, or both: then the statistics are those of FID and sFID, as in the published evaluations."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            names = set(content.files)
+            parts: dict[str, Any] = {}
+            for part, (mean, covariance) in ARRAYS.items():
+                if {mean, covariance} <= names:
+                    parts[part] = _statistics(path, content[mean], content[covariance])
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{KEY}: expected an .npz in {path}, got {' '.join(str(error).split())[:200]}; download or write it again"
+        ) from None
+    if IMAGES_ARRAY not in names:
+        if not parts:
+            raise UserError(
+                f"{KEY}: expected `{IMAGES_ARRAY}` (uint8 images) or `mu` and `sigma` in {path}, "
+                f"got {json.dumps(sorted(names)[:10])}; give such an .npz or a folder of images"
+            )
+        return Reference(**parts)
+    reference = Reference(**parts)
+    return Reference(**parts, images=open_images(path, KEY) if reference.missing(metrics) else None)
+
+
+def _statistics(path: Path, mean: Any, covariance: Any) -> ReferenceStatistics:
+    m, c = torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()
+    if m.ndim != 1 or c.shape != (len(m), len(m)):
+        raise UserError(
+            f"{KEY}: expected a mean (F,) and a covariance (F, F) in {path}, "
+            f"got {tuple(m.shape)} and {tuple(c.shape)}; download or write it again"
+        )
+    return ReferenceStatistics(m, c, None)

@@ -1,0 +1,192 @@
+"""How much each layer costs by itself: the noise error of the full-precision model with one layer of the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from tcaq_lightning.artifact import load_quantized
+from tcaq_lightning.attention import QuantAttnProcessor
+from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.evaluate import HELD_OUT_START, finite
+from tcaq_lightning.evaluation.metrics import NoiseError
+from tcaq_lightning.layers import QuantLayer
+from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample_shape
+from tcaq_lightning.quantize import quant_layers, set_submodule
+from tcaq_lightning.run_report.cache import artifact_digest, read_cached, write_cached
+from tcaq_lightning.run_report.shape import MEASURED, NUMBER, TEXT, Named
+from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
+from tcaq_lightning.trajectories import Trajectories, collect
+
+FILE = Path("report") / "sensitivity.json"
+BATCH_SIZE = 64
+WHOLE = "all layers and attentions"
+"""Name of the whole quantized denoiser among the parts."""
+_SHAPE = {"timesteps": [NUMBER], "parts": Named({"kind": TEXT, "summary": MEASURED, "relative": [MEASURED]})}
+
+Advance = Callable[[int, int], None]
+"""Told how many parts of how many are done."""
+
+
+def measured_sensitivity(run_dir: Path) -> dict[str, Any] | None:
+    """What `measure_sensitivity` has measured for the present artifact, complete or not; None if nothing."""
+    path = run_dir / FILE
+    if not path.is_file():
+        return None
+    return read_cached(path, _SHAPE, artifact=artifact_digest(run_dir / "quantized"))
+
+
+def measure_sensitivity(
+    run_dir: Path, config: Mapping[str, Any], num_trajectories: int, advance: Advance | None = None
+) -> dict[str, Any]:
+    """Quantize each layer and each attention alone and measure the noise error; goes on where it was stopped.
+
+    Full-precision trajectories are those of the run's own noise error, the first `num_trajectories` of them.
+
+    Args:
+        run_dir: of a finished run; what is measured is kept in RUN_DIR/report/sensitivity.json, part by part.
+        config: the run's configuration, from its manifest.
+        num_trajectories: held-out trajectories.
+        advance: told of the progress.
+
+    Returns:
+        `timesteps` (S,) and `parts`: by name, `kind`, `relative` error by timestep (S,), and `summary`, their mean over
+        t > 0. `WHOLE` is the whole quantized denoiser.
+
+    Raises:
+        UserError: the artifact or the full-precision model cannot be opened, or do not fit each other.
+    """
+    key = {
+        "artifact": artifact_digest(run_dir / "quantized"),
+        "model": config["model"]["path"],
+        "sampler": config["calibration"]["sampler"],
+        "seed": config["seed"],
+        "num_trajectories": num_trajectories,
+    }
+    pipeline: Any = open_pipeline(config["model"]["path"])
+    _, full = find_denoiser(pipeline)
+    _, quantized = find_denoiser(load_quantized(run_dir / "quantized"))
+    if sample_shape(full) != sample_shape(quantized):
+        raise UserError(
+            f"model.path: expected the model that was quantized, of samples {sample_shape(quantized)}, got "
+            f"{sample_shape(full)} from {config['model']['path']}"
+        )
+    names = [*parts_of(quantized), WHOLE]
+    content = read_cached(run_dir / FILE, _SHAPE, **key) or {"timesteps": [], "parts": {}}
+    missing = [name for name in names if name not in content["parts"]]
+    if advance is not None:
+        advance(len(names) - len(missing), len(names))
+    if not missing:
+        return content
+    indices = range(HELD_OUT_START, HELD_OUT_START + num_trajectories)
+    sampler = SamplerConfig(**config["calibration"]["sampler"])
+    paths = collect(full, pipeline.scheduler, sampler, indices, config["seed"], BATCH_SIZE)
+    targets = predictions(full, paths)
+    content["timesteps"] = paths.timesteps.tolist()
+    for name in missing:
+        if name == WHOLE:
+            error, kind = relative_error(quantized, paths, targets), "model"
+        else:
+            with alone(full, quantized, name):
+                error = relative_error(full, paths, targets)
+            kind = "attention" if isinstance(full.get_submodule(name), Attention) else "layer"
+        values = {"kind": kind, "summary": error.summary, "relative": error.relative.tolist()}
+        content["parts"][name] = finite(values)
+        write_cached(run_dir / FILE, content, **key)
+        if advance is not None:
+            advance(len(names) - len(missing) + missing.index(name) + 1, len(names))
+    return content
+
+
+def parts_of(quantized: nn.Module) -> list[str]:
+    """Names of what can be quantized alone: layers with weights, and attentions with their matmuls."""
+    return [
+        name
+        for name, module in quantized.named_modules()
+        if isinstance(module, QuantLayer)
+        or (isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor))
+    ]
+
+
+@contextmanager
+def alone(full: nn.Module, quantized: nn.Module, name: str) -> Iterator[None]:
+    """Put one quantized layer, or one attention's quantized matmuls, into the full-precision model for a while.
+
+    A layer comes with the quantizer of its input. Its correction of mean errors is left out: that belongs to the
+    errors of a whole unit, which are not there.
+
+    Args:
+        full: full-precision denoiser, changed within.
+        quantized: frozen denoiser of the same architecture.
+        name: one of `parts_of(quantized)`.
+    """
+    part, place = quantized.get_submodule(name), full.get_submodule(name)
+    groups = groups_of(quantized)
+    handle = full.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
+    try:
+        if isinstance(part, QuantLayer):
+            correction, part.bias_shift = part.bias_shift, None
+            set_submodule(full, name, part)
+            try:
+                yield
+            finally:
+                set_submodule(full, name, place)
+                part.bias_shift = correction
+        else:
+            attention, quantized_attention = _attention(place), _attention(part)
+            own: Any = attention.processor
+            attention.set_processor(quantized_attention.processor)
+            try:
+                yield
+            finally:
+                attention.set_processor(own)
+    finally:
+        handle.remove()
+
+
+def _attention(module: nn.Module) -> Attention:
+    assert isinstance(module, Attention)
+    return module
+
+
+def groups_of(quantized: nn.Module) -> TimestepGroups:
+    """The timestep groups that a quantized denoiser's quantizers share."""
+    layer = next(iter(quant_layers(quantized).values()), None)
+    if layer is not None:
+        return layer.input_quantizer.groups
+    processor = next(m for m in quantized.modules() if isinstance(m, QuantAttnProcessor))
+    return processor.query.groups
+
+
+@torch.no_grad()
+def predictions(denoiser: nn.Module, paths: Trajectories) -> list[Tensor]:
+    """(N, C, H, W) outputs of a denoiser for every call of the trajectories."""
+    device = next(denoiser.parameters()).device
+    return [
+        torch.cat([denoiser(part.to(device), t.to(device), return_dict=False)[0] for part in x.split(BATCH_SIZE)])
+        for x, t in zip(paths.inputs, paths.timesteps, strict=True)
+    ]
+
+
+def relative_error(denoiser: nn.Module, paths: Trajectories, targets: list[Tensor]) -> NoiseError:
+    """Noise error of a denoiser against known full-precision predictions, as `noise_error` measures it.
+
+    Args:
+        denoiser: whose error.
+        paths: full-precision trajectories.
+        targets: `predictions` of the full-precision denoiser.
+    """
+    differences, relative = [], []
+    for output, target in zip(predictions(denoiser, paths), targets, strict=True):
+        difference = output.double() - target.double()
+        differences.append(difference.mean())
+        power = target.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        relative.append(difference.square().sum() / power)
+    return NoiseError(paths.timesteps.double(), torch.stack(relative), torch.stack(differences))
