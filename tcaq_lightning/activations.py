@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from tcaq_lightning.calls import Samples
 from tcaq_lightning.prefetch import read_ahead
 from tcaq_lightning.storage import ActivationStorage, Ledger, Tier
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.units import Stop, UnitGraph, patched_forwards
+
+Outputs = Any
+"""What a unit returns: a tensor, or several in a tuple or another tree, whose other leaves are constants."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs) of a call."""
 
 TensorKind = tuple[tuple[int, ...], torch.dtype]
 """Shape without the batch axis, and type of the values."""
@@ -32,12 +38,13 @@ class Batch:
 
     Attributes:
         args, kwargs: the unit's arguments. targets: its full-precision outputs. groups: (B,) timestep groups.
-        weights: (B, C) of squared errors by sample and output channel; None weighs all of them 1.
+        weights: (B, C) of squared errors by sample and output channel, those of all outputs in sequence; None weighs
+            all of them 1.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    targets: Tensor
+    targets: Outputs
     groups: Tensor
     weights: Tensor | None = None
 
@@ -47,37 +54,52 @@ class UnitData:
     """What one unit is reconstructed from, for N calibration samples.
 
     Attributes:
-        inputs: tensors of the unit's arguments, each (N, ...), from the quantized stream.
-        constants: by position among the flattened arguments, those that are no batched tensors.
+        inputs: tensors of the unit's arguments, each (N, ...), from the quantized stream; (N, k, ...) of those that the
+            unit is given k rows a sample of.
+        constants: by position among the flattened arguments, those that are the same for all samples.
         spec: how the flattened arguments form (args, kwargs).
-        targets: (N, ...) the full-precision unit's outputs in the full-precision stream.
+        targets: what the full-precision unit returned in the full-precision stream, tensors (N, ...) or (N, k, ...).
         groups: (N,) timestep group of each sample.
-        weights: (G, C) of squared errors by timestep group and output channel; None weighs all of them 1.
+        weights: (G, C) of squared errors by timestep group and output channel, those of all outputs in sequence; None
+            weighs all of them 1.
         dtype: that floating-point values are computed in; the store may hold narrower ones.
         executed: on how many samples the quantized unit has run so far.
+        folded: numbers of the inputs with several rows a sample.
+        dtypes: of each input, where they are not all `dtype`.
     """
 
     inputs: list[Tensor]
     constants: dict[int, Any]
     spec: TreeSpec
-    targets: Tensor
+    targets: Outputs
     groups: Tensor
     weights: Tensor | None = None
     dtype: torch.dtype = torch.float32
     executed: int = 0
+    folded: frozenset[int] = frozenset()
+    dtypes: list[torch.dtype] | None = None
 
     def __len__(self) -> int:
-        return self.targets.shape[0]
+        return self.groups.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Output channels, those of all outputs together."""
+        return sum(channel_count(tuple(x.shape[1:])) for x in output_tensors(self.targets))
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [*self.inputs, *output_tensors(self.targets)]
 
     def read(self, index: Tensor | slice, device: torch.device) -> Batch:
         """The chosen samples."""
-        stored = iter(self.inputs)
+        inputs = iter([self._input(number, index, device) for number in range(len(self.inputs))])
         total = len(self.inputs) + len(self.constants)
-        leaves = [
-            self.constants[i] if i in self.constants else self._load(next(stored), index, device) for i in range(total)
-        ]
+        leaves = [self.constants[i] if i in self.constants else next(inputs) for i in range(total)]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        targets, groups = self._load(self.targets, index, device), self.groups[index]
+        exact = torch.promote_types(self.dtype, torch.float32)  # errors are not computed in narrower types
+        targets = tree_map_only(Tensor, lambda stored: self._load(stored, index, device, exact), self.targets)
+        groups = self.groups[index]
         weights = None if self.weights is None else self.weights[groups.to(self.weights.device)].to(device)
         return Batch(args, kwargs, targets, groups.to(device), weights)
 
@@ -86,32 +108,74 @@ class UnitData:
         return read_ahead(lambda index: self.read(index, device), indices)
 
     def run(
-        self, unit: Callable[..., Tensor], context: TimestepGroups, index: Tensor | slice, device: torch.device
-    ) -> Tensor:
-        """The unit's output on the chosen samples."""
+        self, unit: Callable[..., Outputs], context: TimestepGroups, index: Tensor | slice, device: torch.device
+    ) -> Outputs:
+        """The unit's output on the chosen samples, shaped like the targets."""
         return self.run_batch(unit, context, self.read(index, device))
 
-    def run_batch(self, unit: Callable[..., Tensor], context: TimestepGroups, batch: Batch) -> Tensor:
-        """The unit's output on a batch."""
+    def run_batch(self, unit: Callable[..., Outputs], context: TimestepGroups, batch: Batch) -> Outputs:
+        """The unit's output on a batch, shaped like the targets."""
         self.executed += len(batch.groups)
         with context.using(batch.groups):
-            output: Tensor = unit(*batch.args, **batch.kwargs)
-        return output
+            output = unit(*batch.args, **batch.kwargs)
+        return tree_map_only(Tensor, lambda x: by_sample(x, len(batch.groups)), output)
 
-    def _load(self, stored: Tensor, index: Tensor | slice, device: torch.device) -> Tensor:
-        return stored[index].to(device, self.dtype if stored.is_floating_point() else stored.dtype)
+    def _input(self, number: int, index: Tensor | slice, device: torch.device) -> Tensor:
+        loaded = self._load(
+            self.inputs[number], index, device, self.dtype if self.dtypes is None else self.dtypes[number]
+        )
+        return loaded.flatten(0, 1) if number in self.folded else loaded
+
+    @staticmethod
+    def _load(stored: Tensor, index: Tensor | slice, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return stored[index].to(device, dtype if stored.is_floating_point() else stored.dtype)
 
 
-def split_arguments(arguments: Any, batch: int) -> tuple[list[Tensor], dict[int, Any], TreeSpec]:
-    """A unit's arguments as `UnitData` keeps them: inputs, constants, spec.
+def output_tensors(outputs: Outputs) -> list[Tensor]:
+    """The tensors of what a unit returns."""
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def channel_count(shape: tuple[int, ...]) -> int:
+    """C of (C,), (T, C), (C, H, W) or (k, C, H, W), an output's shape without the batch axis."""
+    return shape[-3 if len(shape) > 2 else -1]
+
+
+def by_sample(x: Tensor, batch: int) -> Tensor:
+    """(B, ...) as it is, (k B, ...) as (B, k, ...)."""
+    return x if x.shape[0] == batch else x.reshape(batch, -1, *x.shape[1:])
+
+
+@dataclass
+class SplitArguments:
+    """A unit's arguments as `UnitData` keeps them: its fields of these names."""
+
+    inputs: list[Tensor]
+    constants: dict[int, Any]
+    spec: TreeSpec
+    folded: frozenset[int]
+    dtypes: list[torch.dtype]
+
+
+def split_arguments(arguments: Arguments, batch: int, rows: tuple[int, ...] | None = None) -> SplitArguments:
+    """Tell a unit's arguments apart: what belongs to the samples, and what is the same for all.
 
     Args:
-        arguments: (args, kwargs). batch: B; tensors of so many rows are inputs.
+        arguments: (args, kwargs). batch: B.
+        rows: of each flattened argument, rows per sample, 0 of what is the same for all; None: tensors of B rows have
+            one, all else has none.
     """
     leaves, spec = tree_flatten(arguments)
-    constants = dict(enumerate(leaves))
-    batched = [i for i, x in constants.items() if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch]
-    return [constants.pop(i) for i in batched], constants, spec
+    if rows is None:
+        rows = tuple(int(isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch) for x in leaves)
+    batched = [x for x, count in zip(leaves, rows, strict=True) if count]
+    return SplitArguments(
+        [by_sample(x, batch) for x in batched],
+        {i: x for i, (x, count) in enumerate(zip(leaves, rows, strict=True)) if not count},
+        spec,
+        frozenset(number for number, count in enumerate(c for c in rows if c) if count > 1),
+        [x.dtype for x in batched],
+    )
 
 
 class Streams:
@@ -127,6 +191,8 @@ class Streams:
         samples: the N calibration samples.
         batch_size: samples per pass.
         storage: where outputs and inputs are kept.
+        arguments: gives a denoiser's full call, (args, kwargs), for a slice of the samples; None: that of
+            `samples`.
     """
 
     def __init__(
@@ -138,8 +204,10 @@ class Streams:
         samples: Samples,
         batch_size: int,
         storage: ActivationStorage,
+        arguments: Callable[[slice], Arguments] | None = None,
     ) -> None:
         self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
+        self.arguments = arguments
         self.samples, self.dtype = samples, samples.x.dtype
         self.groups = context.of(samples.timesteps)
         self.batch_size = batch_size
@@ -156,24 +224,34 @@ class Streams:
         """
         name = self.graph.names[position]
         unit = self.full.get_submodule(name)
-        targets = self._allocate(name)
+        keys = self.graph.keys(name)
+        targets = {key: self._allocate(key) for key in keys}
         for batch, (args, kwargs) in self._replays(self.full, self._full, position):
             with torch.no_grad():
-                targets[batch] = unit(*args, **kwargs)
-        self._full[name] = targets
+                self._keep(targets, keys, batch, unit(*args, **kwargs))
+        self._full |= targets
 
         inputs: list[Tensor] = []
-        constants: dict[int, Any] = {}
-        spec: TreeSpec | None = None
+        split: SplitArguments | None = None
         for batch, arguments in self._replays(self.quantized, self._quantized, position):
-            batched, others, spec = split_arguments(arguments, batch.stop - batch.start)
-            if not inputs:
-                inputs = [self.storage.allocate((len(self.samples), *x.shape[1:]), x.dtype) for x in batched]
-                constants = others
-            for stored, x in zip(inputs, batched, strict=True):
+            part = split_arguments(arguments, batch.stop - batch.start, self.graph.rows.get(name))
+            if split is None:
+                inputs = [self.storage.allocate((len(self.samples), *x.shape[1:]), x.dtype) for x in part.inputs]
+                split = part
+            for stored, x in zip(inputs, part.inputs, strict=True):
                 stored[batch] = x
-        assert spec is not None
-        return UnitData(inputs, constants, spec, targets, self.groups, dtype=self.dtype)
+        assert split is not None
+        tree = self.graph.outputs.get(name)
+        return UnitData(
+            inputs,
+            split.constants,
+            split.spec,
+            targets[name] if tree is None else tree.build(targets.__getitem__),
+            self.groups,
+            dtype=self.dtype,
+            folded=split.folded,
+            dtypes=split.dtypes,
+        )
 
     @torch.no_grad()
     def store(self, position: int, data: UnitData) -> None:
@@ -183,12 +261,13 @@ class Streams:
         """
         name = self.graph.names[position]
         alive = self.graph.alive_after(position)
-        if name in alive:
+        keys = self.graph.keys(name)
+        if alive.intersection(keys):
             unit = self.quantized.get_submodule(name)
-            outputs = self._allocate(name)
+            outputs = {key: self._allocate(key) for key in keys if key in alive}
             for index, batch in zip(self._batches(), data.batches(self._batches(), self.device), strict=True):
-                outputs[index] = data.run_batch(unit, self.context, batch)
-            self._quantized[name] = outputs
+                self._keep(outputs, keys, index, data.run_batch(unit, self.context, batch))
+            self._quantized |= outputs
         while data.inputs:
             self.storage.free(data.inputs.pop())
         for stored in (self._full, self._quantized):
@@ -197,11 +276,17 @@ class Streams:
 
     def executions(self, position: int) -> dict[str, int]:
         """On how many samples `load` and `store` run the unit at `position`, by stream."""
-        kept = self.graph.names[position] in self.graph.alive_after(position)
+        kept = self.graph.alive_after(position).intersection(self.graph.keys(self.graph.names[position]))
         return {"full_stream": len(self.samples), "quantized_stream": len(self.samples) if kept else 0}
 
-    def _allocate(self, name: str) -> Tensor:
-        return self.storage.allocate((len(self.samples), *self.graph.output_shapes[name]), self.dtype)
+    def _allocate(self, key: str) -> Tensor:
+        return self.storage.allocate((len(self.samples), *self.graph.output_shapes[key]), self.dtype)
+
+    @staticmethod
+    def _keep(stored: dict[str, Tensor], keys: list[str], batch: slice, outputs: Outputs) -> None:
+        for key, x in zip(keys, output_tensors(outputs), strict=True):
+            if key in stored:
+                stored[key][batch] = by_sample(x, batch.stop - batch.start)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.samples), self.batch_size):
@@ -214,24 +299,32 @@ class Streams:
         """The unit's arguments in one stream, batch by batch."""
         finished, name = self.graph.names[:position], self.graph.names[position]
         for batch in self._batches():
-            forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored.get(n), batch) for n in finished}
+            forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored, batch) for n in finished}
             forwards[name] = _stop
             try:
                 with patched_forwards(denoiser, forwards):
-                    self.samples[batch].predict(denoiser)
+                    if self.arguments is None:
+                        self.samples[batch].predict(denoiser)
+                    else:
+                        args, kwargs = self.arguments(batch)
+                        denoiser(*args, **kwargs)
                 raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
             except Stop as reached:
                 arguments = reached.args_kwargs
             yield batch, arguments
 
-    def _stub(self, name: str, outputs: Tensor | None, batch: slice) -> Callable[..., Tensor]:
-        def forward(*_: Any, **__: Any) -> Tensor:
-            if outputs is None:  # freed: NaN, so that a use of it would show at once
-                shape = (batch.stop - batch.start, *self.graph.output_shapes[name])
-                return torch.full((), torch.nan, device=self.device).expand(shape)
-            return outputs[batch].to(self.device, self.dtype, copy=True)  # glue may write in place
+    def _stub(self, name: str, stored: dict[str, Tensor], batch: slice) -> Callable[..., Outputs]:
+        def output(key: str) -> Tensor:
+            dtype, shape = self.graph.output_dtypes.get(key, self.dtype), self.graph.output_shapes[key]
+            if key in stored:  # a copy: glue may write in place
+                x = stored[key][batch].to(self.device, dtype, copy=True)
+            else:  # freed: NaN, so that a use of it would show at once
+                shape = (batch.stop - batch.start, *shape)
+                x = torch.full((), torch.nan, dtype=dtype, device=self.device).expand(shape)
+            return x.flatten(0, 1) if key in self.graph.folded else x
 
-        return forward
+        tree = self.graph.outputs.get(name)
+        return lambda *_, **__: output(name) if tree is None else tree.build(output)
 
 
 def _stop(*args: Any, **kwargs: Any) -> None:
@@ -267,11 +360,11 @@ def store_peaks(
     outputs: dict[str, list[tuple[Tier, int]]] = {}
     for position, name in enumerate(graph.names):
         alive = graph.alive_after(position)
-        shape = graph.output_shapes[name]
-        outputs[name] = [place(shape, dtype)]
+        shapes = {key: graph.output_shapes[key] for key in graph.keys(name)}
+        outputs |= {key: [place(shape, dtype)] for key, shape in shapes.items()}
         read = [place(*tensor) for tensor in inputs[position]]
-        if name in alive:
-            outputs[name].append(place(shape, dtype))
+        for key in [key for key in shapes if key in alive]:
+            outputs[key].append(place(shapes[key], dtype))
         gone = [b for n in outputs.keys() - alive for b in outputs.pop(n)]
         for booking in (*read, *gone):
             ledger.free(*booking)

@@ -69,7 +69,7 @@ def save_artifact(
         with naming(target):
             incoming.mkdir(parents=True)
             _write_components(pipeline, denoiser_name, incoming)
-            _write_denoiser(denoiser, incoming / denoiser_name, metadata)
+            _write_denoiser(denoiser, incoming / denoiser_name, metadata, _component_dtypes(pipeline, denoiser_name))
             write_checksums(incoming)
         shutil.rmtree(outgoing, ignore_errors=True)
         if target.exists():
@@ -91,6 +91,16 @@ def _write_components(pipeline: Any, denoiser_name: str, directory: Path) -> Non
             _omit_defaults(component, directory / name / SCHEDULER_CONFIG_NAME)
 
 
+def _component_dtypes(pipeline: Any, denoiser_name: str) -> dict[str, str]:
+    """Types of the other networks where they are not float32: diffusers' files do not say."""
+    found = {name: getattr(part, "dtype", None) for name, part in pipeline.components.items() if name != denoiser_name}
+    return {
+        name: str(dtype).removeprefix("torch.")
+        for name, dtype in found.items()
+        if isinstance(dtype, torch.dtype) and dtype is not torch.float32
+    }
+
+
 def _omit_defaults(scheduler: Any, file: Path) -> None:
     """Take settings that nobody chose out of a saved scheduler's config.
 
@@ -102,7 +112,7 @@ def _omit_defaults(scheduler: Any, file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any]) -> None:
+def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtypes: dict[str, str]) -> None:
     structure = describe(denoiser)
     weights = save(fuse(stored_tensors(denoiser, structure.layers)), metadata={"format": "pt"})
     config = json.loads(denoiser.to_json_string())
@@ -112,6 +122,7 @@ def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any]) -> No
         "version": FORMAT_VERSION,
         "tcaq_lightning": __version__,
         **structure.to_dict(),
+        **({"component_dtypes": dtypes} if dtypes else {}),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "metadata": metadata,
     }
@@ -142,9 +153,12 @@ def load_quantized(path: str | Path, device: torch.device | str | None = None) -
     index = _read_json(directory / INDEX_FILE)
     quiet_diffusers(index)
     opener = pipeline_class(index)
+    options: dict[str, Any] = {name: denoiser}
     try:
+        if dtypes := quantization.get("component_dtypes"):
+            options["torch_dtype"] = {part: getattr(torch, dtype) for part, dtype in dtypes.items()}
         pipeline = opener.from_pretrained(
-            str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **{name: denoiser}
+            str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **options
         )
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error

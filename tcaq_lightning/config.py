@@ -174,6 +174,9 @@ class ActivationConfig:
     """Code width, 2..8."""
     timestep_groups: int = 20
     """Number of timestep intervals G with their own parameters; 1 is static."""
+    dynamic_per_token: bool = False
+    """Give the inputs of linear layers a step and zero point for every token, from its values at run time, in place of
+    those of its timestep group: for transformers. Convolutions, and q, k, v, keep theirs."""
 
     def __post_init__(self) -> None:
         _require_bits(self.bits, "quantization.activation.bits")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 
-from tcaq_lightning.layers import QuantAttnProcessor, QuantLayer
+from tcaq_lightning.attention import PROCESSORS, QuantAttnProcessor, is_attention
+from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import LAYERS, quant_layers, set_submodule
-from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, TokenQuantizer
 from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
 
 
@@ -27,6 +28,7 @@ class LayerEntry:
         reparameterized: the input quantizer has an r other than 1. shifted: it has a shift other than 0.
         bias_shift: there is a bias correction for each timestep group.
         input_of: the layer that this one shares its input quantizer with.
+        dynamic: the input's steps are found at run time, token by token.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class LayerEntry:
     shifted: bool = False
     bias_shift: bool = False
     input_of: str | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         _require_bits(self.weight_bits, self.activation_bits)
@@ -45,14 +48,23 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class AttentionEntry:
-    """One attention of the table: code widths of q, k, v and of the probabilities."""
+    """One attention of the table.
+
+    Attributes:
+        kept: in full precision; the rest is then meaningless.
+        activation_bits, softmax_bits: code widths of q, k, v and of the probabilities.
+        processor: class name of the diffusers processor that is computed with quantized operands.
+    """
 
     kept: bool = False
     activation_bits: int = 8
     softmax_bits: int = 8
+    processor: str = QuantAttnProcessor.source
 
     def __post_init__(self) -> None:
         _require_bits(self.activation_bits, self.softmax_bits)
+        if self.processor not in PROCESSORS:
+            raise ValueError(f"expected one of the attention processors {sorted(PROCESSORS)}, got {self.processor!r}")
 
 
 def _require_bits(*widths: int) -> None:
@@ -68,16 +80,20 @@ class Structure:
     Attributes:
         layers: every layer with weights, by name. attentions: every attention, by name.
         boundaries: of the timestep groups.
+        dtypes: types of the full-precision model, by tensor or by beginning of the names, "" for all; the longest
+            beginning counts. float32 unless it says otherwise.
     """
 
     layers: dict[str, LayerEntry]
     attentions: dict[str, AttentionEntry]
     boundaries: list[float]
+    dtypes: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; entries leave out their defaults, but never their code widths."""
         return {
             "timestep_boundaries": self.boundaries,
+            **({"dtypes": self.dtypes} if self.dtypes else {}),
             "layers": {name: _without_defaults(entry) for name, entry in self.layers.items()},
             "attentions": {name: _without_defaults(entry) for name, entry in self.attentions.items()},
         }
@@ -89,6 +105,7 @@ class Structure:
             {name: LayerEntry(**row) for name, row in values["layers"].items()},
             {name: AttentionEntry(**row) for name, row in values["attentions"].items()},
             [float(boundary) for boundary in values["timestep_boundaries"]],
+            {str(name): _dtype_name(_dtype_of(dtype)) for name, dtype in values.get("dtypes", {}).items()},
         )
 
 
@@ -135,14 +152,58 @@ def describe(denoiser: nn.Module) -> Structure:
             boundaries = module.input_quantizer.groups.boundaries
         elif type(module) in LAYERS:
             layers[name] = LayerEntry(type(module).__name__, kept=True)
-        elif isinstance(module, Attention):
-            processor: Any = module.processor
+        elif is_attention(module):
+            processor: Any = getattr(module, "processor", None)
             if isinstance(processor, QuantAttnProcessor):
-                attentions[name] = AttentionEntry(False, processor.query.bits, processor.probabilities.bits)
+                bits = processor.query.bits, processor.probabilities.bits
+                attentions[name] = AttentionEntry(False, *bits, processor.source)
                 boundaries = processor.query.groups.boundaries
             else:
                 attentions[name] = AttentionEntry(kept=True)
-    return Structure(layers, attentions, boundaries)
+    return Structure(layers, attentions, boundaries, _describe_dtypes(denoiser))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"expected a type such as bfloat16, got {name!r}")
+    return dtype
+
+
+def _tensors(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, those too that no file holds, such as tables of positions."""
+    yield from denoiser.named_parameters()
+    yield from denoiser.named_buffers()
+
+
+def _describe_dtypes(denoiser: nn.Module) -> dict[str, str]:
+    """Types of a frozen denoiser's layers and remaining tensors, as `Structure` keeps them."""
+    found: dict[str, str] = {}
+    quantized: list[str] = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, QuantLayer):
+            found[f"{name}."] = _dtype_name(module.dtype)
+        if isinstance(module, (QuantLayer, QuantAttnProcessor)):
+            quantized.append(f"{name}.")
+    for name, tensor in _tensors(denoiser):
+        if tensor.is_floating_point() and not name.startswith(tuple(quantized)):
+            found[name] = _dtype_name(tensor.dtype)
+    kinds = list(found.values())
+    usual = max(set(kinds), key=kinds.count, default="float32")
+    other = {name: dtype for name, dtype in sorted(found.items()) if dtype != usual}
+    return other | ({} if usual == "float32" else {"": usual})
+
+
+def _convert(denoiser: nn.Module, dtypes: dict[str, str]) -> None:
+    """Give a denoiser's tensors the types of a structure, in place."""
+    for name, tensor in _tensors(denoiser):
+        beginnings = [beginning for beginning in dtypes if name.startswith(beginning)]
+        if beginnings and tensor.is_floating_point():
+            tensor.data = tensor.data.to(_dtype_of(dtypes[max(beginnings, key=len)]))
 
 
 def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:
@@ -158,6 +219,7 @@ def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:
         shifted=inputs.shift is not None,
         bias_shift=layer.bias_shift is not None,
         input_of=input_of,
+        dynamic=isinstance(inputs, TokenQuantizer),
     )
 
 
@@ -168,6 +230,7 @@ def rebuild(denoiser: nn.Module, structure: Structure) -> None:
         AttributeError, ValueError: the structure is of another architecture.
     """
     groups = TimestepGroups(structure.boundaries)
+    _convert(denoiser, structure.dtypes)
     for name, entry in structure.layers.items():
         module = denoiser.get_submodule(name)
         if type(module).__name__ != entry.kind:
@@ -181,7 +244,8 @@ def rebuild(denoiser: nn.Module, structure: Structure) -> None:
     for name, attention in structure.attentions.items():
         if not attention.kept:
             owner: Any = denoiser.get_submodule(name)
-            processor = QuantAttnProcessor(attention.activation_bits, attention.softmax_bits, groups)
+            processor = PROCESSORS[attention.processor](attention.activation_bits, attention.softmax_bits, groups)
+            processor.source = attention.processor
             owner.set_processor(processor.train(owner.training))
     denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
 
@@ -190,11 +254,13 @@ def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: 
     replacement: Any = LAYERS[type(module)]
     conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
     channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-    scale = module.weight.detach().new_ones(module.weight.shape[0])
+    dtype = torch.promote_types(module.weight.dtype, torch.float32)
+    scale = torch.ones(module.weight.shape[0], dtype=dtype, device=module.weight.device)
     zero_point = torch.full_like(scale, 2 ** (entry.weight_bits - 1))
     codes = torch.empty_like(module.weight, dtype=torch.uint8)
     weight = IntegerWeight(codes, scale, zero_point, entry.weight_bits, conv_groups)
-    inputs = ActivationQuantizer(entry.activation_bits, groups, channels, replacement.channel_dim)
+    quantizer = TokenQuantizer if entry.dynamic else ActivationQuantizer
+    inputs = quantizer(entry.activation_bits, groups, channels, replacement.channel_dim)
     layer: QuantLayer = replacement(module, weight, inputs, module.bias, name)
     if entry.shifted:
         inputs.allow_shift()

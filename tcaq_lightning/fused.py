@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tcaq_lightning.frozen import LayerEntry
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.packing import pack, packed_size, unpack
-from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight
+from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, TokenQuantizer
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ def stored_tensors(denoiser: nn.Module, layers: dict[str, LayerEntry]) -> list[S
         module, _, attribute = key.rpartition(".")
         owner, tensor = denoiser.get_submodule(module), tensors[key]
         if isinstance(owner, ActivationQuantizer) and attribute == "r" and key not in reparameterized:
+            continue
+        if isinstance(owner, TokenQuantizer) and attribute in ("delta", "zero_point"):  # found at run time
             continue
         if key in symmetric:
             continue

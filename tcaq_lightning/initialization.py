@@ -22,8 +22,8 @@ from tcaq_lightning.quantize import (
     readers,
     restore_quantization_state,
 )
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
-from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
+from tcaq_lightning.quantizers.activation import along, widened
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
 from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_log, search_symmetric
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -133,6 +133,10 @@ def initialize(
         for number, (name, quantizer) in enumerate(quantizers(unit).items()):
             if not is_mine(number):
                 continue
+            if name not in inputs:  # of a layer that the unit does not use
+                for layer in layers_of.get(id(quantizer), []):
+                    layer.learned_weight.search(layer.input_quantizer.r)
+                continue
             if isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
                 choice = _set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
@@ -184,11 +188,11 @@ def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tenso
 def capture_inputs(
     unit: nn.Module, data: UnitData, context: TimestepGroups, probe: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
-    """Inputs of every quantizer while the unit runs in full precision on the probes."""
+    """Inputs of every quantizer while the unit runs in full precision on the probes, none narrower than float32."""
     captured: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        return lambda _module, args: captured.__setitem__(name, args[0])
+        return lambda _module, args: captured.__setitem__(name, widened(args[0]))
 
     handles = [q.register_forward_pre_hook(hook(n)) for n, q in quantizers(unit).items()]
     try:
@@ -222,7 +226,9 @@ def _set_range(
     candidates: int = 16,
     norm: float = NORM,
 ) -> None:
-    """Search step and zero point of (x - shift) / r for every group."""
+    """Search step and zero point of (x - shift) / r for every group, unless they are found at run time."""
+    if isinstance(quantizer, TokenQuantizer):
+        return
     r = quantizer.r
     if quantizer.shift is not None:
         x, ranges = quantizer.centred(x), ranges.shifted(quantizer.shift.cpu())

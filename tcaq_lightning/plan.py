@@ -25,7 +25,7 @@ from tcaq_lightning.cost import (
 )
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.quantize import CoverageRow
+from tcaq_lightning.quantize import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
 from tcaq_lightning.workspace import Footprint, TrialWork, measure_footprint, unit_samples
@@ -191,7 +191,7 @@ def _plan(
         units=len(kinds.graph.names),
         samples=sum(trajectories) * calls,
         layers=layers,
-        kept=[row.name for row in coverage if row.note == "kept by rule"],
+        kept=[row.name for row in coverage if row.note == KEPT_BY_RULE or row.note.startswith(UNKNOWN_ATTENTION)],
         steps=steps * len(kinds.graph.names),
         store_bytes=_store_peaks(limits, peaks),
         limits=limits,

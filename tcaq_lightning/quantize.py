@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models import attention_processor
 from diffusers.models.embeddings import GaussianFourierProjection
 from torch import Tensor, nn
 
+from tcaq_lightning.attention import PROCESSORS, is_attention, processor_name, separate_projections
 from tcaq_lightning.config import QuantizationConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.layers import QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
-from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, Rounding, SoftmaxQuantizer
+from tcaq_lightning.layers import QuantConv2d, QuantLayer, QuantLinear
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, Rounding, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
 from tcaq_lightning.units import find_units, output_layer
 
@@ -26,8 +27,14 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Li
 FLOAT_LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding, GaussianFourierProjection)
 """Modules whose parameters stay in full precision: norms, look-ups, and the fixed frequencies of a time projection."""
 
-ATTENTION_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
-"""Plain softmax attention, which `QuantAttnProcessor` computes in the open."""
+KEPT_BY_RULE = "kept by rule"
+"""Note of what a rule keeps in full precision."""
+ELEMENTWISE = "added or multiplied elementwise"
+"""Note of parameters that are no layer's: tables, gates, tokens."""
+UNKNOWN_ATTENTION = "unknown attention"
+"""How the note begins of matmuls in full precision because no quantized processor is known."""
+DYNAMIC = "dynamic per token"
+"""Note of layers whose inputs are quantized with steps found at run time."""
 
 
 @dataclass(frozen=True)
@@ -100,36 +107,29 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
         UserError: a rule that matches nothing, or a module that is neither quantized nor listed as kept.
     """
     _check_rules(denoiser, config)
-    rows: list[CoverageRow] = []
+    rows = _separate_projections(denoiser)
+    sharing: list[list[str]] = []
     for name, module in list(denoiser.named_modules()):
-        own = sum(p.numel() for p in module.parameters(recurse=False))
         bits = bits_of(name, config)
         if type(module) in LAYERS:
-            rows.append(_layer_row(name, module, bits, own))
+            rows.append(_layer_row(name, module, bits, config))
             if not bits.kept:
-                set_submodule(denoiser, name, _quantized_layer(module, bits, groups, config.weight.symmetric, name))
-        elif isinstance(module, Attention):
+                set_submodule(denoiser, name, _quantized_layer(module, bits, groups, config, name))
+            continue
+        if is_attention(module):
+            sharing += _same_inputs(name, module)
             rows += _quantize_attention(name, module, bits, groups)
-        elif own and not isinstance(module, FLOAT_LAYERS):
-            if not bits.kept:
-                raise UserError(
-                    f"unsupported layer {name} ({type(module).__name__}) has weights that no quantized layer is known "
-                    f"for; keep it in full precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
-                )
-            rows.append(CoverageRow(name, type(module).__name__, "float", "kept by rule", own))
-        elif own:
-            rows.append(CoverageRow(name, type(module).__name__, "float", "normalisation or look-up", own))
+        rows += _float_rows(name, module, bits)
     if missed := uncovered(denoiser, rows):
         raise UserError(
             f"unsupported layer {missed[0]} shares its weights with another layer that is quantized under its first "
             f"name; expected every layer once: give it a copy of its own"
         )
-    for module in list(denoiser.modules()):
-        if isinstance(module, Attention):
-            _share_input_quantizer(module)
+    for names in sharing:
+        _share_input_quantizer([denoiser.get_submodule(n) for n in names])
     _allow_shifts(denoiser)
-    for name in find_quantized_units(denoiser):
-        shifted = output_layer(denoiser.get_submodule(name), name)
+    for unit in find_quantized_units(denoiser):
+        shifted = output_layer(denoiser.get_submodule(unit), unit)
         if shifted is not None and isinstance(layer := denoiser.get_submodule(shifted[0]), QuantLayer):
             layer.allow_bias_shift()
     denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
@@ -155,7 +155,7 @@ def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
     names = [
         name
         for name, module in denoiser.named_modules()
-        if isinstance(module, Attention) or any(True for _ in module.parameters(recurse=False))
+        if is_attention(module) or any(True for _ in module.parameters(recurse=False))
     ]
     for rule in config.rules:
         if not any(fnmatchcase(name, rule.pattern) for name in names):
@@ -165,15 +165,48 @@ def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
             )
 
 
-def _layer_row(name: str, module: nn.Module, bits: LayerBits, parameters: int) -> CoverageRow:
-    kind = type(module).__name__
+def _layer_row(name: str, module: nn.Module, bits: LayerBits, config: QuantizationConfig) -> CoverageRow:
+    kind, parameters = type(module).__name__, _own_parameters(module)
     if bits.kept:
-        return CoverageRow(name, kind, "float", "kept by rule", parameters)
-    return CoverageRow(name, kind, f"W{bits.weight} A{bits.activation}", "", parameters)
+        return CoverageRow(name, kind, "float", KEPT_BY_RULE, parameters)
+    dynamic = config.activation.dynamic_per_token and isinstance(module, nn.Linear)
+    return CoverageRow(name, kind, f"W{bits.weight} A{bits.activation}", DYNAMIC if dynamic else "", parameters)
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def _float_rows(name: str, module: nn.Module, bits: LayerBits) -> list[CoverageRow]:
+    """Rows of the parameters that a module has itself and that stay in full precision.
+
+    Of a module without others within, vectors are a norm's or a scale's. Of one with others, what is not called a
+    weight is a table, a gate or a token of its own. Anything else may be an operand of a product.
+    """
+    own, kind = _own_parameters(module), type(module).__name__
+    if not own:
+        return []
+    if isinstance(module, FLOAT_LAYERS):
+        return [CoverageRow(name, kind, "float", "normalisation or look-up", own)]
+    if bits.kept:
+        return [CoverageRow(name, kind, "float", KEPT_BY_RULE, own)]
+    leaf = not any(True for _ in module.children())
+    product = isinstance(module, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
+    rows = []
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        full_name = f"{name}.{parameter_name}" if name else parameter_name
+        vector = not product and all(size == 1 for size in parameter.shape[:-1])
+        if not vector and (leaf or parameter_name.endswith("weight")):
+            raise UserError(
+                f"unsupported layer {name} ({kind}) has weights that no quantized layer is known for; keep it in full "
+                f"precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
+            )
+        rows.append(CoverageRow(full_name, "parameter", "float", ELEMENTWISE, parameter.numel()))
+    return rows
 
 
 def _quantized_layer(
-    module: nn.Module, bits: LayerBits, groups: TimestepGroups, symmetric: bool, name: str
+    module: nn.Module, bits: LayerBits, groups: TimestepGroups, config: QuantizationConfig, name: str
 ) -> QuantLayer:
     assert isinstance(module, (nn.Conv2d, nn.Linear))
     assert bits.weight is not None
@@ -181,43 +214,55 @@ def _quantized_layer(
     replacement: Any = LAYERS[type(module)]
     conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
     channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-    weight = AdaRoundWeight(module.weight, bits.weight, symmetric, conv_groups)
-    activation = ActivationQuantizer(bits.activation, groups, channels, replacement.channel_dim)
+    weight = AdaRoundWeight(module.weight, bits.weight, config.weight.symmetric, conv_groups)
+    dynamic = config.activation.dynamic_per_token and isinstance(module, nn.Linear)
+    kind = TokenQuantizer if dynamic else ActivationQuantizer
+    activation = kind(bits.activation, groups, channels, replacement.channel_dim)
     layer: QuantLayer = replacement(module, weight, activation.to(module.weight.device), module.bias, name)
     return layer
 
 
-def _quantize_attention(name: str, attention: Attention, bits: LayerBits, groups: TimestepGroups) -> list[CoverageRow]:
-    kind = "matmul"
-    if bits.kept:
-        return [CoverageRow(f"{name} ({m})", kind, "float", "kept by rule", 0) for m in ("q k^T", "P v")]
-    processor = getattr(attention, "processor", None)
-    if not isinstance(processor, ATTENTION_PROCESSORS):
-        raise UserError(
-            f"unsupported attention {name} with processor {type(processor).__name__}; expected one of "
-            f"{', '.join(p.__name__ for p in ATTENTION_PROCESSORS)}, or keep it in full precision with a rule: "
-            f"quantization.rules: [{{pattern: {name}, keep: true}}]"
-        )
-    if attention.norm_q is not None or attention.norm_k is not None:
-        raise UserError(
-            f"unsupported attention {name} normalises its queries or keys, expected plain softmax attention; keep it "
-            f"in full precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
-        )
+def _separate_projections(denoiser: nn.Module) -> list[CoverageRow]:
+    """Undo diffusers' fusion of projections; rows of the layers that are gone."""
+    rows: list[CoverageRow] = []
+    for name, module in list(denoiser.named_modules()):
+        if not is_attention(module) or (kind := processor_name(module)) not in PROCESSORS:
+            continue
+        for fused, parameters in separate_projections(module, name).items():
+            rows.append(CoverageRow(fused, "Linear", "as separate", "fused projections, taken apart", parameters))
+        if kind.startswith("Fused"):
+            separate: Any = getattr(attention_processor, kind.removeprefix("Fused"))
+            cast("Any", module).set_processor(separate())
+    return rows
+
+
+def _quantize_attention(name: str, attention: Any, bits: LayerBits, groups: TimestepGroups) -> list[CoverageRow]:
+    """Give an attention the processor that quantizes its matmuls, if one is known and no rule keeps it."""
+    kind, known = "matmul", processor_name(attention)
+    if bits.kept or known not in PROCESSORS:
+        note = KEPT_BY_RULE if bits.kept else f"{UNKNOWN_ATTENTION}: {known}"
+        return [CoverageRow(f"{name} ({m})", kind, "float", note, 0) for m in ("q k^T", "P v")]
     assert bits.activation is not None
     assert bits.softmax is not None
-    quantized = QuantAttnProcessor(bits.activation, bits.softmax, groups)
+    quantized = PROCESSORS[known](bits.activation, bits.softmax, groups)
+    quantized.source = known
     quantized.to(next(attention.parameters()).device).train(attention.training)
-    attention.set_processor(quantized)  # type: ignore[arg-type]
+    attention.set_processor(quantized)
     return [
         CoverageRow(f"{name} (q k^T)", kind, f"A{bits.activation} A{bits.activation}", "", 0),
         CoverageRow(f"{name} (P v)", kind, f"P{bits.softmax} A{bits.activation}", "", 0),
     ]
 
 
-def _share_input_quantizer(attention: Attention) -> None:
-    """q, k and v of a self-attention read one tensor: one quantizer, if their bits agree."""
-    layers: list[Any] = [attention.to_q, attention.to_k, attention.to_v]
-    if attention.is_cross_attention or not all(isinstance(layer, QuantLayer) for layer in layers):
+def _same_inputs(name: str, attention: Any) -> list[list[str]]:
+    """Names of an attention's layers that read one tensor, for each such tensor."""
+    known = PROCESSORS.get(processor_name(attention))
+    return [] if known is None else [[f"{name}.{n}" for n in names] for names in known.same_input(attention)]
+
+
+def _share_input_quantizer(layers: list[Any]) -> None:
+    """Give layers that read one tensor one quantizer, if their bits agree."""
+    if not all(isinstance(layer, QuantLayer) for layer in layers):
         return
     if len({layer.input_quantizer.bits for layer in layers}) == 1:
         for layer in layers[1:]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tcaq_lightning.activations import Batch, UnitData
+from tcaq_lightning.activations import Batch, Outputs, UnitData, channel_count, output_tensors
 from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
@@ -35,12 +35,12 @@ BIAS_RATE = 0.1
 """Share of a sample's mean error that the bias correction of its group takes over in one step."""
 
 
-def block_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None) -> Tensor:
     """Squared difference summed over channels, averaged over the rest (METHOD section 2).
 
     Args:
-        output, target: (B, C, H, W), (B, T, C) or (B, C).
-        weights: (B, C) of the squares; None weighs all of them 1.
+        output, target: (B, C, H, W), (B, T, C) or (B, C); of several outputs the errors are added.
+        weights: (B, C) of the squares, the channels of several outputs in sequence; None weighs all of them 1.
 
     Returns:
         Scalar.
@@ -48,8 +48,38 @@ def block_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -
     >>> block_error(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
     tensor(3.)
     """
-    squares = channel_means((output - target).square())
+    squares = _channels(output, target, lambda x, y: (x - y).square())
     return (squares if weights is None else squares * weights).sum(1).mean()
+
+
+def _channels(output: Outputs, target: Outputs, difference: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(B, C) means of some difference over each sample's channels, those of several outputs in sequence."""
+    pairs = zip(output_tensors(output), output_tensors(target), strict=True)
+    means = [channel_means(difference(x, y)) for x, y in pairs]
+    return means[0] if len(means) == 1 else torch.cat(means, dim=1)
+
+
+@torch.no_grad()
+def gradient_scale(output: Outputs, error: Tensor, weights: Tensor | None = None) -> Tensor | None:
+    """What a loss is multiplied with so that float16 can hold its gradients; None for other types.
+
+    The block error is a mean over a batch's pixels or tokens, so that each one's gradient may be below what float16
+    can hold. The factor, a power of 2, brings the root mean square of the output's gradient to about 1.
+
+    Args:
+        output: of the unit. error: its block error. weights: (B, C) as in `block_error`.
+
+    >>> gradient_scale(torch.zeros(2, 4, 8, 4, dtype=torch.float16), torch.tensor(1.0))
+    tensor(64.)
+    """
+    narrow = [x for x in output_tensors(output) if x.dtype is torch.float16]
+    if not narrow:
+        return None
+    channels = sum(channel_count(tuple(x.shape[1:])) for x in narrow)
+    places = sum(x.numel() for x in narrow) / channels
+    square = 4 * error * (1.0 if weights is None else weights.mean()) / channels  # of 2 w (y - t), averaged
+    exponent = (math.log2(places) - square.clamp(min=1e-30).log2() / 2).round()
+    return torch.exp2(exponent.clamp(0, 40))
 
 
 def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
@@ -117,6 +147,7 @@ class BlockReconstruction(pl.LightningModule):
         self._begin()
         self._unit_forward = compiled(unit) if config.compile else unit.__call__
         self.losses: dict[str, Tensor] = {}
+        self._gradient_scale: Tensor | None = None
         self._batches: Generator[Batch, None, None]
         self._residuals = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
 
@@ -205,19 +236,27 @@ class BlockReconstruction(pl.LightningModule):
             torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
         samples = next(self._batches)
         with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext():
-            output = self.data.run_batch(self._unit_forward, self.context, samples).to(samples.targets.dtype)
-        error = block_error(output, samples.targets, samples.weights)
-        self._residuals = channel_means(samples.targets - output.detach()), samples.groups
+            output = self.data.run_batch(self._unit_forward, self.context, samples)
+        error = block_error(output, samples.targets, samples.weights)  # in the targets' type, which is none too narrow
+        residuals = _channels(output, samples.targets, lambda x, y: y - x.detach())
+        self._residuals = residuals, samples.groups
+        self._gradient_scale = gradient_scale(output, error, samples.weights)
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
         if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
-            return error
+            return self._scaled(error)
         penalty = self.config.rounding_weight * sum(adaround_regularizer(v, beta) for v in self.learned["v"])
         self.losses["rounding"] = torch.as_tensor(penalty).detach()
-        return error + penalty
+        return self._scaled(error + penalty)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self._gradient_scale is None else loss * self._gradient_scale
 
     def on_after_backward(self) -> None:
         """Average gradients over the ranks, and follow the mean error of all their samples."""
+        if self._gradient_scale is not None:
+            for gradient in (p.grad for values in self.learned.values() for p in values if p.grad is not None):
+                gradient /= self._gradient_scale
         residuals, groups = self._residuals
         if world_size() > 1:
             averaged = [p.grad for kind in self.learned.values() for p in kind if p.grad is not None]
@@ -247,10 +286,10 @@ def squared_errors(
     unit: nn.Module, data: UnitData, samples: Tensor, context: TimestepGroups, batch_size: int, device: torch.device
 ) -> Tensor:
     """(G, C) squared error of the unit as it is now, over all ranks' given samples; its sum is the block error."""
-    channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
-    sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
+    sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
     for batch in data.batches(torch.split(samples, batch_size), device):
-        squares = channel_means((data.run_batch(unit, context, batch) - batch.targets).square_())
+        output = data.run_batch(unit, context, batch)
+        squares = _channels(output, batch.targets, lambda x, y: (x - y).square_())
         sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
     return (total(sums) / total(torch.tensor(len(samples)))).float()
 
@@ -268,12 +307,11 @@ def mean_errors(
 
     It is 0 for groups without samples.
     """
-    channels = data.targets.shape[1 if data.targets.ndim == 4 else -1]
-    sums = torch.zeros(context.num_groups, channels, dtype=torch.float64)
+    sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
     counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
     for batch in data.batches(torch.split(samples, batch_size), device):
-        difference = batch.targets - data.run_batch(unit, context, batch)
+        differences = _channels(data.run_batch(unit, context, batch), batch.targets, lambda x, y: y - x)
         groups = batch.groups.cpu()
-        sums.index_add_(0, groups, channel_means(difference).double().cpu())
+        sums.index_add_(0, groups, differences.double().cpu())
         counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
     return (total(sums) / total(counts).clamp(min=1)).float()

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from tcaq_lightning.activations import Outputs, by_sample, channel_count, output_tensors
 from tcaq_lightning.calls import Samples
 from tcaq_lightning.distributed import is_mine, total
 from tcaq_lightning.timesteps import TimestepGroups
@@ -86,15 +88,16 @@ def unit_sensitivities(
         seed: of the sign vectors.
 
     Returns:
-        By unit name, (G, C), non-negative; its scale is that of the sample's squared error.
+        By unit name, (G, C), non-negative, the channels of a unit's outputs in sequence; its scale is that of the
+        sample's squared error.
     """
     generator = torch.Generator().manual_seed(seed)
     groups = context.of(trajectories.timesteps)  # (S,)
     calls_of_group = torch.bincount(groups, minlength=context.num_groups).clamp(min=1)
     weight = gain / calls_of_group[groups] / PROBES  # of each call in its group's mean
     sums = {
-        name: torch.zeros(context.num_groups, shape[-1 if len(shape) == 2 else 0])
-        for name, shape in graph.output_shapes.items()
+        name: torch.zeros(context.num_groups, sum(channel_count(graph.output_shapes[key]) for key in graph.keys(name)))
+        for name in graph.names
     }
     batches = [
         (probe % trajectories.num_trajectories, calls)
@@ -125,9 +128,10 @@ def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, sign
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def receive(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            outputs[name] = output if output.requires_grad else output.requires_grad_()
-            return output * 1  # glue may write in place
+        def receive(_module: nn.Module, _args: Any, output: Outputs) -> Outputs:
+            found = output_tensors(output)
+            outputs.update({key: x.requires_grad_() for key, x in zip(graph.keys(name), found, strict=True)})
+            return tree_map_only(Tensor, lambda x: x * 1, output)  # glue may write in place
 
         return receive
 
@@ -146,7 +150,11 @@ def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, sign
     finally:
         for handle in handles:
             handle.remove()
-    return {name: channel_means(g.square()) for name, g in zip(outputs, gradients, strict=True)}
+    squares = {
+        key: channel_means(by_sample(g.float(), len(samples)).square())
+        for key, g in zip(outputs, gradients, strict=True)
+    }
+    return {name: torch.cat([squares[key] for key in graph.keys(name)], dim=1) for name in graph.names}
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,9 +163,11 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def channel_means(x: Tensor) -> Tensor:
-    """Means of each sample's channels: (B, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
+    """Means of each sample's channels: (B, C, H, W), (B, k, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
     if x.ndim == 2:
         return x
+    if x.ndim == 5:
+        return x.mean((1, 3, 4))
     return x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1)
 
 

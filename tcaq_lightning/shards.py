@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from tcaq_lightning.activations import UnitData
+from tcaq_lightning.activations import UnitData, output_tensors
 from tcaq_lightning.distributed import gather, share
 
 
@@ -67,15 +68,16 @@ class Shard:
         own: dict[str, Any] = {
             "numbers": self.owned[here],
             "inputs": [x[here] for x in data.inputs],
-            "targets": data.targets[here],
+            "targets": [x[here] for x in output_tensors(data.targets)],
             "groups": data.groups[here],
         }
         parts = gather(own)
         order = torch.argsort(torch.cat([p["numbers"] for p in parts]))[torch.argsort(torch.argsort(numbers))]
+        targets = iter([torch.cat(xs)[order] for xs in zip(*(p["targets"] for p in parts), strict=True)])
         return dataclasses.replace(
             data,
             inputs=[torch.cat(xs)[order] for xs in zip(*(p["inputs"] for p in parts), strict=True)],
-            targets=torch.cat([p["targets"] for p in parts])[order],
+            targets=tree_map_only(Tensor, lambda _: next(targets), data.targets),
             groups=torch.cat([p["groups"] for p in parts])[order],
             executed=0,
         )

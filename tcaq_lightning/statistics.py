@@ -31,8 +31,13 @@ class RangeStatistics:
 
     @torch.no_grad()
     def update(self, x: Tensor, groups: Tensor, channel_dim: int) -> None:
-        """Take in a batch: `x` (B, ...) with its channels on `channel_dim`, `groups` (B,)."""
+        """Take in a batch: `x` (B, ...) with its channels on `channel_dim`, `groups` (B,).
+
+        Of k B rows, each k in sequence are one sample's.
+        """
         channel_dim %= x.ndim
+        if 1 < len(groups) < x.shape[0]:
+            groups = groups.repeat_interleave(x.shape[0] // len(groups))
         others = [d for d in range(1, x.ndim) if d != channel_dim]
         low, high = (x.amin(others), x.amax(others)) if others else (x, x)  # (B, C)
         index = groups.unsqueeze(1).expand_as(low).cpu()

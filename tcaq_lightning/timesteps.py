@@ -7,6 +7,7 @@ argument into a group index that all quantizers of this denoiser share.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,23 @@ class TimestepGroups:
         edges = torch.tensor(self.boundaries, dtype=torch.float32, device=timesteps.device)
         return torch.bucketize(timesteps.to(torch.float32), edges, right=True)
 
+    def of_rows(self, rows: int) -> Tensor:
+        """Groups of a tensor's rows, of which each sample of the running batch may have several in sequence.
+
+        A single row is everybody's, and a single group everything's: these broadcast.
+
+        >>> context = TimestepGroups([500.0])
+        >>> context.set(torch.tensor([0, 1]))
+        >>> context.of_rows(4)
+        tensor([0, 0, 1, 1])
+        """
+        batch = self.current.shape[0]
+        if rows == batch or rows == 1 or batch == 1:
+            return self.current
+        if rows % batch:
+            raise ValueError(f"expected a multiple of the {batch} samples that are passing, got {rows} rows")
+        return self.current.repeat_interleave(rows // batch)
+
     def set(self, groups: Tensor, single: int | None = None) -> None:
         """Say which groups, (B,), the samples of the running batch are in."""
         self.current, self.single = groups, single
@@ -90,11 +108,19 @@ class TimestepHook:
 
     def __init__(self, groups: TimestepGroups) -> None:
         self.groups = groups
+        self._position: int | None = None
+
+    def _position_in(self, module: nn.Module) -> int:
+        """Where a denoiser takes its timestep, which is not always the second argument."""
+        if self._position is None:
+            names = list(inspect.signature(module.forward).parameters)
+            self._position = names.index("timestep") if "timestep" in names else 1
+        return self._position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the groups of the batch that the denoiser is called on."""
         sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._position_in(module)]
         batch = sample.shape[0]
         t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         groups = self.groups.of(t)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import tree_map_only
 
-from tcaq_lightning.activations import UnitData, split_arguments
+from tcaq_lightning.activations import Outputs, SplitArguments, UnitData, by_sample, split_arguments
 from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
@@ -63,18 +63,28 @@ def unit_samples(denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> dic
     """
     found: dict[str, UnitData] = {}
     groups = torch.zeros(len(samples), dtype=torch.long)
-    arguments: dict[str, tuple[list[Tensor], dict[int, Any], TreeSpec]] = {}
+    arguments: dict[str, SplitArguments] = {}
 
     def enter(name: str) -> Any:
         def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs, constants, spec = split_arguments((args, kwargs), len(samples))
-            arguments[name] = [v.clone() for v in inputs], constants, spec
+            arguments[name] = split = split_arguments((args, kwargs), len(samples), graph.rows.get(name))
+            split.inputs = [v.clone() for v in split.inputs]
 
         return receive
 
     def leave(name: str) -> Any:
-        def receive(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            found[name] = UnitData(*arguments[name], output.clone(), groups, dtype=samples.x.dtype)
+        def receive(_module: nn.Module, _args: Any, output: Outputs) -> None:
+            split = arguments[name]
+            found[name] = UnitData(
+                split.inputs,
+                split.constants,
+                split.spec,
+                tree_map_only(Tensor, lambda v: by_sample(v, len(samples)).clone(), output),
+                groups,
+                dtype=samples.x.dtype,
+                folded=split.folded,
+                dtypes=split.dtypes,
+            )
 
         return receive
 
@@ -151,13 +161,13 @@ class TrialWork:
         for name in self.graph.names:
             unit, data = self.twin.get_submodule(name), self.data[name]
             layers = tuple((key, tensor.shape) for key, tensor in unit.state_dict().items())
-            found[type(unit), layers, tuple(tensor.shape for tensor in (*data.inputs, data.targets))] = name
+            found[type(unit), layers, tuple(tensor.shape for tensor in data.tensors())] = name
         return list(found.values())
 
     def scaled(self, name: str, work: Callable[[nn.Module, UnitData], Any], samples: int) -> int:
         """Bytes that work on a unit takes for `samples` samples, with the batches that are at hand."""
         unit, data = self.twin.get_submodule(name), self.data[name]
-        batch = sum(tensor[:samples].nbytes for tensor in (*data.inputs, data.targets)) * samples // len(data)
+        batch = sum(tensor[:samples].nbytes for tensor in data.tensors()) * samples // len(data)
         kept = sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
         return kept + BATCHES_AT_HAND * batch + scaled_peak(lambda count: work(unit, _part(data, count)), samples)
 
@@ -225,4 +235,5 @@ class TrialWork:
 def _part(data: UnitData, count: int) -> UnitData:
     """The first `count` samples."""
     inputs = [tensor[:count] for tensor in data.inputs]
-    return dataclasses.replace(data, inputs=inputs, targets=data.targets[:count], groups=data.groups[:count])
+    targets = tree_map_only(Tensor, lambda tensor: tensor[:count], data.targets)
+    return dataclasses.replace(data, inputs=inputs, targets=targets, groups=data.groups[:count])

@@ -7,8 +7,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from tcaq_lightning.attention import QuantAttnProcessor, shares_input_quantizer
 from tcaq_lightning.config import QuantizationConfig
-from tcaq_lightning.layers import QuantAttnProcessor, QuantLayer, shares_input_quantizer
+from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantize import full_precision, quant_layers, quantize, quantizers
 from tcaq_lightning.timesteps import TimestepGroups
 
@@ -165,7 +166,8 @@ def test_attention_without_quantization_is_diffusers_own(options: dict[str, Any]
     expected = attention(x, **arguments)
     holder, _ = quantized(attention)
     assert isinstance(attention.processor, QuantAttnProcessor)
-    assert shares_input_quantizer(attention) == ("cross_attention_dim" not in options)
+    shared = shares_input_quantizer([attention.to_q, attention.to_k, attention.to_v])
+    assert shared == ("cross_attention_dim" not in options)
     with full_precision(holder):
         torch.testing.assert_close(holder(x, 0, **arguments), expected, rtol=1e-5, atol=1e-5)
 

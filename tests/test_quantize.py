@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models import normalization as diffusers_normalization
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.embeddings import AttentionPooling
 from torch import nn
 
+from tcaq_lightning.attention import QuantAttnProcessor
 from tcaq_lightning.config import ActivationConfig, LayerRule, QuantizationConfig, SoftmaxConfig, WeightConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.layers import QuantAttnProcessor, QuantConv2d, QuantLayer, QuantLinear
+from tcaq_lightning.layers import QuantConv2d, QuantLayer, QuantLinear
 from tcaq_lightning.quantize import (
     bits_of,
     full_precision,
@@ -130,17 +133,43 @@ def test_unsupported_layers_are_named(layer: nn.Module) -> None:
     assert [(row.name, row.bits) for row in rows] == [("odd", "float")]
 
 
-def test_unsupported_attentions_are_named() -> None:
+def test_matmuls_of_unknown_attentions_are_listed_as_float_and_their_layers_quantized() -> None:
     sliced = Attention(query_dim=8, heads=2, dim_head=4)
     sliced.set_processor(SlicedAttnProcessor(1))
-    with pytest.raises(UserError, match="unsupported attention odd with processor SlicedAttnProcessor"):
-        quantize(Model(odd=sliced), config(), groups())
-    quantize(Model(odd=sliced), config(LayerRule("odd", keep=True)), groups())
+    model = Model(odd=sliced, pool=AttentionPooling(num_heads=2, embed_dim=8))
+    rows = {row.name: row for row in quantize(model, config(), groups())}
+    for attention, kind in (("odd", "SlicedAttnProcessor"), ("pool", "AttentionPooling")):
+        for matmul in ("q k^T", "P v"):
+            row = rows[f"{attention} ({matmul})"]
+            assert (row.bits, row.note) == ("float", f"unknown attention: {kind}")
+    assert isinstance(sliced.processor, SlicedAttnProcessor)
+    assert {n for n, row in rows.items() if row.bits == "W4 A6"} == set(quant_layers(model))
+    assert set(quant_layers(model)) == {f"odd.to_{n}" for n in ("q", "k", "v", "out.0")} | {
+        f"pool.{n}_proj" for n in "qkv"
+    }
+    assert rows["pool.positional_embedding"].bits == "float"
 
 
-def test_attention_with_normalised_queries_is_named() -> None:
-    attention = Attention(query_dim=8, heads=2, dim_head=4, qk_norm="layer_norm")
-    with pytest.raises(UserError, match="unsupported attention odd normalises"):
+def test_parameters_of_blocks_are_listed() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(6, 2))
+            self.linear = nn.Linear(2, 2)
+
+    model = Model(block=Gated(), norm=diffusers_normalization.RMSNorm(2, 1e-6))
+    rows = quantize(model, config(), groups())
+    assert [(row.name, row.bits) for row in rows] == [
+        ("block.table", "float"),
+        ("block.linear", "W4 A6"),
+        ("norm.weight", "float"),
+    ]
+    assert sum(row.parameters for row in rows) == 12 + 6 + 2
+
+
+def test_a_weight_of_a_block_that_may_be_a_products_is_refused() -> None:
+    attention = nn.MultiheadAttention(4, 1)  # its in_proj_weight is no layer's
+    with pytest.raises(UserError, match="unsupported layer odd "):
         quantize(Model(odd=attention), config(), groups())
 
 
@@ -169,6 +198,7 @@ def test_q_k_and_v_share_one_quantizer_where_their_bits_agree() -> None:
     cross = Attention(query_dim=8, heads=2, dim_head=4, cross_attention_dim=6)
     quantize(Model(attn=cross), config(), groups())
     assert cross.to_q.input_quantizer is not cross.to_k.input_quantizer
+    assert cross.to_k.input_quantizer is cross.to_v.input_quantizer  # both read the context
 
 
 def test_state_round_trip_leaves_full_precision_weights_alone(make_twins: Any) -> None:

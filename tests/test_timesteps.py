@@ -97,3 +97,35 @@ def test_a_copied_denoiser_has_groups_of_its_own(make_twins: Any) -> None:
     other(twins.x, 900)
     assert twins.context.current.tolist() == [0]
     assert other.conv_in.input_quantizer.groups.single == 1
+
+
+class Transformer(nn.Module):
+    """Takes its timestep third, as transformers with a context do."""
+
+    def __init__(self, groups: TimestepGroups) -> None:
+        super().__init__()
+        self.groups = groups
+        self.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Any:
+        return self.groups.current.tolist()
+
+
+def test_hook_finds_the_timestep_wherever_a_denoiser_takes_it() -> None:
+    x, t = torch.zeros(3, 4, 2), torch.tensor([700.0, 0.0, 500.0])
+    model = Transformer(TimestepGroups([450.0]))
+    assert model(x, x, t) == model(x, encoder_hidden_states=x, timestep=t) == [1, 0, 1]
+    assert model(hidden_states=x, encoder_hidden_states=x, timestep=t) == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(2, [0, 1]), (6, [0, 0, 0, 1, 1, 1]), (1, [0, 1])]
+)  # a single row is everybody's
+def test_several_rows_of_a_sample_are_in_its_group(rows: int, expected: list[int]) -> None:
+    groups = TimestepGroups([500.0])
+    groups.set(torch.tensor([0, 1]))
+    assert groups.of_rows(rows).tolist() == expected
+    with pytest.raises(ValueError, match="multiple of the 2 samples"):
+        groups.of_rows(5)
+    groups.set(torch.tensor([1]))
+    assert groups.of_rows(5).tolist() == [1]

@@ -1,6 +1,6 @@
 """Quantizers: pure functions, and small modules over them."""
 
-from tcaq_lightning.quantizers.activation import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.weight import AdaRoundWeight, IntegerWeight, Rounding
 
-__all__ = ["ActivationQuantizer", "AdaRoundWeight", "IntegerWeight", "Rounding", "SoftmaxQuantizer"]
+__all__ = ["ActivationQuantizer", "AdaRoundWeight", "IntegerWeight", "Rounding", "SoftmaxQuantizer", "TokenQuantizer"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
-from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
 from tcaq_lightning.timesteps import TimestepGroups
 
 
@@ -23,6 +23,11 @@ def along(values: Tensor, dims: int, channel_dim: int) -> Tensor:
     shape = [1] * dims
     shape[channel_dim] = -1
     return values.view(shape)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 where the type is narrower: what is searched or summed needs it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ActivationQuantizer(nn.Module):
@@ -102,15 +107,46 @@ class ActivationQuantizer(nn.Module):
         x = self.centred(x)
         if not self.enabled:
             return x
-        current = self.groups.current
+        current = self.groups.of_rows(x.shape[0])
         step = per_sample(self.steps(), current, x.ndim)
         if self.r.numel() > 1:
             step = step * along(self.scales(), x.ndim, self.channel_dim)
         zero = per_sample(self.zero_point, current, x.ndim)
-        quantized = fake_quantize(x, step, -zero, 2**self.bits - 1 - zero)
+        return self._dropped(x, fake_quantize(x, step, -zero, 2**self.bits - 1 - zero))
+
+    def _dropped(self, x: Tensor, quantized: Tensor) -> Tensor:
+        """QDrop: a share of the elements as they were, while something is learned."""
         if self.drop_probability and torch.is_grad_enabled():  # units stay in evaluation mode throughout a fit
             return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
         return quantized
+
+
+class TokenQuantizer(ActivationQuantizer):
+    """Dynamic quantizer: step and zero point of every token come from its own values at run time.
+
+    Asymmetric: the step of a token that covers [min, max] is never larger than that of one that covers
+    [-max|x|, max|x|], and half as large behind a GELU. r and the shift by channel are as in the static one; `delta` and
+    `zero_point` are not used.
+    """
+
+    def begin_learning(self, reparameterize: bool) -> dict[str, list[nn.Parameter]]:
+        """Make r learnable if asked; there are no steps to learn."""
+        if not reparameterize or self.r.numel() == 1:
+            return {}
+        self.log_r = nn.Parameter(torch.zeros_like(self.r))
+        return {"r": [self.log_r]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shift and quantize (..., C) tokens, each with a step of its own."""
+        x = self.centred(x)
+        if not self.enabled:
+            return x
+        r = along(self.scales(), x.ndim, self.channel_dim)
+        with torch.no_grad():  # as constants: the straight-through gradient is that of values within the range
+            scaled = x / r
+            low, high = scaled.amin(self.channel_dim, keepdim=True), scaled.amax(self.channel_dim, keepdim=True)
+            step, zero = affine_range(low, high, self.bits)  # (..., 1)
+        return self._dropped(x, fake_quantize(x, step * r, -zero, 2**self.bits - 1 - zero))
 
 
 _LOGARITHMIC: MutableMapping[Tensor, tuple[int | None, tuple[bool, ...]]] = WeakIdKeyDictionary()

@@ -81,10 +81,11 @@ class AdaRoundWeight(nn.Module):
         self.rounding = Rounding.HARD
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         outputs = weight.shape[0]
-        self.register_buffer("delta", torch.ones(outputs, dtype=weight.dtype, device=weight.device))
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # narrower ones are kept as they are, not computed in
+        self.register_buffer("delta", torch.ones(outputs, dtype=dtype, device=weight.device))
         self.register_buffer("scale", torch.ones_like(self.delta))
         self.register_buffer("zero_point", torch.full_like(self.delta, 2 ** (bits - 1)))
-        self.register_buffer("v", torch.zeros_like(self.weight))
+        self.register_buffer("v", torch.zeros_like(self.weight, dtype=dtype))
         self.log_scale: nn.Parameter | None = None
         self._base: Tensor | None = None
 

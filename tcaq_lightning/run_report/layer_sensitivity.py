@@ -12,11 +12,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact import load_quantized
+from tcaq_lightning.attention import QuantAttnProcessor
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import HELD_OUT_START, finite
 from tcaq_lightning.evaluation.metrics import NoiseError
-from tcaq_lightning.layers import QuantAttnProcessor, QuantLayer
+from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample_shape
 from tcaq_lightning.quantize import quant_layers, set_submodule
 from tcaq_lightning.run_report.cache import artifact_digest, read_cached, write_cached

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import per_sample
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
-from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
 from tcaq_lightning.timesteps import TimestepGroups
 
 
@@ -172,3 +172,48 @@ def test_only_uniform_groups_steps_receive_a_gradient(groups: TimestepGroups) ->
     q.end_learning()
     assert torch.equal(q.delta, delta)
     assert not list(q.parameters())
+
+
+def token_quantizer(groups: TimestepGroups, bits: int = 4) -> TokenQuantizer:
+    made = TokenQuantizer(bits, groups, channels=6)
+    made.r.copy_(torch.tensor([0.5, 1.0, 2.0, 1.0, 0.25, 4.0]))
+    made.allow_shift()
+    made.shift.copy_(torch.linspace(-1, 1, 6))
+    return made
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 6), (8, 6)])  # 8 rows of 4 samples too
+def test_every_token_is_quantized_in_its_own_range(groups: TimestepGroups, shape: tuple[int, ...]) -> None:
+    q = token_quantizer(groups)
+    x = torch.randn(shape) * torch.logspace(-2, 2, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    got = q(x)
+    for token, result in zip(x.view(-1, 6), got.view(-1, 6), strict=True):
+        scaled = [(v - s) / r for v, s, r in zip(token.tolist(), q.shift.tolist(), q.r.tolist(), strict=True)]
+        step, zero = affine_range(torch.tensor(min(scaled)), torch.tensor(max(scaled)), bits=4)
+        codes = [min(max(round(v / step.item()) + zero.item(), 0), 15) for v in scaled]
+        expected = [step.item() * (c - zero.item()) * r for c, r in zip(codes, q.r.tolist(), strict=True)]
+        torch.testing.assert_close(result, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    with groups.using(torch.tensor([1])):
+        assert torch.equal(q(x), got)  # whatever the timestep
+
+
+def test_a_token_keeps_its_bits_in_any_company(groups: TimestepGroups) -> None:
+    q, x = token_quantizer(groups), torch.randn(4, 5, 6)
+    assert torch.equal(q(x)[2:3, 1:2], q(x[2:3, 1:2].contiguous()))
+
+
+def test_only_r_of_dynamic_quantizers_is_learned(groups: TimestepGroups) -> None:
+    q, x = token_quantizer(groups), torch.randn(4, 5, 6)
+    assert q.begin_learning(reparameterize=False) == {}
+    before, mean = q(x), q.r.log().mean()
+    (log_r,) = q.begin_learning(reparameterize=True)["r"]
+    assert torch.equal(q(x), before)
+    q(x).square().sum().backward()
+    assert log_r.grad is not None
+    assert log_r.grad.abs().min() > 0
+    with torch.no_grad():
+        log_r -= 0.1 * log_r.grad
+    after = q(x)
+    q.end_learning()
+    torch.testing.assert_close(q(x), after)
+    torch.testing.assert_close(q.r.log().mean(), mean)
