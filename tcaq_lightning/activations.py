@@ -191,8 +191,6 @@ class Streams:
         samples: the N calibration samples.
         batch_size: samples per pass.
         storage: where outputs and inputs are kept.
-        arguments: gives a denoiser's full call, (args, kwargs), for a slice of the samples; None: that of
-            `samples`.
     """
 
     def __init__(
@@ -204,10 +202,8 @@ class Streams:
         samples: Samples,
         batch_size: int,
         storage: ActivationStorage,
-        arguments: Callable[[slice], Arguments] | None = None,
     ) -> None:
         self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
-        self.arguments = arguments
         self.samples, self.dtype = samples, samples.x.dtype
         self.groups = context.of(samples.timesteps)
         self.batch_size = batch_size
@@ -303,11 +299,7 @@ class Streams:
             forwards[name] = _stop
             try:
                 with patched_forwards(denoiser, forwards):
-                    if self.arguments is None:
-                        self.samples[batch].predict(denoiser)
-                    else:
-                        args, kwargs = self.arguments(batch)
-                        denoiser(*args, **kwargs)
+                    self.samples[batch].predict(denoiser)
                 raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
             except Stop as reached:
                 arguments = reached.args_kwargs

@@ -21,6 +21,8 @@ TEXT_TOKENS, TIME_IDS = 77, 6
 """Of the text encoder of Stable Diffusion, and of the sizes that SDXL is told."""
 PIXART_TOKENS, SD3_TOKENS, FLUX_TOKENS = 300, 333, 512
 """Of the text encoders of the transformers."""
+TIMESTEP = 500.0
+"""Of the example."""
 FLUX_SIDE = 64
 """Side of the grid of packed latents at 1024 x 1024 pixels."""
 
@@ -81,7 +83,7 @@ def architecture_scheduler(architecture: Path) -> Any:
 
 
 def example_samples(denoiser: nn.Module, batch: int) -> Samples:
-    """Zeros in the shapes that a denoiser of a known class takes, on its device.
+    """Noise in the shapes that a denoiser of a known class takes, on its device; what conditions it is zero.
 
     Args:
         denoiser: any of diffusers' that `CONDITIONING` lists, or an unconditional one.
@@ -95,8 +97,9 @@ def example_samples(denoiser: nn.Module, batch: int) -> Samples:
 
     kind = type(denoiser).__name__
     arguments = CONDITIONING[kind](config, empty) if kind in CONDITIONING else {}
-    x = empty(FLUX_SIDE**2, config.in_channels) if kind == "FluxTransformer2DModel" else empty(*sample_shape(denoiser))
-    return Samples(x, empty(), Conditioning.of_call(arguments, batch))
+    flux = kind == "FluxTransformer2DModel"
+    x = torch.randn_like(empty(FLUX_SIDE**2, config.in_channels) if flux else empty(*sample_shape(denoiser)))
+    return Samples(x, torch.full_like(empty(), TIMESTEP), Conditioning.of_call(arguments, batch))
 
 
 Empty = Callable[..., Tensor]

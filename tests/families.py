@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from tcaq_lightning.activations import Arguments, Streams
-from tcaq_lightning.calls import Samples
+from tcaq_lightning.calls import Conditioning, Samples, split_call
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.quantize import quantize
 from tcaq_lightning.storage import ActivationStorage
@@ -224,9 +224,9 @@ class Family:
 
     def streams(self, batch_size: int = 3) -> Streams:
         storage = ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, torch.device("cpu"), Path())
-        samples = Samples(self.x, self.timesteps)
-        parts = self.full, self.quantized, self.graph, self.context, samples, batch_size, storage
-        return Streams(*parts, arguments=self.arguments)
+        call = split_call(self.full, *self.arguments(slice(0, SAMPLES)))
+        samples = Samples(call.x, call.timestep, Conditioning.of_call(call.arguments, SAMPLES))
+        return Streams(self.full, self.quantized, self.graph, self.context, samples, batch_size, storage)
 
 
 def _in_type(values: Any, dtype: torch.dtype) -> Any:

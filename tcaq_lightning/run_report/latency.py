@@ -22,10 +22,11 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+from tcaq_lightning.architectures import example_samples
 from tcaq_lightning.artifact import load_quantized
 from tcaq_lightning.cli import run_cli
 from tcaq_lightning.memory import peak_memory
-from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample_shape
+from tcaq_lightning.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.run_report.cache import artifact_digest, read_cached, write_cached
 from tcaq_lightning.run_report.shape import NUMBER, TEXT, Optional
 
@@ -188,14 +189,13 @@ def measured_in_turns(workers: Sequence[Worker], batches: Sequence[int]) -> list
 @torch.no_grad()
 def timed_calls(denoiser: nn.Module, batch: int) -> list[float]:
     """Seconds of each call of one spell, those to warm up left out."""
-    x = torch.randn(batch, *sample_shape(denoiser), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor(500)
+    samples = example_samples(denoiser, batch)
     for _ in range(WARM_UP):
-        denoiser(x, t, return_dict=False)
+        samples.predict(denoiser)
     seconds: list[float] = []
     while len(seconds) < LEAST_CALLS or (sum(seconds) < LEAST_SECONDS and len(seconds) < MOST_CALLS):
         began = time.perf_counter()
-        denoiser(x, t, return_dict=False)
+        samples.predict(denoiser)
         seconds.append(time.perf_counter() - began)
     return seconds
 

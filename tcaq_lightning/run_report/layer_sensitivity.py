@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact import load_quantized
-from tcaq_lightning.attention import QuantAttnProcessor
-from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.attention import QuantAttnProcessor, is_attention
+from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import HELD_OUT_START, finite
 from tcaq_lightning.evaluation.metrics import NoiseError
@@ -22,6 +21,7 @@ from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample_shape
 from tcaq_lightning.quantize import quant_layers, set_submodule
 from tcaq_lightning.run_report.cache import artifact_digest, read_cached, write_cached
 from tcaq_lightning.run_report.shape import MEASURED, NUMBER, TEXT, Named
+from tcaq_lightning.sampling import make_sampling
 from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
 from tcaq_lightning.trajectories import Trajectories, collect
 
@@ -67,6 +67,7 @@ def measure_sensitivity(
         "artifact": artifact_digest(run_dir / "quantized"),
         "model": config["model"]["path"],
         "sampler": config["calibration"]["sampler"],
+        "conditioning": config["conditioning"],
         "seed": config["seed"],
         "num_trajectories": num_trajectories,
     }
@@ -87,16 +88,17 @@ def measure_sensitivity(
         return content
     indices = range(HELD_OUT_START, HELD_OUT_START + num_trajectories)
     sampler = SamplerConfig(**config["calibration"]["sampler"])
-    paths = collect(full, pipeline.scheduler, sampler, indices, config["seed"], BATCH_SIZE)
+    sampling = make_sampling(pipeline, ConditioningConfig(**config["conditioning"]))
+    paths = collect(full, sampling, sampler, indices, config["seed"], BATCH_SIZE)
     targets = predictions(full, paths)
-    content["timesteps"] = paths.timesteps.tolist()
+    content["timesteps"] = paths.timesteps[:: paths.halves].tolist()
     for name in missing:
         if name == WHOLE:
             error, kind = relative_error(quantized, paths, targets), "model"
         else:
             with alone(full, quantized, name):
                 error = relative_error(full, paths, targets)
-            kind = "attention" if isinstance(full.get_submodule(name), Attention) else "layer"
+            kind = "attention" if is_attention(full.get_submodule(name)) else "layer"
         values = {"kind": kind, "summary": error.summary, "relative": error.relative.tolist()}
         content["parts"][name] = finite(values)
         write_cached(run_dir / FILE, content, **key)
@@ -110,8 +112,7 @@ def parts_of(quantized: nn.Module) -> list[str]:
     return [
         name
         for name, module in quantized.named_modules()
-        if isinstance(module, QuantLayer)
-        or (isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor))
+        if isinstance(module, QuantLayer) or (is_attention(module) and isinstance(module.processor, QuantAttnProcessor))
     ]
 
 
@@ -140,20 +141,16 @@ def alone(full: nn.Module, quantized: nn.Module, name: str) -> Iterator[None]:
                 set_submodule(full, name, place)
                 part.bias_shift = correction
         else:
-            attention, quantized_attention = _attention(place), _attention(part)
-            own: Any = attention.processor
-            attention.set_processor(quantized_attention.processor)
+            attention: Any = place
+            other: Any = part
+            own = attention.processor
+            attention.set_processor(other.processor)
             try:
                 yield
             finally:
                 attention.set_processor(own)
     finally:
         handle.remove()
-
-
-def _attention(module: nn.Module) -> Attention:
-    assert isinstance(module, Attention)
-    return module
 
 
 def groups_of(quantized: nn.Module) -> TimestepGroups:
@@ -167,12 +164,13 @@ def groups_of(quantized: nn.Module) -> TimestepGroups:
 
 @torch.no_grad()
 def predictions(denoiser: nn.Module, paths: Trajectories) -> list[Tensor]:
-    """(N, C, H, W) outputs of a denoiser for every call of the trajectories."""
-    device = next(denoiser.parameters()).device
-    return [
-        torch.cat([denoiser(part.to(device), t.to(device), return_dict=False)[0] for part in x.split(BATCH_SIZE)])
-        for x, t in zip(paths.inputs, paths.timesteps, strict=True)
+    """Outputs of a denoiser for every sampler step of the trajectories: (N, ...), with all rows of a guided sample."""
+    numbers = torch.split(torch.arange(paths.num_trajectories), BATCH_SIZE)
+    by_call = [
+        torch.cat([paths.at(torch.full_like(part, call), part).predict(denoiser) for part in numbers])
+        for call in range(paths.num_steps)
     ]
+    return [torch.cat(by_call[i : i + paths.halves]) for i in range(0, paths.num_steps, paths.halves)]
 
 
 def relative_error(denoiser: nn.Module, paths: Trajectories, targets: list[Tensor]) -> NoiseError:
@@ -189,4 +187,4 @@ def relative_error(denoiser: nn.Module, paths: Trajectories, targets: list[Tenso
         differences.append(difference.mean())
         power = target.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny)
         relative.append(difference.square().sum() / power)
-    return NoiseError(paths.timesteps.double(), torch.stack(relative), torch.stack(differences))
+    return NoiseError(paths.timesteps[:: paths.halves].double(), torch.stack(relative), torch.stack(differences))

@@ -26,6 +26,7 @@ from tcaq_lightning.run_report.layer_sensitivity import (
     measured_sensitivity,
     parts_of,
 )
+from tcaq_lightning.sampling import LoopSampling
 from tcaq_lightning.trajectories import collect
 
 TRAJECTORIES = 2
@@ -80,7 +81,7 @@ def test_errors_equal_those_of_layers_computed_by_hand(run_dir: Path, config: di
     found = measure_sensitivity(run_dir, config, TRAJECTORIES)
     pipeline, full, quantized = models(run_dir, config)
     indices = range(HELD_OUT_START, HELD_OUT_START + TRAJECTORIES)
-    paths = collect(full, pipeline.scheduler, SamplerConfig(num_steps=4), indices, 0, 2)
+    paths = collect(full, LoopSampling(pipeline.scheduler), SamplerConfig(num_steps=4), indices, 0, 2)
     layers = quant_layers(quantized)
     assert set(found["parts"]) == {*layers, ATTENTION, WHOLE}
     assert found["timesteps"] == paths.timesteps.tolist()
