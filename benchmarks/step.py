@@ -31,7 +31,7 @@ from tcaq_lightning import unit_calibration
 from tcaq_lightning.activations import Batch, UnitData
 from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.fitting import fit_unit
-from tcaq_lightning.quantize import quantization_state, restore_quantization_state
+from tcaq_lightning.quantized_layers import quantization_state, restore_quantization_state
 from tcaq_lightning.reconstruction import Phase, block_error
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tcaq_lightning.observation import UnitObservation
-from tcaq_lightning.quantize import quantizers
+from tcaq_lightning.quantized_layers import quantizers
 
 
 class QuantizerInputs(pl.Callback):

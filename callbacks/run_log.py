@@ -16,7 +16,7 @@ from tcaq_lightning.daq import plot_tail
 from tcaq_lightning.files import naming
 from tcaq_lightning.initialization import Choices, Observations
 from tcaq_lightning.pipelines import to_images
-from tcaq_lightning.quantize import quantizers
+from tcaq_lightning.quantized_layers import quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.statistics import range_heat_maps
 from tcaq_lightning.trajectories import Trajectories

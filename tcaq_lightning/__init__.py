@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tcaq_lightning.artifact import load_quantized
+    from tcaq_lightning.job import quantize
 
 __version__ = "0.1.0"
-__all__ = ["load_quantized"]
+__all__ = ["load_quantized", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from tcaq_lightning.artifact import load_quantized
 
         return load_quantized
+    if name == "quantize":
+        from tcaq_lightning.job import quantize
+
+        return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
 from tcaq_lightning.memory import freed_memory_reused
-from tcaq_lightning.quantize import (
+from tcaq_lightning.quantized_layers import (
     check_quantization_state,
     quant_layers,
     quantization_state,

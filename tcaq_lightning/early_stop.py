@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
-from tcaq_lightning.quantize import quant_layers
+from tcaq_lightning.quantized_layers import quant_layers
 from tcaq_lightning.quantizers import Rounding
 
 LOOKS = 10

@@ -19,7 +19,7 @@ from tcaq_lightning.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.files import DamagedFileError, read_checkpoint
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.memory import freed_memory_reused
-from tcaq_lightning.quantize import (
+from tcaq_lightning.quantized_layers import (
     check_quantization_state,
     quant_layers,
     quantization_state,

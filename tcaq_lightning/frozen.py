@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tcaq_lightning.attention import PROCESSORS, QuantAttnProcessor, is_attention
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantize import LAYERS, quant_layers, set_submodule
+from tcaq_lightning.quantized_layers import LAYERS, quant_layers, set_submodule
 from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, TokenQuantizer
 from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
 

@@ -15,7 +15,7 @@ from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.daq import LogHistogram, TailFit
 from tcaq_lightning.distributed import broadcast, gather, is_mine, world_size
 from tcaq_lightning.layers import QuantConv2d, QuantLayer
-from tcaq_lightning.quantize import (
+from tcaq_lightning.quantized_layers import (
     full_precision,
     quantization_state,
     quantizers,

@@ -25,7 +25,7 @@ from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.launch import launched
 from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, quiet_diffusers, to_images
 from tcaq_lightning.plan import coverage_table, make_plan, sketch_plan
-from tcaq_lightning.quantize import quantize as quantize_denoiser
+from tcaq_lightning.quantized_layers import quantize as quantize_denoiser
 from tcaq_lightning.report import final_table, write_report
 from tcaq_lightning.run import Run, settings_of_result
 from tcaq_lightning.sampling import Inputs, make_sampling

@@ -25,7 +25,7 @@ from tcaq_lightning.cost import (
 )
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.quantize import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
+from tcaq_lightning.quantized_layers import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.storage import GIGABYTE, Tier, resolve_limits
 from tcaq_lightning.units import UnitGraph
 from tcaq_lightning.workspace import Footprint, TrialWork, measure_footprint, unit_samples

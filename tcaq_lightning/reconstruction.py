@@ -17,7 +17,7 @@ from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantize import quant_layers, quantizers
+from tcaq_lightning.quantized_layers import quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
 from tcaq_lightning.sensitivity import channel_means

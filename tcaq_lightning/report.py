@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tcaq_lightning.evaluation.evaluate import finite
 from tcaq_lightning.files import replacing, write_bytes, write_json
-from tcaq_lightning.quantize import CoverageRow
+from tcaq_lightning.quantized_layers import CoverageRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

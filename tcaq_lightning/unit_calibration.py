@@ -18,7 +18,7 @@ from tcaq_lightning.files import save_tensors
 from tcaq_lightning.fitting import fit_unit, held_out_error, shifted_layer
 from tcaq_lightning.initialization import Observations, initialize, probe_indices
 from tcaq_lightning.observation import UnitObservation
-from tcaq_lightning.quantize import (
+from tcaq_lightning.quantized_layers import (
     full_precision,
     quant_layers,
     quantization_state,

@@ -22,7 +22,7 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.initialization import PROBES, capture_inputs
-from tcaq_lightning.quantize import quant_layers, quantization_state, quantize, quantizers, readers
+from tcaq_lightning.quantized_layers import quant_layers, quantization_state, quantize, quantizers, readers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.reconstruction import BlockReconstruction, Phase, squared_errors

@@ -17,7 +17,7 @@ from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfi
 from tcaq_lightning.daq import decide_by_likelihood
 from tcaq_lightning.histogram import LogHistogram
 from tcaq_lightning.initialization import Choices, Observations, initialize
-from tcaq_lightning.quantize import full_precision, quantize, quantizers
+from tcaq_lightning.quantized_layers import full_precision, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.statistics import RangeStatistics
 from tcaq_lightning.storage import ActivationStorage

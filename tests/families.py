@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tcaq_lightning.activations import Arguments, Streams
 from tcaq_lightning.calls import Conditioning, Samples, split_call
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
-from tcaq_lightning.quantize import quantize
+from tcaq_lightning.quantized_layers import quantize
 from tcaq_lightning.storage import ActivationStorage
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.units import UnitGraph, trace_units

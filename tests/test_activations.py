@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tcaq_lightning.activations import Streams, UnitData, store_peaks
-from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
+from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
 from tcaq_lightning.storage import ActivationStorage, Tier
 
 CPU = torch.device("cpu")

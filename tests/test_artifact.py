@@ -20,7 +20,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.frozen import Structure, describe, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import sample
-from tcaq_lightning.quantize import quant_layers, quantize, quantizers
+from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, SoftmaxQuantizer
 from tcaq_lightning.timesteps import TimestepGroups
 

@@ -22,7 +22,7 @@ from tcaq_lightning.attention import PROCESSORS, is_attention, mask_by_head, pro
 from tcaq_lightning.config import LayerRule, QuantizationConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantize import full_precision, quant_layers, quantize, quantizers
+from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantize, quantizers
 from tcaq_lightning.timesteps import TimestepGroups
 
 

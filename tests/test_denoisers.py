@@ -30,7 +30,7 @@ from tcaq_lightning.config import (
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.initialization import initialize
-from tcaq_lightning.quantize import full_precision, quant_layers, quantize, quantizers, uncovered
+from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantize, quantizers, uncovered
 from tcaq_lightning.quantizers import TokenQuantizer
 from tcaq_lightning.reconstruction import BlockReconstruction, squared_errors
 from tcaq_lightning.sensitivity import _squared_jacobians, channel_means

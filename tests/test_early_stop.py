@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tcaq_lightning.config import TrainerConfig
 from tcaq_lightning.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.files import read_checkpoint
-from tcaq_lightning.quantize import quant_layers
+from tcaq_lightning.quantized_layers import quant_layers
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.trainers import UnitCheckpoint, make_trainer
 

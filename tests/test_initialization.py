@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
-from tcaq_lightning.quantize import full_precision, quant_layers, quantizers
+from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.range_search import search_symmetric
 

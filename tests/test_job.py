@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
+from tcaq_lightning import quantize
 from tcaq_lightning.config import ActivationConfig as Activation
 from tcaq_lightning.config import (
     CalibrationConfig,
@@ -23,8 +24,7 @@ from tcaq_lightning.config import (
     TrainerConfig,
 )
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.job import quantize
-from tcaq_lightning.quantize import quant_layers
+from tcaq_lightning.quantized_layers import quant_layers
 
 
 class Steps(pl.Callback):

@@ -10,7 +10,7 @@ from torch import nn
 from tcaq_lightning.attention import QuantAttnProcessor, shares_input_quantizer
 from tcaq_lightning.config import QuantizationConfig
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantize import full_precision, quant_layers, quantize, quantizers
+from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantize, quantizers
 from tcaq_lightning.timesteps import TimestepGroups
 
 CONVOLUTIONS = {

@@ -19,7 +19,7 @@ from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor,
 from tcaq_lightning.evaluation.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.images import ImageWriter, open_images
 from tcaq_lightning.pipelines import find_denoiser
-from tcaq_lightning.quantize import quant_layers, quantize, quantizers
+from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.timesteps import TimestepGroups
 from tests.evaluation.inception_weights import pictures, random_weights
 

@@ -14,7 +14,7 @@ from torch import nn
 from tcaq_lightning import compilation
 from tcaq_lightning.activations import UnitData
 from tcaq_lightning.config import LayerRule, QuantizationConfig, ReconstructionConfig, TrainerConfig
-from tcaq_lightning.quantize import quant_layers, quantization_state, quantizers
+from tcaq_lightning.quantized_layers import quant_layers, quantization_state, quantizers
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.reconstruction import (
     FASTEST_ROUNDING,

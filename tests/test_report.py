@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tcaq_lightning.daq import LogHistogram, TailFit, decide_by_likelihood
 from tcaq_lightning.initialization import AttentionChoice
-from tcaq_lightning.quantize import CoverageRow
+from tcaq_lightning.quantized_layers import CoverageRow
 from tcaq_lightning.report import final_table, headline, render, write_report
 
 COVERAGE = [

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from tcaq_lightning.artifact import freeze, load_quantized, save_artifact
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.quantize import quant_layers, quantize, quantizers
+from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.unets import FixedHeadsUNet2DModel
 

@@ -18,7 +18,7 @@ from tcaq_lightning.evaluation.evaluate import HELD_OUT_START, finite
 from tcaq_lightning.evaluation.metrics import NoiseError
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample_shape
-from tcaq_lightning.quantize import quant_layers, set_submodule
+from tcaq_lightning.quantized_layers import quant_layers, set_submodule
 from tcaq_lightning.run_report.cache import artifact_digest, read_cached, write_cached
 from tcaq_lightning.run_report.shape import MEASURED, NUMBER, TEXT, Named
 from tcaq_lightning.sampling import make_sampling

@@ -9,7 +9,7 @@ import torch
 from callbacks import ActivationStatistics, DistributionFitting
 from tcaq_lightning.config import TrainerConfig
 from tcaq_lightning.observation import UnitObservation
-from tcaq_lightning.quantize import full_precision, quantizers
+from tcaq_lightning.quantized_layers import full_precision, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.trainers import make_trainer
 

@@ -16,7 +16,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import HELD_OUT_START
 from tcaq_lightning.evaluation.metrics import noise_error
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.quantize import quant_layers
+from tcaq_lightning.quantized_layers import quant_layers
 from tcaq_lightning.run_report import layer_sensitivity
 from tcaq_lightning.run_report.layer_sensitivity import (
     FILE,

@@ -14,7 +14,7 @@ from tcaq_lightning.attention import QuantAttnProcessor
 from tcaq_lightning.config import ActivationConfig, LayerRule, QuantizationConfig, SoftmaxConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantConv2d, QuantLayer, QuantLinear
-from tcaq_lightning.quantize import (
+from tcaq_lightning.quantized_layers import (
     bits_of,
     full_precision,
     quant_layers,
