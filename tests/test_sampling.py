@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     LDMPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -24,6 +28,7 @@ from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline, Cla
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.metrics import noise_error
+from tcaq_lightning.pipelines import open_pipeline
 from tcaq_lightning.sampling import LoopSampling, PipelineSampling, make_sampling, read_prompts
 from tcaq_lightning.trajectories import collect, mismatch, probe
 
@@ -280,3 +285,85 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
             read_prompts(file)
     with pytest.raises(UserError, match="cannot read"):
         read_prompts(tmp_path / "none.txt")
+
+
+@pytest.fixture(scope="module")
+def text_to_image(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Stable Diffusion of toy size; its tokenizer knows single characters."""
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("tokenizer")
+    characters = [chr(code) for code in range(33, 127)]
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    (directory / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=16
+    )
+    torch.manual_seed(0)
+    settings = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+    )
+    unet = latent_unet()
+    pipeline: Any = StableDiffusionPipeline(
+        autoencoder(3, 3),
+        transformers.CLIPTextModel(settings),
+        tokenizer,
+        unet,
+        PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.requires_grad_(False).eval()
+    return pipeline
+
+
+def prompts_file(directory: Path, *lines: str) -> Path:
+    (directory / "prompts.txt").write_text("\n".join(lines))
+    return directory / "prompts.txt"
+
+
+def test_prompts_reach_the_denoiser_in_both_rows(text_to_image: Any, tmp_path: Path) -> None:
+    conditioning = ConditioningConfig(prompts_file(tmp_path, "a red boot", "a bag"), guidance_scale=7.5)
+    sampling = make_sampling(text_to_image, conditioning)
+    found = collect(text_to_image.unet, sampling, SAMPLER, range(3), 0, batch_size=3)
+    assert found.halves == 2
+    assert found.num_steps == 2 * (STEPS + 1)  # PLMS calls the denoiser once more than it has steps
+    (context,) = found.conditioning.tensors.values()
+    assert context.shape == (2, 3, 16, 12)
+    assert torch.equal(context[0, 0], context[0, 1])  # no prompt
+    assert torch.equal(context[1, 0], context[1, 2])  # the first prompt again
+    assert not torch.equal(context[1, 0], context[1, 1])
+    negative = make_sampling(text_to_image, replace(conditioning, negative_prompt="ugly"))
+    other = collect(text_to_image.unet, negative, SAMPLER, range(3), 0, batch_size=3)
+    (changed,) = other.conditioning.tensors.values()
+    assert not torch.equal(changed[0], context[0])
+    assert torch.equal(changed[1], context[1])
+
+
+def test_a_pipeline_for_text_needs_prompts(text_to_image: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"conditioning\.prompts: a StableDiffusionPipeline needs prompts"):
+        make_sampling(text_to_image, ConditioningConfig())
+    manifest = make_sampling(text_to_image, ConditioningConfig(prompts_file(tmp_path, "x", "y"))).manifest()
+    assert manifest["prompts"] == ["x", "y"]
+    assert manifest["guidance_scale"] == 7.5  # the pipeline's own
+    assert set(manifest["components"]) == {"vae", "text_encoder"}
+
+
+def test_a_text_pipeline_opens_by_variant_and_type(text_to_image: Any, tmp_path: Path) -> None:
+    text_to_image.save_pretrained(tmp_path / "model", variant="fp16")
+    with pytest.raises(UserError, match="cannot load unet"):
+        open_pipeline(str(tmp_path / "model"))
+    opened: Any = open_pipeline(str(tmp_path / "model"), "fp16", torch.bfloat16)
+    assert {m.dtype for m in (opened.unet, opened.vae, opened.text_encoder)} == {torch.bfloat16}
+    expected = text_to_image.unet.conv_in.weight.bfloat16()
+    assert torch.equal(opened.unet.conv_in.weight, expected)
