@@ -53,7 +53,7 @@ def recognise(images: torch.Tensor) -> torch.Tensor:
 @LATENT_MODELS
 def test_latent_model_draws_the_class_it_is_asked_for(name: str, denoiser: type[Any]) -> None:
     pipeline: Any = open_pipeline(name)
-    sampling = make_sampling(pipeline, ConditioningConfig(guidance_scale=2.0))
+    sampling = make_sampling(pipeline, ConditioningConfig(guidance_scale=2.0, class_labels=list(range(10))))
     images = sampling.sample(pipeline.denoiser, SamplerConfig("DDIMScheduler", 10), range(40), seed=0)
     asked = torch.arange(40) % 10
     assert images.shape == (40, 1, 28, 28)

@@ -32,6 +32,7 @@ from tcaq_lightning.class_conditional import (
 )
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
+from tcaq_lightning.pipelines import one_line, open_pipeline
 from tcaq_lightning.pretraining.autoencoder import encode, load_autoencoder
 from tcaq_lightning.pretraining.batches import batch_indices, generator, stratified_timesteps
 from tcaq_lightning.pretraining.command import run
@@ -265,12 +266,35 @@ def new_denoiser(kind: str, autoencoder: Any, image_size: int, seed: int) -> Any
         return DENOISERS[kind](autoencoder.config.latent_channels, size, len(CLASSES))
 
 
+def load_weights(network: nn.Module, init: Path) -> None:
+    """Give a denoiser the weights of a pipeline.
+
+    Args:
+        network: one of `DENOISERS`.
+        init: directory of a pipeline with the same components.
+
+    Raises:
+        UserError: it has others, or of another architecture.
+    """
+    pipeline = open_pipeline(str(init))
+    for name, module in network.named_children():
+        source = getattr(pipeline, name, None)
+        try:
+            module.load_state_dict(source.state_dict() if source is not None else {})
+        except RuntimeError as error:
+            raise UserError(
+                f"--init must be a pipeline whose {name} has the architecture to be trained, got {init} "
+                f"({one_line(error)}); choose another --init or --denoiser"
+            ) from None
+
+
 def main(
     data: Path,
     autoencoder: Path,
     output: Path,
     steps: int,
     denoiser: Literal["unet", "dit"] = "unet",
+    init: Path | None = None,
     batch_size: int = 64,
     lr: float = 1e-3,
     warmup: int = 100,
@@ -290,6 +314,7 @@ def main(
         output: directory of the run; a run that is there is resumed.
         steps: optimizer steps in all.
         denoiser: unet (`UNet2DConditionModel`) or dit (`DiTTransformer2DModel`).
+        init: directory of a pipeline to start from; without it, random weights.
         batch_size: images a step.
         lr: peak learning rate; a cosine takes it to 0.
         warmup: steps of linear warmup.
@@ -309,6 +334,8 @@ def main(
     if int(labels.max()) >= len(CLASSES):
         raise UserError(f"expected labels 0..{len(CLASSES) - 1} in {data}, got {int(labels.max())}; use Fashion-MNIST")
     network = new_denoiser(denoiser, vae, images.shape[-1], seed)
+    if init is not None:
+        load_weights(network, init)
     scheduler_class: Any = DDIMScheduler
     encoded = encode_once(vae, images, latents)
     module = LatentPretraining(network, scheduler_class(**SCHEDULE), vae, encoded, labels, recipe)

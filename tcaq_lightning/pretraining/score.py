@@ -84,7 +84,8 @@ def main(
     clips = clip_sample or ([True, False] if classes is None else [False])
     scales: list[Any] = guidance_scale or [None if classes is None else 1.0]
     for num_steps, clip, scale in itertools.product(steps or [20], clips, scales):
-        sampling = make_sampling(pipeline, ConditioningConfig(guidance_scale=scale))
+        labels = None if classes is None else list(range(classes))
+        sampling = make_sampling(pipeline, ConditioningConfig(guidance_scale=scale, class_labels=labels))
         sampler = SamplerConfig("DDIMScheduler", num_steps, options={"clip_sample": clip})
         vectors: list[Tensor] = []
         first: list[Tensor] = []

@@ -22,6 +22,7 @@ from tcaq_lightning.pretraining.latent import (
     LatentPretraining,
     LatentRecipe,
     encode_once,
+    load_weights,
     main,
     new_denoiser,
 )
@@ -183,6 +184,25 @@ def test_images_are_encoded_once(data: Path, vae: Path, tmp_path: Path, monkeypa
     assert len(calls) == 3
     cache.write_bytes(cache.read_bytes()[:-1])
     assert torch.equal(encode_once(opened, images[:50], cache)[0], shifted)
+
+
+@KINDS
+def test_starts_from_the_weights_of_a_pipeline(kind: str, data: Path, vae: Path, tmp_path: Path) -> None:
+    module = pretraining(kind, data, vae, LatentRecipe(steps=1, batch_size=4))
+    module.export(tmp_path / "model")
+    other = new_denoiser(kind, load_autoencoder(vae), 28, seed=1)
+    expected = module.network.state_dict()
+    assert any(not torch.equal(value, expected[key]) for key, value in other.state_dict().items())
+    load_weights(other, tmp_path / "model")
+    assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "other"), [("unet", "fashion-mnist-dit"), ("dit", "fashion-mnist-dit")])
+def test_a_pipeline_of_another_architecture(kind: str, other: str, vae: Path) -> None:
+    network = new_denoiser(kind, load_autoencoder(vae), 28, seed=0)
+    with pytest.raises(UserError, match="--init must be a pipeline whose") as caught:
+        load_weights(network, Path(other))
+    assert "\n" not in str(caught.value)
 
 
 def test_labels_of_another_data_set(data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
