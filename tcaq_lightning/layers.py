@@ -214,12 +214,7 @@ class QuantAttnProcessor(nn.Module):
         else:
             context = encoder_hidden_states
         q, k, v = self._project(attn, hidden_states, context)
-        q, k, v = self.query(q), self.key(k), self.value(v)
-
-        q, k, v = (attn.head_to_batch_dim(x) for x in (q, k, v))  # (B*heads, T, C/heads)
-        p = attn.get_attention_scores(q, k, attention_mask)  # (B*heads, T, S)
-        p = self.probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)
-        out = attn.batch_to_head_dim(torch.bmm(p, v))  # (B, T, C)
+        out = self._attend(attn, q, k, v, attention_mask)  # (B, T, C)
 
         out = attn.to_out[1](attn.to_out[0](out))
         if image_shape is not None:
@@ -228,6 +223,15 @@ class QuantAttnProcessor(nn.Module):
             out = out + residual
         output: Tensor = out / attn.rescale_output_factor
         return output
+
+    def _attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v of projections (B, T, C) and (B, S, C), by heads."""
+        batch = q.shape[0]
+        q, k, v = self.query(q), self.key(k), self.value(v)
+        q, k, v = (attn.head_to_batch_dim(x) for x in (q, k, v))  # (B*heads, T, C/heads)
+        p = attn.get_attention_scores(q, k, attention_mask)  # (B*heads, T, S)
+        p = self.probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)
+        return attn.batch_to_head_dim(torch.bmm(p, v))
 
     @staticmethod
     def _project(attn: Attention, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
