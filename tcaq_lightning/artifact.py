@@ -29,7 +29,7 @@ from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, quiet_diffusers
 
-__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "write_checksums"]
+__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weights_digest", "write_checksums"]
 
 QUANT_METHOD = "tcaq"
 FORMAT_VERSION = 1
@@ -186,6 +186,12 @@ def _on_engine(denoiser: nn.Module, backend: str, artifact: str, options: dict[s
         engine = open_engine(backend, content, info, settings)
     stand_in: Any = EngineDenoiser(engine, type(denoiser), denoiser.config)  # type: ignore[arg-type]
     return stand_in.eval()  # type: ignore[no-any-return]
+
+
+def weights_digest(directory: str | Path) -> str:
+    """SHA-256 of an artifact's weights, as its config states it."""
+    _, _, quantization = _read_config(Path(directory))
+    return str(quantization.get("sha256"))
 
 
 def artifact_sizes(directory: str | Path) -> int:

@@ -135,21 +135,29 @@ class GraphQuantizer(nn.Module):
     Attributes:
         constant: step and zero point are the same in all groups. centred: the zero point is; it is then the
             quantizer's own, and the codes that come out are u - z, else u.
-        signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations.
+        signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations. raw:
+            the zero point stays outside of the codes though it is the same everywhere: OpenVINO's product of two
+            activations takes none.
     """
 
     shift: Tensor | None
     r: Tensor | None
 
     def __init__(
-        self, source: ActivationQuantizer, times: Timesteps, constants: Constants, signed: bool = False
+        self,
+        source: ActivationQuantizer,
+        times: Timesteps,
+        constants: Constants,
+        signed: bool = False,
+        raw: bool = False,
+        folds_step: bool = True,
     ) -> None:
         super().__init__()
         self.bits, self.channel_dim, self.times, self.signed = source.bits, source.channel_dim, times, signed
         self.levels = 2**source.bits - 1
         steps, zeros = source.steps().detach(), source.zero_point
         one_zero = bool((zeros == zeros[0]).all())
-        self.centred = one_zero and not signed
+        self.centred = one_zero and not (signed or raw)
         self.constant = one_zero and bool((steps == steps[0]).all())
         self.step_column = times.column(steps)
         self.zero_column = times.column(zeros)
@@ -160,8 +168,8 @@ class GraphQuantizer(nn.Module):
         own = int(zeros[0]) if self.centred else 0
         self.upper = self.levels - own - self.middle
         self.dtype = torch.int8 if signed else torch.uint8
-        scale = float(steps[0]) if self.constant and self.centred and self.r is None else 1.0
-        self.own_scale = scale
+        whole = self.constant and self.centred and self.r is None and folds_step
+        self.own_scale = scale = float(steps[0]) if whole else 1.0
         """What DequantizeLinear multiplies with already: the whole step, or 1."""
         self.code_scale = constants.scalar(scale, torch.float32)
         self.code_zero = constants.scalar(own, self.dtype)
@@ -210,6 +218,7 @@ class GraphLayer(nn.Module):
     bias: Tensor | None
 
     axis: int  # of the output channels within the stored codes
+    folds_step: bool  # whether a constant step is part of the scales
 
     def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps) -> None:
         super().__init__()
@@ -223,8 +232,8 @@ class GraphLayer(nn.Module):
         self.register_buffer("codes", self.stored(codes.to(torch.int8) if fits else weight.codes))
         zero_point = weight.zero_point.to(torch.uint8)
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
-        folded = inputs.constant and inputs.own_scale == 1
-        self.factor_after = not inputs.constant
+        folded = inputs.constant and inputs.own_scale == 1 and self.folds_step
+        self.factor_after = not inputs.constant or (inputs.own_scale == 1 and not folded)
         self.register_buffer("scale", weight.scale * inputs.fixed_step if folded else weight.scale.clone())
         self.has_zero = not inputs.centred
         self.code_sums = self.summed(codes.long()).numpy()
@@ -304,6 +313,7 @@ class GraphConv2d(GraphLayer):
     """Convolution of codes."""
 
     axis = 0
+    folds_step = True
 
     def __init__(self, source: QuantConv2d, *args: Any) -> None:
         super().__init__(source, *args)
@@ -342,9 +352,13 @@ class GraphConv2d(GraphLayer):
 
 
 class GraphLinear(GraphLayer):
-    """Matrix product of codes; the weight is stored as (I, O), as MatMul takes it."""
+    """Matrix product of codes; the weight is stored as (I, O), as MatMul takes it.
+
+    A constant step stays a multiplication: ONNX Runtime makes a Gemm, which runs in float, of a product with a sum.
+    """
 
     axis = 1
+    folds_step = False
 
     def __init__(self, source: QuantLinear, *args: Any) -> None:
         super().__init__(source, *args)
@@ -420,7 +434,7 @@ class GraphAttnProcessor(QuantAttnProcessor):
 
     def __init__(self, source: QuantAttnProcessor, times: Timesteps, constants: Constants) -> None:
         nn.Module.__init__(self)
-        self.query = GraphQuantizer(source.query, times, constants)  # type: ignore[assignment]
+        self.query = GraphQuantizer(source.query, times, constants, raw=True)  # type: ignore[assignment]
         self.key = GraphQuantizer(source.key, times, constants, signed=True)  # type: ignore[assignment]
         self.value = GraphQuantizer(source.value, times, constants, signed=True)  # type: ignore[assignment]
         self.probabilities = GraphSoftmaxQuantizer(source.probabilities, times, constants)  # type: ignore[assignment]
@@ -428,8 +442,7 @@ class GraphAttnProcessor(QuantAttnProcessor):
     def _attend(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
         query, key, value, probabilities = self._quantizers()
         q, k, v = (self._by_heads(x, attn.heads) for x in (q, k, v))  # (B, heads, T, C/heads)
-        step = query.step(4) if query.own_scale == 1 else 1.0
-        scores = self._product(query, q, key, k.transpose(2, 3)) * (step * key.step(4) * attn.scale)
+        scores = self._product(query, q, key, k.transpose(2, 3)) * (query.step(4) * key.step(4) * attn.scale)
         if attention_mask is not None:
             scores = scores + attention_mask.unflatten(0, (-1, attn.heads))
         p = probabilities(scores.softmax(dim=-1))  # (B, heads, T, S)
@@ -453,8 +466,6 @@ class GraphAttnProcessor(QuantAttnProcessor):
         a, b = first(a), second(b)
         zero_a, zero_b = first.zero(4), second.zero(4)
         product = torch.matmul(a, b) - zero_b * a.sum(dim=-1, keepdim=True)
-        if first.centred:
-            return product
         return product - zero_a * (b - zero_b).sum(dim=-2, keepdim=True)
 
     @staticmethod
@@ -515,7 +526,8 @@ class GraphDenoiser(nn.Module):
                     )
                 source = module.input_quantizer
                 if id(source) not in made:
-                    made[id(source)] = GraphQuantizer(source, self.times, self.constants)
+                    folds = replacement.folds_step
+                    made[id(source)] = GraphQuantizer(source, self.times, self.constants, folds_step=folds)
                 set_submodule(self.denoiser, name, replacement(module, made[id(source)], self.times))
             elif isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
                 processor = GraphAttnProcessor(module.processor, self.times, self.constants)
