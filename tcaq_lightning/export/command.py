@@ -165,8 +165,7 @@ def _summary(info: GraphInfo, record: dict[str, Any], four_bit: bool) -> list[st
         here = "this processor is one" if sums_saturate() else "not this one"
         lines.append(
             f"8-bit sums: {len(risky)} products, such as {risky[0]}, may saturate in 16 bits on x86 processors without "
-            f"VNNI ({here}); there load_quantized runs them in float with OpenVINO, on uint8 x uint8 kernels with "
-            f"ONNX Runtime"
+            f"VNNI ({here}); there load_quantized runs them in float"
         )
     for name in set(ENGINES) - set(record["engines"]):
         if name == OPENVINO or record["format"] == "onnx":

@@ -140,7 +140,11 @@ def _openvino_info(model: Any, where: str) -> GraphInfo:
 
 
 class ONNXRuntimeEngine:
-    """ONNX Runtime on an ONNX graph. Its convolutions run in float, its matrix products on integers."""
+    """ONNX Runtime on an ONNX graph. Its convolutions run in float, its matrix products on integers.
+
+    Attributes:
+        in_float: whether all products were kept off integer kernels, since 16-bit sums could saturate here.
+    """
 
     name = ONNXRUNTIME
 
@@ -167,19 +171,25 @@ class ONNXRuntimeEngine:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        if sums_saturate() if saturates is None else saturates:
-            # uint8 x uint8 kernels, slower, which add in 32 bits
-            options.add_session_config_entry("session.x64quantprecision", "1")
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
         content: bytes | str = source if isinstance(source, bytes) else str(source)
         try:
-            self.session = onnxruntime.InferenceSession(content, options, providers=[chosen])
+            session = onnxruntime.InferenceSession(content, options, providers=[chosen])
+            properties = session.get_modelmeta().custom_metadata_map
+            self.info = info or GraphInfo.from_json(properties.get(METADATA_KEY, ""), str(source))
+            # There is no choice by layer, and only matrix products run on integers here: all of them in float.
+            risky = any(p.may_saturate for p in self.info.products)
+            self.in_float = risky and (sums_saturate() if saturates is None else saturates)
+            if self.in_float:
+                options.add_session_config_entry("session.disable_quant_qdq", "1")
+                session = onnxruntime.InferenceSession(content, options, providers=[chosen])
+            self.session = session
+        except UserError:
+            raise
         except Exception as error:  # its exceptions share no base but this
             where = "the exported graph" if isinstance(source, bytes) else source
             raise UserError(f"ONNX Runtime cannot open {where}: {one_line(error)}; export it again") from error
-        properties = self.session.get_modelmeta().custom_metadata_map
-        self.info = info or GraphInfo.from_json(properties.get(METADATA_KEY, ""), str(source))
         self.source, self.options, self.provider = source, {"threads": threads, "saturates": saturates}, chosen
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
@@ -194,7 +204,7 @@ class ONNXRuntimeEngine:
             file = Path(directory) / "optimised.onnx"
             again: Any = {**self.options, "provider": self.provider, "optimised": file}
             ONNXRuntimeEngine(self.source, self.info, **again)
-            return onnxruntime_kernels(onnx.load(str(file), load_external_data=False), self.info.products)
+            return onnxruntime_kernels(onnx.load(str(file), load_external_data=False), self.info.products, self.in_float)
 
 
 ENGINES: dict[str, Any] = {OPENVINO: OpenVINOEngine, ONNXRUNTIME: ONNXRuntimeEngine}

@@ -19,6 +19,9 @@ INTEGER_OPERATORS = frozenset(
 )
 """Of ONNX Runtime's optimised graph."""
 
+SATURATION = "16-bit sums of this processor may saturate"
+NO_CONVOLUTION = "this engine has no integer convolution with float output"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -56,33 +59,37 @@ def openvino_kernels(compiled: Any, products: Sequence[Product], in_float: Itera
         if info.get("layerType") in ("Convolution", "GroupConvolution", "MatMul", "FullyConnected", "Deconvolution"):
             for name in info.get("originalLayersNames", "").split(","):
                 kernel = f"{info['layerType']} {info.get('primitiveType', '')}"
-                found.setdefault(name.removesuffix(LOWERED), (kernel, info.get("runtimePrecision", "")))
+                # `runtimePrecision` alone also is i8 for float kernels whose weights are stored so
+                precision = kernel.rpartition("_")[2].lower()
+                found.setdefault(name.removesuffix(LOWERED), (kernel, precision))
     kept = set(in_float)
     return [
-        _kernel(
-            p, *found.get(p.name, ("not found", "")), "16-bit sums of this processor may saturate" * (p.name in kept)
-        )
-        for p in products
+        _kernel(p, *found.get(p.name, ("not found", "")), SATURATION if p.name in kept else "") for p in products
     ]
 
 
-def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product]) -> list[Kernel]:
+def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_float: bool = False) -> list[Kernel]:
     """Kernels of an ONNX Runtime session, from the graph that it optimised and wrote.
 
     Its integer convolution gives integers: one whose output stays in float, as ours does, runs in float.
+
+    Args:
+        optimised: the graph.
+        products: of the graph.
+        in_float: whether all were kept off integer kernels.
     """
     found = {node.name: node.op_type for node in optimised.graph.node}
     kernels = []
     for product in products:
         operator = found.get(product.name, "not found")
         precision = "int8" if operator in INTEGER_OPERATORS else "float32"
-        reason = "this engine has no integer convolution with float output" * (product.operator == "Conv")
+        reason = SATURATION if in_float else NO_CONVOLUTION if product.operator == "Conv" else ""
         kernels.append(_kernel(product, operator, precision, reason))
     return kernels
 
 
 def _kernel(product: Product, kernel: str, precision: str, reason: str) -> Kernel:
-    integer = precision in ("u8", "i8", "int8")
+    integer = precision in ("i8", "int8")
     return Kernel(product, kernel, precision, integer, "" if integer else product.note or reason)
 
 

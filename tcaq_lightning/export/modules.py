@@ -136,8 +136,8 @@ class GraphQuantizer(nn.Module):
         constant: step and zero point are the same in all groups. centred: the zero point is; it is then the
             quantizer's own, and the codes that come out are u - z, else u.
         signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations. raw:
-            the zero point stays outside of the codes though it is the same everywhere: OpenVINO's product of two
-            activations takes none.
+            the zero point stays outside of the codes though it is the same everywhere: OpenVINO's integer matrix
+            products take none.
     """
 
     shift: Tensor | None
@@ -150,7 +150,6 @@ class GraphQuantizer(nn.Module):
         constants: Constants,
         signed: bool = False,
         raw: bool = False,
-        folds_step: bool = True,
     ) -> None:
         super().__init__()
         self.bits, self.channel_dim, self.times, self.signed = source.bits, source.channel_dim, times, signed
@@ -168,7 +167,7 @@ class GraphQuantizer(nn.Module):
         own = int(zeros[0]) if self.centred else 0
         self.upper = self.levels - own - self.middle
         self.dtype = torch.int8 if signed else torch.uint8
-        whole = self.constant and self.centred and self.r is None and folds_step
+        whole = self.constant and self.centred and self.r is None
         self.own_scale = scale = float(steps[0]) if whole else 1.0
         """What DequantizeLinear multiplies with already: the whole step, or 1."""
         self.code_scale = constants.scalar(scale, torch.float32)
@@ -218,7 +217,7 @@ class GraphLayer(nn.Module):
     bias: Tensor | None
 
     axis: int  # of the output channels within the stored codes
-    folds_step: bool  # whether a constant step is part of the scales
+    raw: bool  # whether step and zero point stay outside of the product though they are constant
 
     def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps) -> None:
         super().__init__()
@@ -232,8 +231,8 @@ class GraphLayer(nn.Module):
         self.register_buffer("codes", self.stored(codes.to(torch.int8) if fits else weight.codes))
         zero_point = weight.zero_point.to(torch.uint8)
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
-        folded = inputs.constant and inputs.own_scale == 1 and self.folds_step
-        self.factor_after = not inputs.constant or (inputs.own_scale == 1 and not folded)
+        folded = inputs.constant and inputs.own_scale == 1 and not self.raw
+        self.factor_after = not inputs.constant or self.raw
         self.register_buffer("scale", weight.scale * inputs.fixed_step if folded else weight.scale.clone())
         self.has_zero = not inputs.centred
         self.code_sums = self.summed(codes.long()).numpy()
@@ -313,7 +312,7 @@ class GraphConv2d(GraphLayer):
     """Convolution of codes."""
 
     axis = 0
-    folds_step = True
+    raw = False
 
     def __init__(self, source: QuantConv2d, *args: Any) -> None:
         super().__init__(source, *args)
@@ -354,11 +353,12 @@ class GraphConv2d(GraphLayer):
 class GraphLinear(GraphLayer):
     """Matrix product of codes; the weight is stored as (I, O), as MatMul takes it.
 
-    A constant step stays a multiplication: ONNX Runtime makes a Gemm, which runs in float, of a product with a sum.
+    ONNX Runtime makes a Gemm, which runs in float, of a product and a sum without a factor between them, and OpenVINO
+    runs it in float with a zero point.
     """
 
     axis = 1
-    folds_step = False
+    raw = True
 
     def __init__(self, source: QuantLinear, *args: Any) -> None:
         super().__init__(source, *args)
@@ -526,8 +526,7 @@ class GraphDenoiser(nn.Module):
                     )
                 source = module.input_quantizer
                 if id(source) not in made:
-                    folds = replacement.folds_step
-                    made[id(source)] = GraphQuantizer(source, self.times, self.constants, folds_step=folds)
+                    made[id(source)] = GraphQuantizer(source, self.times, self.constants, raw=replacement.raw)
                 set_submodule(self.denoiser, name, replacement(module, made[id(source)], self.times))
             elif isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
                 processor = GraphAttnProcessor(module.processor, self.times, self.constants)
