@@ -115,11 +115,9 @@ def _target(output: Path, suffix: str) -> Path:
     if output.suffix in other:
         raise UserError(f"{output}: expected a name that ends in {suffix}, or a directory, for this --format")
     target = output if output.suffix == suffix else output / f"{NAME}{suffix}"
-    if target.is_dir() or (target.parent.exists() and not target.parent.is_dir()):
+    nearest = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+    if target.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{output}: expected a file or directory that can be written; choose another path")
-    nearest = next(parent for parent in target.absolute().parents if parent.exists())
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"{output}: {nearest} cannot be written to; choose another path")
     return target
 
 

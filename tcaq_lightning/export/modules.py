@@ -88,7 +88,9 @@ class Timesteps(nn.Module):
 
     def __init__(self, boundaries: list[float]) -> None:
         super().__init__()
-        self.register_buffer("edges", torch.tensor(boundaries, dtype=torch.float32))
+        self.num_groups = len(boundaries) + 1
+        # OpenVINO sums nothing to anything, so that there always is a boundary
+        self.register_buffer("edges", torch.tensor(boundaries or [float("inf")], dtype=torch.float32))
         self._columns: list[Tensor] = []
         self._corrections: list[Tensor] = []
         self._read: dict[int, tuple[Tensor, ...]] = {}
@@ -106,7 +108,7 @@ class Timesteps(nn.Module):
 
     def finish(self) -> None:
         """Make the tables, after the last column."""
-        groups = self.edges.numel() + 1
+        groups = self.num_groups
         self.register_buffer("values", torch.stack([*self._columns, torch.zeros(groups)], dim=1))
         self.register_buffer("shifts", torch.cat([*self._corrections, torch.zeros(groups, 1).half()], dim=1))
 
@@ -133,71 +135,48 @@ class GraphQuantizer(nn.Module):
     """An `ActivationQuantizer` as QuantizeLinear and DequantizeLinear of constant scale and zero point.
 
     Attributes:
-        constant: step and zero point are the same in all groups. centred: the zero point is; it is then the
-            quantizer's own, and the codes that come out are u - z, else u.
-        signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations. raw:
-            the zero point stays outside of the codes though it is the same everywhere: OpenVINO's integer matrix
-            products take none.
+        signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations.
     """
 
     shift: Tensor | None
     r: Tensor | None
 
     def __init__(
-        self,
-        source: ActivationQuantizer,
-        times: Timesteps,
-        constants: Constants,
-        signed: bool = False,
-        raw: bool = False,
+        self, source: ActivationQuantizer, times: Timesteps, constants: Constants, signed: bool = False
     ) -> None:
         super().__init__()
         self.bits, self.channel_dim, self.times, self.signed = source.bits, source.channel_dim, times, signed
         self.levels = 2**source.bits - 1
         steps, zeros = source.steps().detach(), source.zero_point
-        one_zero = bool((zeros == zeros[0]).all())
-        self.centred = one_zero and not (signed or raw)
-        self.constant = one_zero and bool((steps == steps[0]).all())
         self.step_column = times.column(steps)
         self.zero_column = times.column(zeros)
         r = source.scales().detach()
         self.register_buffer("r", None if bool((r == 1).all()) else r)
         self.register_buffer("shift", source.shift)
         self.middle = 2 ** (source.bits - 1) if signed else 0
-        own = int(zeros[0]) if self.centred else 0
-        self.upper = self.levels - own - self.middle
-        self.dtype = torch.int8 if signed else torch.uint8
-        whole = self.constant and self.centred and self.r is None
-        self.own_scale = scale = float(steps[0]) if whole else 1.0
-        """What DequantizeLinear multiplies with already: the whole step, or 1."""
-        self.code_scale = constants.scalar(scale, torch.float32)
-        self.code_zero = constants.scalar(own, self.dtype)
-        self.fixed_step, self.fixed_zero = float(steps[0]), float(zeros[0])
+        self.upper = self.levels - self.middle
+        self.code_scale = constants.scalar(1.0, torch.float32)
+        self.code_zero = constants.scalar(0, torch.int8 if signed else torch.uint8)
 
-    def step(self, dims: int) -> Tensor | float:
-        """Step s_g of the running batch, (B, 1, ..., 1), or a number."""
-        return self.fixed_step if self.constant else self.times.value(self.step_column, dims)
+    def step(self, dims: int) -> Tensor:
+        """Step s_g of the running batch, (B, 1, ..., 1)."""
+        return self.times.value(self.step_column, dims)
 
-    def zero(self, dims: int) -> Tensor | float:
-        """z of the codes that come out: of the running batch, or a number; 0 where the graph subtracts it already."""
-        if self.centred:
-            return 0.0
-        zero = self.fixed_zero if self.constant else self.times.value(self.zero_column, dims)
-        return zero - self.middle
+    def zero(self, dims: int) -> Tensor:
+        """z of the codes that come out, for the running batch."""
+        zero = self.times.value(self.zero_column, dims)
+        return zero - self.middle if self.middle else zero
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes as floats, of x's shape: u, u - z or u - 2^(b-1), times `own_scale`."""
+        """Codes as floats, of x's shape: u, or u - 2^(b-1)."""
         if self.shift is not None:
             x = x - along(self.shift, x.ndim, self.channel_dim)
-        if self.own_scale == 1:
-            step = self.step(x.ndim)
-            if self.r is not None:
-                step = step * along(self.r, x.ndim, self.channel_dim)
-            x = x / step
-        if not self.centred:
-            x = x + self.zero(x.ndim)
+        step = self.step(x.ndim)
+        if self.r is not None:
+            step = step * along(self.r, x.ndim, self.channel_dim)
+        x = x / step + self.zero(x.ndim)
         if self.levels < 255:
-            x = x.clamp(max=self.upper * self.own_scale)
+            x = x.clamp(max=self.upper)
             if self.signed:
                 x = x.clamp(min=-self.middle)
         return _coded(x, self.code_scale, self.code_zero)
@@ -208,7 +187,7 @@ class GraphLayer(nn.Module):
 
     Attributes:
         codes: int8 q - z beside a `zero_point` of 0; uint8 q beside z where a code does not fit (8 bits, asymmetric).
-        scale: (O,) of the codes, the step too where it is a constant.
+        scale: (O,) of the codes.
     """
 
     codes: Tensor
@@ -217,7 +196,6 @@ class GraphLayer(nn.Module):
     bias: Tensor | None
 
     axis: int  # of the output channels within the stored codes
-    raw: bool  # whether step and zero point stay outside of the product though they are constant
 
     def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps) -> None:
         super().__init__()
@@ -231,10 +209,7 @@ class GraphLayer(nn.Module):
         self.register_buffer("codes", self.stored(codes.to(torch.int8) if fits else weight.codes))
         zero_point = weight.zero_point.to(torch.uint8)
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
-        folded = inputs.constant and inputs.own_scale == 1 and not self.raw
-        self.factor_after = not inputs.constant or self.raw
-        self.register_buffer("scale", weight.scale * inputs.fixed_step if folded else weight.scale.clone())
-        self.has_zero = not inputs.centred
+        self.register_buffer("scale", weight.scale.clone())
         self.code_sums = self.summed(codes.long()).numpy()
         self.register_buffer("bias", None if source.bias is None else source.bias.detach())
         self.correction = None if source.bias_shift is None else times.correction(source.bias_shift)
@@ -259,26 +234,19 @@ class GraphLayer(nn.Module):
     def compute(self, codes: Tensor) -> Tensor:
         """The output for codes that the quantizer made."""
         y = self.product(codes)
-        step = self.inputs.step(y.ndim) if self.factor_after else None
-        if step is not None:
-            y = y * step
-        constant = self.constant_term(y, step)
-        return y if constant is None else y + constant
+        step = self.inputs.step(y.ndim)
+        return y * step + self.constant_term(y, step)
 
     def product(self, codes: Tensor) -> Tensor:
         """W' u."""
         raise NotImplementedError
 
-    def constant_term(self, y: Tensor, step: Tensor | float | None) -> Tensor | None:
+    def constant_term(self, y: Tensor, step: Tensor) -> Tensor:
         """What does not depend on the input: bias, its correction, and the zero point's share."""
-        shift = None if self.correction is None else self.broadcast(self.times.shift(self.correction), y)
-        bias = None if self.bias is None else self.broadcast(self.bias[None], y)
-        total = shift if bias is None else bias if shift is None else bias + shift
-        if not self.has_zero:
-            return total
-        factor = self.inputs.zero(y.ndim) if step is None else self.inputs.zero(y.ndim) * step
-        share = self.zero_share(y) * factor
-        return -share if total is None else total - share
+        total = -self.zero_share(y) * (self.inputs.zero(y.ndim) * step)
+        if self.correction is not None:
+            total = total + self.broadcast(self.times.shift(self.correction), y)
+        return total if self.bias is None else total + self.broadcast(self.bias[None], y)
 
     def zero_share(self, y: Tensor) -> Tensor:
         """W' 1, broadcastable to y."""
@@ -312,7 +280,6 @@ class GraphConv2d(GraphLayer):
     """Convolution of codes."""
 
     axis = 0
-    raw = False
 
     def __init__(self, source: QuantConv2d, *args: Any) -> None:
         super().__init__(source, *args)
@@ -351,14 +318,9 @@ class GraphConv2d(GraphLayer):
 
 
 class GraphLinear(GraphLayer):
-    """Matrix product of codes; the weight is stored as (I, O), as MatMul takes it.
-
-    ONNX Runtime makes a Gemm, which runs in float, of a product and a sum without a factor between them, and OpenVINO
-    runs it in float with a zero point.
-    """
+    """Matrix product of codes; the weight is stored as (I, O), as MatMul takes it."""
 
     axis = 1
-    raw = True
 
     def __init__(self, source: QuantLinear, *args: Any) -> None:
         super().__init__(source, *args)
@@ -393,15 +355,14 @@ class GraphSoftmaxQuantizer(nn.Module):
         logarithmic = source.logarithmic()
         self.integer, self.mixed = not any(logarithmic), any(logarithmic) and not all(logarithmic)
         steps = source.steps().detach()
-        self.fixed = float(steps[0]) if bool((steps == steps[0]).all()) else None
         self.delta_column = times.column(steps)
         self.tau_column = times.column(source.tau)
         self.one = constants.scalar(1.0, torch.float32)
         self.nought = constants.scalar(0, torch.uint8)
 
-    def step(self) -> Tensor | float:
+    def step(self) -> Tensor:
         """Uniform step of the running batch."""
-        return self.times.value(self.delta_column, 4) if self.fixed is None else self.fixed
+        return self.times.value(self.delta_column, 4)
 
     def forward(self, p: Tensor) -> Tensor:
         """(B, heads, T, S) probabilities to codes or values."""
@@ -434,7 +395,7 @@ class GraphAttnProcessor(QuantAttnProcessor):
 
     def __init__(self, source: QuantAttnProcessor, times: Timesteps, constants: Constants) -> None:
         nn.Module.__init__(self)
-        self.query = GraphQuantizer(source.query, times, constants, raw=True)  # type: ignore[assignment]
+        self.query = GraphQuantizer(source.query, times, constants)  # type: ignore[assignment]
         self.key = GraphQuantizer(source.key, times, constants, signed=True)  # type: ignore[assignment]
         self.value = GraphQuantizer(source.value, times, constants, signed=True)  # type: ignore[assignment]
         self.probabilities = GraphSoftmaxQuantizer(source.probabilities, times, constants)  # type: ignore[assignment]
@@ -526,7 +487,7 @@ class GraphDenoiser(nn.Module):
                     )
                 source = module.input_quantizer
                 if id(source) not in made:
-                    made[id(source)] = GraphQuantizer(source, self.times, self.constants, raw=replacement.raw)
+                    made[id(source)] = GraphQuantizer(source, self.times, self.constants)
                 set_submodule(self.denoiser, name, replacement(module, made[id(source)], self.times))
             elif isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
                 processor = GraphAttnProcessor(module.processor, self.times, self.constants)

@@ -76,7 +76,14 @@ def _frozen(
 @pytest.fixture(scope="session")
 def frozen() -> Callable[..., Any]:
     """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax quantizers, symmetric, rules)."""
-    return _frozen
+    made: dict[str, Any] = {}  # equal calls share one
+
+    def make(**case: Any) -> Any:
+        if repr(case) not in made:
+            made[repr(case)] = _frozen(**case)
+        return made[repr(case)]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tcaq_lightning.artifact import load_quantized
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.export import command
 from tcaq_lightning.export.kernels import Kernel
-from tcaq_lightning.packing import pack
+from tcaq_lightning.packing import packed_size
 from tcaq_lightning.quantize import quant_layers
 
 onnx = pytest.importorskip("onnx")
@@ -30,8 +29,9 @@ def test_onnx_holds_the_artifacts_integers(
 ) -> None:
     assert run(artifact, "--format", "onnx", tmp_path / "out") == 0
     printed = capsys.readouterr().out
+    count = len(quant_layers(load_quantized(artifact).unet)) + 2 * 4  # and two matmuls of each attention
     assert "stored as int4" in printed
-    assert "openvino: 45 of 45" in printed or "of" in printed
+    assert f"openvino: {count} of {count} quantized products on integer kernels" in printed
     model = onnx.load(tmp_path / "out" / "denoiser.onnx")
     constants = {t.name: t for t in model.graph.initializer}
     layers = quant_layers(load_quantized(artifact).unet)
@@ -45,23 +45,22 @@ def test_onnx_holds_the_artifacts_integers(
     assert set(record["engines"]) == {"onnxruntime", "openvino"}
     assert all(row["integer"] for row in record["engines"]["openvino"]["kernels"])
     assert record["inputs"] == {"sample": ["B", 1, 8, 8], "timestep": ["B"]}
-    assert len(tensor.raw_data) * 2 >= pack(layer.weight_quantizer.codes, 4).numel()
+        assert len(tensor.raw_data) == packed_size(codes.size, 4)
 
 
+@pytest.mark.slow
 def test_a_written_file_is_opened_by_load_quantized(artifact: Path, tmp_path: Path) -> None:
     assert run(artifact, "--format", "openvino", tmp_path / "a.xml", "--four_bit", "false") == 0
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.bin", "a.json", "a.xml"]
     loaded = load_quantized(artifact, backend="openvino", model=tmp_path / "a.xml", threads=1)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 99])
     expected = load_quantized(artifact).unet(x, t).sample
-    assert (loaded.unet(x, t).sample - expected).square().sum() / expected.square().sum() < 1e-3
-    other = tmp_path / "other"
-    shutil.copytree(artifact, other)
-    loaded.unet.engine.info  # noqa: B018 - it has properties
+    assert (loaded.unet(x, t).sample - expected).square().sum() / expected.square().sum() < 5e-3
     with pytest.raises(UserError, match="exported from another artifact"):
         command.open_engine("openvino", tmp_path / "a.xml", None, {}, "another digest")
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_failure(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

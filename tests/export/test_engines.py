@@ -20,6 +20,9 @@ from tcaq_lightning.pipelines import sample
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 BACKENDS = ("openvino", "onnxruntime")
+ROUNDING = 5e-3
+"""Of a model of random ranges: a value that an engine's float sums move over the middle between two codes moves the
+values behind it by whole steps."""
 
 
 def inputs(batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -31,8 +34,13 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).square().sum() / expected.square().sum())
 
 
+GRAPHS: dict[int, tuple[Any, bytes, GraphInfo]] = {}  # by denoiser, which is kept: building takes seconds
+
+
 def engine_of(backend: str, denoiser: Any, **options: Any) -> EngineDenoiser:
-    content, info = build_graph(denoiser, "digest")
+    if id(denoiser) not in GRAPHS:
+        GRAPHS[id(denoiser)] = (denoiser, *build_graph(denoiser, "digest"))
+    _, content, info = GRAPHS[id(denoiser)]
     engine = open_engine(backend, content, info, {"threads": 1, **options})
     return EngineDenoiser(engine, type(denoiser), denoiser.config)
 
@@ -53,7 +61,7 @@ def test_engines_compute_the_simulated_model_on_integers(
     stand_in = engine_of(backend, denoiser)
     for batch in (4, 1):
         x, t = inputs(batch)
-        assert relative_error(stand_in(x, t).sample, denoiser(x, t).sample) < 1e-3
+        assert relative_error(stand_in(x, t).sample, denoiser(x, t).sample) < ROUNDING
     kernels = stand_in.engine.kernels()
     check_kernels(kernels, backend)
     in_float = {(k.product.operator, k.reason) for k in kernels if not k.integer}
@@ -73,7 +81,7 @@ def test_products_that_could_saturate_run_in_float(backend: str, frozen: Callabl
     assert all(not k.integer for k in risky)
     assert all(k.reason in {SATURATION, NO_CONVOLUTION} for k in risky)
     x, t = inputs()
-    assert relative_error(stand_in(x, t).sample, denoiser(x, t).sample) < 1e-3
+    assert relative_error(stand_in(x, t).sample, denoiser(x, t).sample) < ROUNDING
 
 
 def test_narrow_weights_stay_on_integers_on_every_processor(frozen: Callable[..., Any]) -> None:
@@ -87,7 +95,7 @@ def test_load_quantized_gives_an_ordinary_pipeline(backend: str, artifact: Path)
     simulated, loaded = load_quantized(artifact), load_quantized(artifact, backend=backend, threads=1)
     sampler = SamplerConfig("DDIMScheduler", 4)
     expected, got = (sample(p.unet, p.scheduler, sampler, [0, 1], seed=3) for p in (simulated, loaded))
-    assert relative_error(got, expected) < 1e-3
+    assert relative_error(got, expected) < ROUNDING
     image = loaded(batch_size=1, num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 8, 8, 1)
     assert loaded.unet.config == simulated.unet.config

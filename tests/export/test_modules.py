@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_the_original_stays(frozen: Callable[..., Any]) -> None:
 
 
 def test_an_unknown_layer_is_named(frozen: Callable[..., Any]) -> None:
-    denoiser = frozen()
+    denoiser = copy.deepcopy(frozen())
 
     class Other(type(denoiser.conv_out)):  # type: ignore[misc]
         pass
