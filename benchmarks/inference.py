@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.common import SHIPPED, anonymous_memory, denoiser_config, machine, make_denoiser, median, run, watch
@@ -71,11 +72,11 @@ def prepare(model: str, artifact: str | None, bits: tuple[int, int], groups: int
         content, _ = build_graph(module, digest)
         (directory / f"{kind}.onnx").write_bytes(content)
         sizes[kind] = len(content)
-    torch.save(denoiser.state_dict(), directory / "full.pt")
+    save_file(denoiser.state_dict(), directory / "full.safetensors")
     return {"artifact": artifact, "onnx_bytes": sizes, "size_ratio": sizes["quantized"] / sizes["full"]}
 
 
-def one(kind: str, engine: str, model: str, artifact: str, directory: str, threads: int, batch: int) -> dict[str, Any]:
+def one(kind: str, engine: str, artifact: str, directory: str, threads: int, batch: int) -> dict[str, Any]:
     """Median seconds of a call, in this process."""
     torch.set_num_threads(threads)
     denoiser: Any = find_denoiser(load_quantized(artifact))[1]
@@ -87,7 +88,7 @@ def one(kind: str, engine: str, model: str, artifact: str, directory: str, threa
         denoiser = EngineDenoiser(opened, type(denoiser), denoiser.config)
     elif kind == "full":
         denoiser = type(denoiser).from_config(denoiser.config).eval()
-        denoiser.load_state_dict(torch.load(Path(directory) / "full.pt", weights_only=True))
+        denoiser.load_state_dict(load_file(Path(directory) / "full.safetensors"))
     seconds: list[float] = []
     with torch.no_grad():
         started = time.perf_counter()
@@ -131,7 +132,7 @@ def inference(
             for _ in range(repetitions):
                 for kind in KINDS:
                     for engine in ENGINES:
-                        call = [kind, engine, model, prepared["artifact"], name, threads, batch]
+                        call = [kind, engine, prepared["artifact"], name, threads, batch]
                         ended = watch([sys.executable, "-m", "benchmarks.inference", "--one", json.dumps(call)])
                         found.setdefault(f"{kind} {engine}", []).append(json.loads(ended.output.splitlines()[-1]))
             best = {key: min(r["seconds"] for r in runs) for key, runs in found.items()}

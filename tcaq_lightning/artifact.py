@@ -37,6 +37,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
 CHECKSUMS_FILE = "checksums.json"
+ENGINE_OPTIONS = ("model", "threads", "provider", "tokens")
 
 
 def save_artifact(
@@ -162,9 +163,6 @@ def load_quantized(
     return loaded
 
 
-ENGINE_OPTIONS = ("model", "threads", "provider", "tokens")
-
-
 def _check_options(backend: str, options: dict[str, Any]) -> None:
     if backend not in ("torch", "openvino", "onnxruntime"):
         raise UserError(f"backend: expected one of torch, openvino, onnxruntime, got {backend!r}")
@@ -184,8 +182,8 @@ def _on_engine(denoiser: nn.Module, backend: str, artifact: str, options: dict[s
     else:
         content, info = build_graph(denoiser, artifact, tokens=options.get("tokens", 77))
         engine = open_engine(backend, content, info, settings)
-    stand_in: Any = EngineDenoiser(engine, type(denoiser), denoiser.config)  # type: ignore[arg-type]
-    return stand_in.eval()  # type: ignore[no-any-return]
+    stand_in: nn.Module = EngineDenoiser(engine, type(denoiser), denoiser.config).eval()
+    return stand_in
 
 
 def weights_digest(directory: str | Path) -> str:

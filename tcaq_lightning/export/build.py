@@ -72,7 +72,7 @@ def build_graph(denoiser: nn.Module, artifact: str, tokens: int = 77, narrow: bo
     _, _, *further = inputs
     graph = GraphDenoiser(denoiser, structure.boundaries, tuple(further)).eval()
     model = trace(graph, inputs)
-    shapes = {name: [list(x.shape[1:]), str(x.dtype).removeprefix("torch.")] for name, x in inputs.items()}
+    shapes = {name: (list(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for name, x in inputs.items()}
     metadata: dict[str, Any] = {
         "version": EXPORT_VERSION,
         "tcaq_lightning": __version__,
@@ -82,6 +82,6 @@ def build_graph(denoiser: nn.Module, artifact: str, tokens: int = 77, narrow: bo
         "timestep_boundaries": structure.boundaries,
     }
     products = finish(model, graph, metadata, narrow)
-    info = GraphInfo(artifact, {name: (shape, dtype) for name, (shape, dtype) in shapes.items()}, products)
+    info = GraphInfo(artifact, shapes, products)
     content: bytes = model.SerializeToString()
     return content, info

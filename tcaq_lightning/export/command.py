@@ -165,9 +165,8 @@ def _summary(info: GraphInfo, record: dict[str, Any], four_bit: bool) -> list[st
             f"8-bit sums: {len(risky)} products, such as {risky[0]}, may saturate in 16 bits on x86 processors without "
             f"VNNI ({here}); there load_quantized runs them in float"
         )
-    for name in set(ENGINES) - set(record["engines"]):
-        if name == OPENVINO or record["format"] == "onnx":
-            lines.append(f"{name} is not installed: its kernels were not checked")
+    missing = [n for n in ENGINES if n not in record["engines"] and (n == OPENVINO or record["format"] == "onnx")]
+    lines += [f"{name} is not installed: its kernels were not checked" for name in missing]
     return lines
 
 

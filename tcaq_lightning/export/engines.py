@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
@@ -204,7 +204,9 @@ class ONNXRuntimeEngine:
             file = Path(directory) / "optimised.onnx"
             again: Any = {**self.options, "provider": self.provider, "optimised": file}
             ONNXRuntimeEngine(self.source, self.info, **again)
-            return onnxruntime_kernels(onnx.load(str(file), load_external_data=False), self.info.products, self.in_float)
+            return onnxruntime_kernels(
+                onnx.load(str(file), load_external_data=False), self.info.products, self.in_float
+            )
 
 
 ENGINES: dict[str, Any] = {OPENVINO: OpenVINOEngine, ONNXRUNTIME: ONNXRuntimeEngine}
@@ -314,7 +316,9 @@ def open_engine(
         raise UserError(f"model: no such file: {source}; export it with python -m tcaq_lightning export")
     engine = ENGINES[backend](source, info, **options)
     if artifact is not None and engine.info.artifact != artifact:
-        raise UserError(f"model: {source} was exported from another artifact; export this one again")
+        raise UserError(
+            f"model: {source if isinstance(source, Path) else 'the graph'} was exported from another artifact; export this one again"
+        )
     return engine
 
 

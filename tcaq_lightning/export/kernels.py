@@ -63,9 +63,7 @@ def openvino_kernels(compiled: Any, products: Sequence[Product], in_float: Itera
                 precision = kernel.rpartition("_")[2].lower()
                 found.setdefault(name.removesuffix(LOWERED), (kernel, precision))
     kept = set(in_float)
-    return [
-        _kernel(p, *found.get(p.name, ("not found", "")), SATURATION if p.name in kept else "") for p in products
-    ]
+    return [_kernel(p, *found.get(p.name, ("not found", "")), SATURATION if p.name in kept else "") for p in products]
 
 
 def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_float: bool = False) -> list[Kernel]:

@@ -1,10 +1,10 @@
-"""The frozen denoiser as it is exported: quantizers as QuantizeLinear and DequantizeLinear, integers as they are stored.
+"""The frozen denoiser as it is exported: QuantizeLinear and DequantizeLinear around integers as they are stored.
 
 Every product of a quantized layer is taken of codes that an integer kernel can hold, with constant scales and zero
 points; what depends on the timestep stands around it as cheap operations on floats:
 
-    x^ = r s_g (u - z_g),  u = clip(round(x / (r s_g)) + z_g, 0, 2^b - 1)           the simulated input, METHOD section 1
-    W x^ + b = s_g (W' u) + (b - s_g z_g W' 1)                                      W' = scale (q - z) as in METHOD section 3
+    x^ = r s_g (u - z_g),  u = clip(round(x / (r s_g)) + z_g, 0, 2^b - 1)   the simulated input, METHOD section 1
+    W x^ + b = s_g (W' u) + (b - s_g z_g W' 1)                              W' = scale (q - z), METHOD section 3
 
 W' u runs on uint8 x int8. W' 1 is a constant of each output channel, for a padded convolution of each pixel too: what
 is padded is u = 0 and not z_g, so the border sees less of it. Where all groups have one zero point it is the
@@ -30,11 +30,12 @@ from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.weight import column
 from tcaq_lightning.timesteps import TimestepHook
 
+
 class _Quantize(torch.autograd.Function):
     """QuantizeLinear: clip(round(x / scale) + zero_point) to the zero point's integer type, ties to even."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # noqa: ARG004
         limits = torch.iinfo(zero_point.dtype)
         codes = torch.round(x / scale) + zero_point.float()
         return codes.clamp(limits.min, limits.max).to(zero_point.dtype)
@@ -48,7 +49,7 @@ class _Dequantize(torch.autograd.Function):
     """DequantizeLinear: (codes - zero_point) scale, both scalar or along an axis."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:  # noqa: ARG004
         if scale.ndim:
             scale, zero_point = (along(values, codes.ndim, axis) for values in (scale, zero_point))
         return (codes.float() - zero_point.float()) * scale
@@ -86,6 +87,10 @@ class Timesteps(nn.Module):
         corrections: (G, M) float16 bias corrections.
     """
 
+    edges: Tensor
+    values: Tensor
+    shifts: Tensor
+
     def __init__(self, boundaries: list[float]) -> None:
         super().__init__()
         self.num_groups = len(boundaries) + 1
@@ -117,10 +122,10 @@ class Timesteps(nn.Module):
         group = (timestep.float()[:, None] >= self.edges).sum(dim=1)
         rows: Tensor = self.values[group]  # (B, N)
         self._read = {
-            dims: rows.reshape(-1, self.values.shape[1], *[1] * (dims - 2)).split(1, dim=1) for dims in (2, 3, 4)
+            dims: torch.split(rows.reshape(-1, self.values.shape[1], *[1] * (dims - 2)), 1, dim=1) for dims in (2, 3, 4)
         }  # what is not used leaves the graph
         sizes = [block.shape[1] for block in self._corrections]
-        self._corrected = self.shifts[group].float().split([*sizes, 1], dim=1)
+        self._corrected = torch.split(self.shifts[group].float(), [*sizes, 1], dim=1)
 
     def value(self, number: int, dims: int) -> Tensor:
         """(B, 1, ..., 1) of `dims` axes: a column's values for the running batch."""
@@ -316,7 +321,6 @@ class GraphConv2d(GraphLayer):
         return share.index_select(2, torch.from_numpy(column_of.reshape(-1)))[None]
 
 
-
 class GraphLinear(GraphLayer):
     """Matrix product of codes; the weight is stored as (I, O), as MatMul takes it."""
 
@@ -378,7 +382,8 @@ class GraphSoftmaxQuantizer(nn.Module):
         """`log_fake_quantize` in operators that ONNX has: it knows no exp2."""
         last = 2**self.bits - 1
         codes = torch.round(-torch.log2(p / delta) / tau).clamp(0, last)
-        return torch.pow(2.0, -tau * codes) * delta * (last - codes).clamp(max=1)
+        values: Tensor = torch.pow(2.0, -tau * codes) * delta * (last - codes).clamp(max=1)
+        return values
 
     def _codes(self, p: Tensor) -> Tensor:
         x = p / self.step()
@@ -405,7 +410,7 @@ class GraphAttnProcessor(QuantAttnProcessor):
         q, k, v = (self._by_heads(x, attn.heads) for x in (q, k, v))  # (B, heads, T, C/heads)
         scores = self._product(query, q, key, k.transpose(2, 3)) * (query.step(4) * key.step(4) * attn.scale)
         if attention_mask is not None:
-            scores = scores + attention_mask.unflatten(0, (-1, attn.heads))
+            scores = scores + torch.unflatten(attention_mask, 0, (-1, attn.heads))
         p = probabilities(scores.softmax(dim=-1))  # (B, heads, T, S)
         if probabilities.integer:
             v = value(v)
@@ -414,7 +419,8 @@ class GraphAttnProcessor(QuantAttnProcessor):
         else:
             out = torch.matmul(p, (value(v) - value.zero(4)) * value.step(4))
         heads, tokens, width = (int(size) for size in out.shape[1:])
-        return out.transpose(1, 2).reshape(-1, tokens, heads * width)
+        merged: Tensor = out.transpose(1, 2).reshape(-1, tokens, heads * width)
+        return merged
 
     @staticmethod
     def _by_heads(x: Tensor, heads: int) -> Tensor:

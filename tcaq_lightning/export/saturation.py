@@ -10,12 +10,12 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 WIDE_SUMS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 """Flags of x86 processors that add the products in 32 bits."""
 X86 = frozenset({"x86_64", "amd64", "i386", "i686"})
+INT16 = (-(2**15), 2**15 - 1)
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -59,8 +59,8 @@ def may_saturate(codes: Tensor, activation_bits: int) -> bool:
     largest = rows.clamp(min=0).topk(pair, dim=1).values.sum(dim=1).max()
     smallest = rows.clamp(max=0).topk(pair, dim=1, largest=False).values.sum(dim=1).min()
     activation = 2**activation_bits - 1
-    limits = torch.iinfo(torch.int16)
-    return int(largest) * activation > limits.max or int(smallest) * activation < limits.min
+    low, high = INT16
+    return int(largest) * activation > high or int(smallest) * activation < low
 
 
 def pair_may_saturate(first_bits: int, second_bits: int) -> bool:
@@ -69,4 +69,4 @@ def pair_may_saturate(first_bits: int, second_bits: int) -> bool:
     >>> pair_may_saturate(8, 8), pair_may_saturate(6, 8), pair_may_saturate(8, 7)
     (True, False, False)
     """
-    return 2 * (2**first_bits - 1) * 2 ** (second_bits - 1) > -torch.iinfo(torch.int16).min
+    return 2 * (2**first_bits - 1) * 2 ** (second_bits - 1) > -INT16[0]

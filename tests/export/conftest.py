@@ -61,7 +61,7 @@ def set_parameters(denoiser: nn.Module, softmax: str = "uniform") -> None:
 
 def _frozen(
     bits: int = 4,
-    boundaries: list[float] = BOUNDARIES,  # noqa: B006 - never changed
+    boundaries: list[float] = BOUNDARIES,
     softmax: str = "uniform",
     symmetric: bool = True,
     rules: list[LayerRule] | None = None,

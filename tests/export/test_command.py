@@ -24,9 +24,7 @@ def run(*arguments: object) -> int:
     return main([str(a) for a in ("export", *arguments, "--threads", 1)])
 
 
-def test_onnx_holds_the_artifacts_integers(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_onnx_holds_the_artifacts_integers(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(artifact, "--format", "onnx", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     count = len(quant_layers(load_quantized(artifact).unet)) + 2 * 4  # and two matmuls of each attention
@@ -38,6 +36,7 @@ def test_onnx_holds_the_artifacts_integers(
     for name, layer in layers.items():
         tensor = constants[f"denoiser.{name}.codes"]
         assert tensor.data_type == onnx.TensorProto.INT4
+        assert len(tensor.raw_data) == packed_size(layer.weight_quantizer.codes.numel(), 4)
         codes = onnx.numpy_helper.to_array(tensor).astype("int8")
         stored = torch.from_numpy(codes if codes.ndim == 4 else codes.T.copy())
         assert torch.equal(stored, (layer.weight_quantizer.codes.int() - 8).to(torch.int8))
@@ -45,7 +44,6 @@ def test_onnx_holds_the_artifacts_integers(
     assert set(record["engines"]) == {"onnxruntime", "openvino"}
     assert all(row["integer"] for row in record["engines"]["openvino"]["kernels"])
     assert record["inputs"] == {"sample": ["B", 1, 8, 8], "timestep": ["B"]}
-        assert len(tensor.raw_data) == packed_size(codes.size, 4)
 
 
 @pytest.mark.slow
