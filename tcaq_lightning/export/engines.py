@@ -316,9 +316,8 @@ def open_engine(
         raise UserError(f"model: no such file: {source}; export it with python -m tcaq_lightning export")
     engine = ENGINES[backend](source, info, **options)
     if artifact is not None and engine.info.artifact != artifact:
-        raise UserError(
-            f"model: {source if isinstance(source, Path) else 'the graph'} was exported from another artifact; export this one again"
-        )
+        where = source if isinstance(source, Path) else "the graph"
+        raise UserError(f"model: {where} was exported from another artifact; export this one again")
     return engine
 
 

@@ -60,7 +60,7 @@ def may_saturate(codes: Tensor, activation_bits: int) -> bool:
     smallest = rows.clamp(max=0).topk(pair, dim=1, largest=False).values.sum(dim=1).min()
     activation = 2**activation_bits - 1
     low, high = INT16
-    return int(largest) * activation > high or int(smallest) * activation < low
+    return bool(int(largest) * activation > high or int(smallest) * activation < low)
 
 
 def pair_may_saturate(first_bits: int, second_bits: int) -> bool:
@@ -69,4 +69,4 @@ def pair_may_saturate(first_bits: int, second_bits: int) -> bool:
     >>> pair_may_saturate(8, 8), pair_may_saturate(6, 8), pair_may_saturate(8, 7)
     (True, False, False)
     """
-    return 2 * (2**first_bits - 1) * 2 ** (second_bits - 1) > -INT16[0]
+    return bool(2 * (2**first_bits - 1) * 2 ** (second_bits - 1) > -INT16[0])
