@@ -50,6 +50,7 @@ def may_saturate(codes: Tensor, activation_bits: int) -> bool:
         codes: (O, ...) int8 weights.
         activation_bits: activations are in [0, 2^b - 1].
 
+    >>> import torch
     >>> codes = torch.tensor([[127, -3, 1]], dtype=torch.int8)
     >>> may_saturate(codes, 8), may_saturate(codes + codes.new_tensor([0, 3, 1]), 8), may_saturate(codes.flip(1), 7)
     (False, True, False)
