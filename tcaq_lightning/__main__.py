@@ -1,10 +1,11 @@
-"""Commands on models, finished runs and images: sample, evaluate, statistics, report, convert.
+"""Commands on models, finished runs and images: sample, evaluate, statistics, report, export, convert.
 
 python -m tcaq_lightning sample runs/default/quantized --num 64 --output grid.png
 python -m tcaq_lightning evaluate runs/default/quantized --full fashion-mnist-ddpm --output metrics.json
 python -m tcaq_lightning evaluate IMAGES --features inception --metrics fid,sfid,is --reference REFERENCE.npz
 python -m tcaq_lightning statistics IMAGES REFERENCE.safetensors
 python -m tcaq_lightning report runs/default
+python -m tcaq_lightning export runs/default/quantized --format openvino exported
 python -m tcaq_lightning convert model.ckpt models/lsun-bedrooms --architecture lsun-bedrooms-ldm4
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from jsonargparse import auto_cli
 
@@ -395,6 +396,37 @@ def convert(
     Console(soft_wrap=True).print(f"{output}: {record['weights']}, parameters: {parts}", highlight=False)
 
 
+def export(
+    path: str,
+    output: Path,
+    format: Literal["onnx", "openvino"] = "onnx",  # noqa: A002 - the option's name
+    four_bit: bool = True,
+    tokens: int = 77,
+    allow_float: bool = False,
+    threads: int | None = None,
+) -> None:
+    """Export the denoiser of an artifact as one graph of integers for all timesteps.
+
+    The graph is opened in the engines that are installed, and the kernel of every quantized product is listed. If one
+    fell back to float that is not meant to, nothing is written.
+
+    Args:
+        path: quantized artifact.
+        output: file ending in .onnx or .xml, or a directory.
+        format: one ONNX file with QuantizeLinear and DequantizeLinear, or OpenVINO's IR.
+        four_bit: store codes of at most 4 bits in 4 bits; else in 8, for engines without 4-bit integers.
+        tokens: length of the context, where the denoiser attends to one.
+        allow_float: write the file although products fell back to float.
+        threads: CPU threads; without it, the engines' choice.
+    """
+    from tcaq_lightning.export.command import export_artifact
+
+    _at_least(1, tokens=tokens, threads=threads)
+    _set_threads(threads)
+    exported = export_artifact(path, output, format, four_bit, tokens, allow_float, threads)
+    sys.stdout.write("\n".join([*exported.lines, *(f"wrote {file}" for file in exported.files)]) + "\n")
+
+
 def is_quantized(path: str) -> bool:
     """Whether a model directory holds an artifact: its denoiser's config.json has a `quantization_config`."""
     from tcaq_lightning.pipelines import DENOISER_NAMES, shipped
@@ -501,7 +533,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = [re.sub(r"^--config(?==|$)", "--architecture", a) for a in arguments]
 
     def command() -> None:
-        commands: list[Callable[..., Any]] = [sample, evaluate, statistics, report, convert]
+        commands: list[Callable[..., Any]] = [sample, evaluate, statistics, report, export, convert]
         auto_cli(list(commands), args=arguments, exit_on_error=False, prog="python -m tcaq_lightning")
 
     return run_cli(command)

@@ -30,7 +30,7 @@ from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
 from tcaq_lightning.unets import denoiser_class
 
-__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "write_checksums"]
+__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weights_digest", "write_checksums"]
 
 QUANT_METHOD = "tcaq"
 FORMAT_VERSION = 1
@@ -38,6 +38,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
 CHECKSUMS_FILE = "checksums.json"
+ENGINE_OPTIONS = ("model", "threads", "provider", "tokens")
 
 
 def save_artifact(
@@ -131,21 +132,30 @@ def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtype
     (folder / CONFIG_FILE).write_text(_readable_json(config) + "\n", encoding="utf-8")
 
 
-def load_quantized(path: str | Path, device: torch.device | str | None = None) -> DiffusionPipeline:
+def load_quantized(
+    path: str | Path, device: torch.device | str | None = None, backend: str = "torch", **options: Any
+) -> DiffusionPipeline:
     """Open an artifact as an ordinary diffusers pipeline with an integer denoiser.
 
-    It computes the same bits as the denoiser that was saved. Nothing is unpickled and no network is used.
+    In PyTorch it computes the same bits as the denoiser that was saved. Nothing is unpickled and no network is used.
 
     Args:
         path: the artifact's directory, such as RUN_DIR/quantized.
         device: where to; the CPU by default.
+        backend: what runs the denoiser: `torch`, simulating integers in float32; or, on integer kernels of the CPU,
+            `openvino` or `onnxruntime`.
+        options: of these two: `model`, a file that `python -m tcaq_lightning export` wrote (without it the graph is
+            made now); `threads`; `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the
+            context of a denoiser that attends to one.
 
     Returns:
         The pipeline, its denoiser without gradients and in evaluation mode.
 
     Raises:
-        UserError: no artifact there, another format version, or a missing or damaged file.
+        UserError: no artifact there, another format version, a missing or damaged file, an unknown backend or option,
+            or one that is not installed.
     """
+    _check_options(backend, options)
     directory = Path(path)
     name, config, quantization = _read_config(directory)
     _verify_checksums(directory)
@@ -153,18 +163,49 @@ def load_quantized(path: str | Path, device: torch.device | str | None = None) -
     index = _read_json(directory / INDEX_FILE)
     quiet_diffusers(index)
     opener = pipeline_class(index)
-    options: dict[str, Any] = {name: denoiser}
+    loading: dict[str, Any] = {name: denoiser}
     try:
         if dtypes := quantization.get("component_dtypes"):
-            options["torch_dtype"] = {part: getattr(torch, dtype) for part, dtype in dtypes.items()}
+            loading["torch_dtype"] = {part: getattr(torch, dtype) for part, dtype in dtypes.items()}
         pipeline = opener.from_pretrained(
-            str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **options
+            str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **loading
         )
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     loaded: DiffusionPipeline = pipeline if device is None else pipeline.to(device)
+    if backend != "torch":
+        setattr(loaded, name, _on_engine(denoiser, backend, str(quantization.get("sha256")), options))
     return loaded
+
+
+def _check_options(backend: str, options: dict[str, Any]) -> None:
+    if backend not in ("torch", "openvino", "onnxruntime"):
+        raise UserError(f"backend: expected one of torch, openvino, onnxruntime, got {backend!r}")
+    known = () if backend == "torch" else ENGINE_OPTIONS
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"{unknown[0]}: backend {backend!r} has no such option; it has {', '.join(known) or 'none'}")
+
+
+def _on_engine(denoiser: nn.Module, backend: str, artifact: str, options: dict[str, Any]) -> nn.Module:
+    """What stands for the denoiser in the pipeline and runs its exported graph."""
+    from tcaq_lightning.export.build import build_graph
+    from tcaq_lightning.export.engines import EngineDenoiser, open_engine
+
+    settings = {key: value for key, value in options.items() if key in ("threads", "provider")}
+    if options.get("model") is not None:
+        engine = open_engine(backend, Path(options["model"]), None, settings, artifact)
+    else:
+        content, info = build_graph(denoiser, artifact, tokens=options.get("tokens", 77))
+        engine = open_engine(backend, content, info, settings)
+    stand_in: nn.Module = EngineDenoiser(engine, type(denoiser), denoiser.config).eval()
+    return stand_in
+
+
+def weights_digest(directory: str | Path) -> str:
+    """SHA-256 of an artifact's weights, as its config states it."""
+    _, _, quantization = _read_config(Path(directory))
+    return str(quantization.get("sha256"))
 
 
 def artifact_sizes(directory: str | Path) -> int:

@@ -1,0 +1,1 @@
+"""Export of the frozen denoiser to integer graphs, and the engines that run them."""

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tcaq_lightning.__main__ import main
+from tcaq_lightning.artifact import load_quantized
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.export import command
+from tcaq_lightning.export.kernels import Kernel
+from tcaq_lightning.packing import packed_size
+from tcaq_lightning.quantized_layers import quant_layers
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in ("export", *arguments, "--threads", 1)])
+
+
+def test_onnx_holds_the_artifacts_integers(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(artifact, "--format", "onnx", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    count = len(quant_layers(load_quantized(artifact).unet)) + 2 * 4  # and two matmuls of each attention
+    assert "stored as int4" in printed
+    assert f"openvino: {count} of {count} quantized products on integer kernels" in printed
+    model = onnx.load(tmp_path / "out" / "denoiser.onnx")
+    constants = {t.name: t for t in model.graph.initializer}
+    layers = quant_layers(load_quantized(artifact).unet)
+    for name, layer in layers.items():
+        tensor = constants[f"denoiser.{name}.codes"]
+        assert tensor.data_type == onnx.TensorProto.INT4
+        assert len(tensor.raw_data) == packed_size(layer.weight_quantizer.codes.numel(), 4)
+        codes = onnx.numpy_helper.to_array(tensor).astype("int8")
+        stored = torch.from_numpy(codes if codes.ndim == 4 else codes.T.copy())
+        assert torch.equal(stored, (layer.weight_quantizer.codes.int() - 8).to(torch.int8))
+    record = json.loads((tmp_path / "out" / "denoiser.json").read_text())
+    assert set(record["engines"]) == {"onnxruntime", "openvino"}
+    assert all(row["integer"] for row in record["engines"]["openvino"]["kernels"])
+    assert record["inputs"] == {"sample": ["B", 1, 8, 8], "timestep": ["B"]}
+
+
+@pytest.mark.slow
+def test_a_written_file_is_opened_by_load_quantized(artifact: Path, tmp_path: Path) -> None:
+    assert run(artifact, "--format", "openvino", tmp_path / "a.xml", "--four_bit", "false") == 0
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.bin", "a.json", "a.xml"]
+    loaded = load_quantized(artifact, backend="openvino", model=tmp_path / "a.xml", threads=1)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 99])
+    expected = load_quantized(artifact).unet(x, t).sample
+    assert (loaded.unet(x, t).sample - expected).square().sum() / expected.square().sum() < 5e-3
+    with pytest.raises(UserError, match="exported from another artifact"):
+        command.open_engine("openvino", tmp_path / "a.xml", None, {}, "another digest")
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_failure(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fell_back(engine: Any) -> list[Kernel]:
+        return [Kernel(p, "Convolution jit_avx2_f32", "f32", False, "") for p in engine.info.products]
+
+    monkeypatch.setattr("tcaq_lightning.export.engines.OpenVINOEngine.kernels", fell_back)
+    output = tmp_path / "new" / "out"
+    assert run(artifact, "--format", "openvino", output) == 2
+    message = capsys.readouterr().err
+    assert "quantized products in float, such as" in message
+    assert message.count("\n") == 1
+    assert not output.parent.exists()
+    assert run(artifact, "--format", "openvino", output, "--allow_float", "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "onnx", "out.xml"], "ends in .onnx"),
+        (["--format", "onnx", "taken/out"], "can be written"),
+        (["--format", "tflite", "out"], "tflite"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("")
+    assert run(artifact, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_full_precision_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fashion-mnist-ddpm", tmp_path / "out") == 2
+    assert "expected" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
