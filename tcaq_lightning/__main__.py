@@ -41,6 +41,7 @@ def sample(
     class_labels: list[int] | None = None,
     guidance_scale: float | None = None,
     call_options: dict[str, Any] | None = None,
+    backend: Literal["torch", "openvino", "onnxruntime"] = "torch",
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
@@ -60,6 +61,7 @@ def sample(
         class_labels: classes that the images take in turn; without them, all of a class-conditional model's.
         guidance_scale: classifier-free guidance; without it, the pipeline's own.
         call_options: further arguments of the pipeline's call, as in --call_options.height 512.
+        backend: what runs the denoiser of an artifact: PyTorch, or integer kernels of OpenVINO or ONNX Runtime.
         seed: of the noise.
         batch_size: images at a time.
         threads: CPU threads; without it, PyTorch's choice.
@@ -75,7 +77,7 @@ def sample(
     _at_least(0, seed=seed)
     _set_threads(threads)
     sampler = _sampler(scheduler, steps, eta, options)
-    pipeline = open_model(path)
+    pipeline = open_model(path, backend)
     _, denoiser = pipelines.find_denoiser(pipeline)
     conditioning = ConditioningConfig(prompts, negative_prompt, class_labels, guidance_scale, call_options or {})
     sampling = make_sampling(pipeline, conditioning)
@@ -401,7 +403,7 @@ def export(
     output: Path,
     format: Literal["onnx", "openvino"] = "onnx",  # noqa: A002 - the option's name
     four_bit: bool = True,
-    tokens: int = 77,
+    tokens: int | None = None,
     allow_float: bool = False,
     threads: int | None = None,
 ) -> None:
@@ -415,7 +417,7 @@ def export(
         output: file ending in .onnx or .xml, or a directory.
         format: one ONNX file with QuantizeLinear and DequantizeLinear, or OpenVINO's IR.
         four_bit: store codes of at most 4 bits in 4 bits; else in 8, for engines without 4-bit integers.
-        tokens: length of the context, where the denoiser attends to one.
+        tokens: length of the context, where the denoiser attends to one; without it, the pipeline's own.
         allow_float: write the file although products fell back to float.
         threads: CPU threads; without it, the engines' choice.
     """
@@ -442,18 +444,23 @@ def is_quantized(path: str) -> bool:
     return False
 
 
-def open_model(path: str) -> Any:
+def open_model(path: str, backend: str = "torch") -> Any:
     """Open an artifact, or a full-precision model, as a pipeline.
 
+    Args:
+        path: of the model. backend: of an artifact.
+
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it is of full precision and the backend is another than torch.
     """
     from tcaq_lightning.pipelines import open_pipeline
 
     if is_quantized(path):
         from tcaq_lightning.artifact import load_quantized
 
-        return load_quantized(path)
+        return load_quantized(path, backend=backend)
+    if backend != "torch":
+        raise UserError(f"--backend: expected torch for a full-precision model, got {backend}; give an artifact")
     return open_pipeline(path)
 
 

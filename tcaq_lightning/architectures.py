@@ -95,7 +95,7 @@ def example_samples(denoiser: nn.Module, batch: int) -> Samples:
     def empty(*shape: int) -> Tensor:
         return torch.zeros(batch, *shape, device=device)
 
-    kind = type(denoiser).__name__
+    kind = getattr(denoiser, "denoiser_class", type(denoiser)).__name__  # an engine stands for a denoiser
     arguments = CONDITIONING[kind](config, empty) if kind in CONDITIONING else {}
     flux = kind == "FluxTransformer2DModel"
     x = torch.randn_like(empty(FLUX_SIDE**2, config.in_channels) if flux else empty(*sample_shape(denoiser)))

@@ -33,6 +33,8 @@ from tcaq_lightning.unets import denoiser_class
 __all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weights_digest", "write_checksums"]
 
 QUANT_METHOD = "tcaq"
+BACKENDS = ("torch", "openvino", "onnxruntime")
+"""What a denoiser can run on."""
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -175,28 +177,29 @@ def load_quantized(
     pipeline.set_progress_bar_config(disable=True)
     loaded: DiffusionPipeline = pipeline if device is None else pipeline.to(device)
     if backend != "torch":
-        setattr(loaded, name, _on_engine(denoiser, backend, str(quantization.get("sha256")), options))
+        setattr(loaded, name, _on_engine(loaded, denoiser, backend, str(quantization.get("sha256")), options))
     return loaded
 
 
 def _check_options(backend: str, options: dict[str, Any]) -> None:
-    if backend not in ("torch", "openvino", "onnxruntime"):
-        raise UserError(f"backend: expected one of torch, openvino, onnxruntime, got {backend!r}")
+    if backend not in BACKENDS:
+        raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     known = () if backend == "torch" else ENGINE_OPTIONS
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"{unknown[0]}: backend {backend!r} has no such option; it has {', '.join(known) or 'none'}")
 
 
-def _on_engine(denoiser: nn.Module, backend: str, artifact: str, options: dict[str, Any]) -> nn.Module:
+def _on_engine(pipeline: Any, denoiser: nn.Module, backend: str, artifact: str, options: dict[str, Any]) -> nn.Module:
     """What stands for the denoiser in the pipeline and runs its exported graph."""
-    from tcaq_lightning.export.build import build_graph
+    from tcaq_lightning.export.build import build_graph, context_tokens
     from tcaq_lightning.export.engines import EngineDenoiser, open_engine
 
     settings = {key: value for key, value in options.items() if key in ("threads", "provider")}
     if options.get("model") is not None:
         engine = open_engine(backend, Path(options["model"]), None, settings, artifact)
     else:
-        content, info = build_graph(denoiser, artifact, tokens=options.get("tokens", 77))
+        tokens = options.get("tokens") or context_tokens(pipeline)
+        content, info = build_graph(denoiser, artifact, tokens)
         engine = open_engine(backend, content, info, settings)
     stand_in: nn.Module = EngineDenoiser(engine, type(denoiser), denoiser.config).eval()
     return stand_in

@@ -19,7 +19,19 @@ from tcaq_lightning.pipelines import sample_shape
 EXAMPLE_BATCH = 2
 
 
-def example_inputs(denoiser: Any, tokens: int = 77) -> dict[str, Tensor]:
+TOKENS = 77
+"""Length of CLIP's contexts."""
+
+
+def context_tokens(pipeline: Any) -> int:
+    """Length of the context that a pipeline's denoiser attends to: a class' single token, or its tokenizer's."""
+    if getattr(pipeline, "class_embedder", None) is not None:
+        return 1
+    length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
+    return length if isinstance(length, int) and length < 10_000 else TOKENS  # some tokenizers know no limit
+
+
+def example_inputs(denoiser: Any, tokens: int = TOKENS) -> dict[str, Tensor]:
     """Inputs of a denoiser by name: the sample, the timestep, and what its config says it is conditioned on.
 
     Args:
@@ -51,7 +63,9 @@ def example_inputs(denoiser: Any, tokens: int = 77) -> dict[str, Tensor]:
     return inputs
 
 
-def build_graph(denoiser: nn.Module, artifact: str, tokens: int = 77, narrow: bool = True) -> tuple[bytes, GraphInfo]:
+def build_graph(
+    denoiser: nn.Module, artifact: str, tokens: int = TOKENS, narrow: bool = True
+) -> tuple[bytes, GraphInfo]:
     """The ONNX graph of a frozen denoiser, which stays as it is.
 
     Args:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tcaq_lightning.artifact import load_quantized, weights_digest
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.build import build_graph, example_inputs
+from tcaq_lightning.export.build import build_graph, context_tokens, example_inputs
 from tcaq_lightning.export.engines import (
     ENGINES,
     ONNXRUNTIME,
@@ -57,7 +57,7 @@ def export_artifact(
     output: Path,
     graph_format: str,
     four_bit: bool = True,
-    tokens: int = 77,
+    tokens: int | None = None,
     allow_float: bool = False,
     threads: int | None = None,
 ) -> Exported:
@@ -68,7 +68,7 @@ def export_artifact(
         output: a file ending in .onnx or .xml, or a directory for `denoiser.onnx` or `denoiser.xml`.
         graph_format: `onnx` or `openvino`.
         four_bit: store codes of at most 4 bits in 4 bits, else in 8.
-        tokens: length of the context, where the denoiser attends to one.
+        tokens: length of the context, where the denoiser attends to one; None takes the pipeline's own.
         allow_float: write the file although products fell back to float.
         threads: CPU threads of the check.
 
@@ -82,7 +82,9 @@ def export_artifact(
     if graph_format == OPENVINO:
         require("openvino", OPENVINO)
     target = _target(output, SUFFIXES[graph_format])
-    _, denoiser = find_denoiser(load_quantized(path))
+    pipeline = load_quantized(path)
+    _, denoiser = find_denoiser(pipeline)
+    tokens = context_tokens(pipeline) if tokens is None else tokens
     content, info = build_graph(denoiser, weights_digest(path), tokens, four_bit)
     with tempfile.TemporaryDirectory() as scratch:
         first = Path(scratch) / target.name

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.export.onnx_graph import Product
@@ -12,6 +13,9 @@ from tcaq_lightning.export.onnx_graph import Product
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+T = TypeVar("T")
+RUN = re.compile(r" \(\d+\)$")
+"""What a later run of a layer appends to its name."""
 LOWERED = "/DequantizationMultiply"
 """What OpenVINO appends to the name of a layer whose scale it moved behind it."""
 INTEGER_OPERATORS = frozenset(
@@ -63,7 +67,8 @@ def openvino_kernels(compiled: Any, products: Sequence[Product], in_float: Itera
                 precision = kernel.rpartition("_")[2].lower()
                 found.setdefault(name.removesuffix(LOWERED), (kernel, precision))
     kept = set(in_float)
-    return [_kernel(p, *found.get(p.name, ("not found", "")), SATURATION if p.name in kept else "") for p in products]
+    missing = ("not found", "")
+    return [_kernel(p, *_of(found, p.name, missing), SATURATION if p.name in kept else "") for p in products]
 
 
 def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_float: bool = False) -> list[Kernel]:
@@ -79,11 +84,16 @@ def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_f
     found = {node.name: node.op_type for node in optimised.graph.node}
     kernels = []
     for product in products:
-        operator = found.get(product.name, "not found")
+        operator = _of(found, product.name, "not found")
         precision = "int8" if operator in INTEGER_OPERATORS else "float32"
         reason = SATURATION if in_float else NO_CONVOLUTION if product.operator == "Conv" else ""
         kernels.append(_kernel(product, operator, precision, reason))
     return kernels
+
+
+def _of(found: Mapping[str, T], name: str, missing: T) -> T:
+    """The kernel of a product; of a layer's second run, that of the first one where the engine has merged the two."""
+    return found.get(name) or found.get(RUN.sub("", name), missing)
 
 
 def _kernel(product: Product, kernel: str, precision: str, reason: str) -> Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +137,7 @@ def _name_products(model: ModelProto, modules: dict[str, nn.Module], narrow: boo
     made_by = {output: node for node in model.graph.node for output in node.output}
     products = []
     seen: dict[str, int] = {}
+    runs: dict[str, int] = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "MatMul", "Gemm"):
             continue
@@ -151,6 +152,9 @@ def _name_products(model: ModelProto, modules: dict[str, nn.Module], narrow: boo
                 continue
             count = seen[attention] = seen.get(attention, 0) + 1
             product = _attention_product(attention.removeprefix("denoiser."), modules[attention], count == 1)
+        runs[product.name] = run = runs.get(product.name, 0) + 1
+        if run > 1:
+            product = replace(product, name=f"{product.name} ({run})")
         node.name = product.name
         products.append(product)
     return products
@@ -286,12 +290,14 @@ def _store_narrow(model: ModelProto, layers: dict[str, GraphLayer]) -> None:
             flat = torch.cat([flat, flat.new_zeros(1)])
         packed = (flat[0::2] | (flat[1::2] << 4)).numpy().tobytes()  # two's complement, low half first
         tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.INT4, list(layer.codes.shape), packed, raw=True))
-    nodes = list(model.graph.node)
+    nodes, widened = list(model.graph.node), set[str]()
     del model.graph.node[:]
     for node in nodes:
         source = node.input[0] if node.op_type == "DequantizeLinear" else ""
         if source.removesuffix(".codes") in layers and source.endswith(".codes"):
             wide = f"{source}.int8"
-            model.graph.node.append(helper.make_node("Cast", [source], [wide], name=wide, to=TensorProto.INT8))
+            if wide not in widened:  # a layer may run more than once
+                model.graph.node.append(helper.make_node("Cast", [source], [wide], name=wide, to=TensorProto.INT8))
+                widened.add(wide)
             node.input[0] = wide
         model.graph.node.append(node)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from tcaq_lightning.architectures import example_samples
-from tcaq_lightning.artifact import load_quantized
+from tcaq_lightning.artifact import BACKENDS, load_quantized
 from tcaq_lightning.cli import run_cli
 from tcaq_lightning.memory import peak_memory
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline
@@ -56,7 +57,11 @@ Opener = Callable[[str], nn.Module]
 
 def backends() -> dict[str, Opener]:
     """Engines that an artifact can run on, by name. Extend to add one; one that is not installed raises UserError."""
-    return {"torch": lambda path: find_denoiser(load_quantized(path))[1]}
+    return {name: partial(_open, name) for name in BACKENDS}
+
+
+def _open(backend: str, path: str) -> nn.Module:
+    return find_denoiser(load_quantized(path, backend=backend))[1]
 
 
 def measured_latency(run_dir: Path) -> dict[str, Any] | None:

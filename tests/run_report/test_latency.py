@@ -60,8 +60,13 @@ class FakeWorker:
 def test_every_backend_computes_what_the_artifact_does(run_dir: Path) -> None:
     x, t = torch.randn(2, 1, 8, 8), torch.tensor(50)
     expected = find_denoiser(load_quantized(run_dir / "quantized"))[1](x, t, return_dict=False)[0]
-    for open_model in backends().values():
-        assert torch.equal(open_model(str(run_dir / "quantized"))(x, t, return_dict=False)[0], expected)
+    assert list(backends()) == ["torch", "openvino", "onnxruntime"]
+    for name, open_model in backends().items():
+        got = open_model(str(run_dir / "quantized"))(x, t, return_dict=False)[0]
+        if name == "torch":
+            assert torch.equal(got, expected)
+        else:  # another order of float sums: some values fall on the other side of a code's edge
+            assert (got - expected).square().sum() < 1e-3 * expected.square().sum()
 
 
 def test_models_take_turns_and_problems_are_told(
