@@ -69,7 +69,7 @@ class TimestepGroups:
         tensor([0, 0, 1, 1])
         """
         edges = torch.tensor(self.boundaries, dtype=torch.float32, device=timesteps.device)
-        return torch.bucketize(timesteps.to(torch.float32), edges, right=True)
+        return torch.bucketize(timesteps.to(torch.float32).contiguous(), edges, right=True)
 
     def of_rows(self, rows: int) -> Tensor:
         """Groups of a tensor's rows, of which each sample of the running batch may have several in sequence.

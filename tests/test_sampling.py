@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     LDMPipeline,
-    PNDMScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -31,6 +28,7 @@ from tcaq_lightning.evaluation.metrics import noise_error
 from tcaq_lightning.pipelines import open_pipeline
 from tcaq_lightning.sampling import LoopSampling, PipelineSampling, make_sampling, read_prompts
 from tcaq_lightning.trajectories import collect, mismatch, probe
+from tests.text_models import make_text_model
 
 STEPS = 3
 SAMPLER = SamplerConfig(num_steps=STEPS)
@@ -289,39 +287,8 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def text_to_image(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A Stable Diffusion of toy size; its tokenizer knows single characters."""
-    transformers = pytest.importorskip("transformers")
-    directory = tmp_path_factory.mktemp("tokenizer")
-    characters = [chr(code) for code in range(33, 127)]
-    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    (directory / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(
-        str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=16
-    )
-    torch.manual_seed(0)
-    settings = transformers.CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=12,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-    )
-    unet = latent_unet()
-    pipeline: Any = StableDiffusionPipeline(
-        autoencoder(3, 3),
-        transformers.CLIPTextModel(settings),
-        tokenizer,
-        unet,
-        PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        None,
-        None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pytest.importorskip("transformers")
+    pipeline = make_text_model("Stable Diffusion", tmp_path_factory.mktemp("tokenizer"))
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False).eval()
     return pipeline
@@ -339,7 +306,7 @@ def test_prompts_reach_the_denoiser_in_both_rows(text_to_image: Any, tmp_path: P
     assert found.halves == 2
     assert found.num_steps == 2 * (STEPS + 1)  # PLMS calls the denoiser once more than it has steps
     (context,) = found.conditioning.tensors.values()
-    assert context.shape == (2, 3, 16, 12)
+    assert context.shape == (2, 3, 16, 16)
     assert torch.equal(context[0, 0], context[0, 1])  # no prompt
     assert torch.equal(context[1, 0], context[1, 2])  # the first prompt again
     assert not torch.equal(context[1, 0], context[1, 1])
