@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,22 @@ class RunLog:
         )
         if self.writer is None:
             return
-        for timestep, value in zip(record["timesteps"], record["mismatch"], strict=True):
-            self.writer.add_scalar(f"mismatch/round{round_index}", value, int(timestep))
+        for step, value in zip(whole_steps(record["timesteps"]), record["mismatch"], strict=True):
+            self.writer.add_scalar(f"mismatch/round{round_index}", value, step)
         self.writer.add_scalar("mismatch/mean", record["mean_mismatch"], round_index)
         grid = ImageGrid(self.writer, self.grid_images)
         grid.show("held_out_images", to_images(self.reference), to_images(samples.finals), round_index)
         self.writer.flush()
+
+
+def whole_steps(timesteps: Sequence[float]) -> list[int]:
+    """Timesteps as TensorBoard counts steps; of a denoiser that takes t / 1000, in thousandths.
+
+    >>> whole_steps([950.0, 0.0]), whole_steps([1.0, 0.25])
+    ([950, 0], [1000, 250])
+    """
+    unit = 1 if max(timesteps) > 1 else 1000
+    return [round(unit * t) for t in timesteps]
 
 
 def log_results(
@@ -122,8 +132,8 @@ def _log_results(
 ) -> None:
     ImageGrid(writer, config.logging.grid_images).show("images", full, quantized, 0)
     noise, images, fid = summary["noise_error"], summary["same_noise"], summary["fid"]["quantized"]
-    for timestep, value in zip(noise["timesteps"], noise["relative"], strict=True):
-        writer.add_scalar("noise_error/by_timestep", value, int(timestep))
+    for step, value in zip(whole_steps(noise["timesteps"]), noise["relative"], strict=True):
+        writer.add_scalar("noise_error/by_timestep", value, step)
     metrics = {"noise_error": noise["summary"], "image_mse": images["mse"], "image_psnr": images["psnr"]}
     metrics |= {"fid": fid["value"]} if fid else {}
     hparams = {k: v for k, v in _flat(config.to_dict()).items() if isinstance(v, (bool, int, float, str))}
