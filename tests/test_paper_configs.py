@@ -12,7 +12,7 @@ from tcaq_lightning.parsing import parse_config
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 BENCHMARKS = ("cifar10", "lsun_bedrooms", "lsun_churches", "imagenet", "coco")
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
-FIRST = [f"{name}_w4a8" for name in ("cifar10", "lsun_churches")]
+FIRST = ("cifar10_w4a8",)
 CONFIGS = [f"{name}_{bits}" for name in BENCHMARKS for bits in BITS]
 
 
