@@ -40,11 +40,11 @@ class Rates:
     sensitivity: float = 3.0
 
 
-MEASURED = Rates()
-"""On CPUs."""
+ESTIMATED = Rates()
+"""For CPUs, from single measurements; not fitted to whole runs."""
 
 
-def passes(config: Config, calls: int, rates: Rates = MEASURED) -> dict[str, float]:
+def passes(config: Config, calls: int, rates: Rates = ESTIMATED) -> dict[str, float]:
     """Forward passes of one sample that each stage of a run costs.
 
     Args:
@@ -82,7 +82,7 @@ def passes(config: Config, calls: int, rates: Rates = MEASURED) -> dict[str, flo
     }
 
 
-def calibration_passes(config: Config, calls: int, rates: Rates = MEASURED) -> float:
+def calibration_passes(config: Config, calls: int, rates: Rates = ESTIMATED) -> float:
     """Forward passes of one sample that the whole calibration costs, the evaluation after it left out."""
     return sum(count for stage, count in passes(config, calls, rates).items() if stage not in EVALUATION)
 
