@@ -20,6 +20,7 @@ from tcaq_lightning.distributed import broadcast, on_main, total
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
+from tcaq_lightning.hashing import weights_hash
 from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.quantized_layers import (
     check_quantization_state,
@@ -28,7 +29,7 @@ from tcaq_lightning.quantized_layers import (
     restore_quantization_state,
 )
 from tcaq_lightning.run import Run
-from tcaq_lightning.sampling import Sampling, weights_hash
+from tcaq_lightning.sampling import Sampling
 from tcaq_lightning.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.shards import Shard
 from tcaq_lightning.storage import ActivationStorage

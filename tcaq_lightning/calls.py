@@ -58,9 +58,6 @@ class Conditioning:
                 )
         return cls(spec, tensors, constants)
 
-    def __bool__(self) -> bool:
-        return bool(self.tensors or self.constants)
-
     def rows(self, calls: Tensor, trajectories: Tensor, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of a batch.
 

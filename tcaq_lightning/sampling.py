@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -15,16 +14,17 @@ from torch import Tensor, nn
 
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.hashing import weights_hash
 from tcaq_lightning.pipelines import (
     SEED_STRIDE,
     check_denoiser,
     configured_scheduler,
     find_denoiser,
     make_scheduler,
-    one_line,
     sample,
     sample_shape,
 )
+from tcaq_lightning.prompts import read_prompts
 
 UNCONDITIONAL = (DDPMPipeline, DDIMPipeline, LDMPipeline)
 """Pipelines that our own loop samples: their calls fix a scheduler, or hand it what it does not take."""
@@ -235,12 +235,17 @@ class PipelineSampling:
         own = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
         return None if own is None else own.default
 
+    @cached_property
+    def _components(self) -> dict[str, str]:
+        """Hashes of the other components, which may be much larger than the denoiser: computed once."""
+        others = {n: c for n, c in self.pipeline.components.items() if isinstance(c, nn.Module) and n != self.name}
+        return {name: weights_hash(module) for name, module in sorted(others.items())}
+
     def manifest(self) -> dict[str, Any]:
         """As in `Sampling`."""
-        others = {n: c for n, c in self.pipeline.components.items() if isinstance(c, nn.Module) and n != self.name}
         return {
             "pipeline": type(self.pipeline).__name__,
-            "components": {name: weights_hash(module) for name, module in sorted(others.items())},
+            "components": self._components,
             "guidance_scale": self.guidance_scale,
             "negative_prompt": self.conditioning.negative_prompt,
             "options": self.conditioning.options,
@@ -296,22 +301,7 @@ class PipelineSampling:
                 f"conditioning.prompts: a {type(self.pipeline).__name__} needs prompts; expected a text file with one "
                 "a line, got null"
             )
-        return read_prompts(path)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts from a text file, one a line; blank lines are left out.
-
-    Raises:
-        UserError: it cannot be read, or has none.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"conditioning.prompts: cannot read {path}: {one_line(error)}; expected a text file") from error
-    if not prompts:
-        raise UserError(f"conditioning.prompts: {path} is empty; expected one prompt a line")
-    return prompts
+        return read_prompts(path, "conditioning.prompts")
 
 
 def num_classes(pipeline: DiffusionPipeline, denoiser: nn.Module) -> int | None:
@@ -322,12 +312,3 @@ def num_classes(pipeline: DiffusionPipeline, denoiser: nn.Module) -> int | None:
     if known is None and config.get("norm_type") == "ada_norm_zero":
         known = config.get("num_embeds_ada_norm")
     return None if known is None else int(known)
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over a module's parameters and buffers and their names, 20 hexadecimal digits of it."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:20]

@@ -26,7 +26,8 @@ from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.metrics import noise_error
 from tcaq_lightning.pipelines import open_pipeline
-from tcaq_lightning.sampling import LoopSampling, PipelineSampling, make_sampling, read_prompts
+from tcaq_lightning.prompts import read_prompts
+from tcaq_lightning.sampling import LoopSampling, PipelineSampling, make_sampling
 from tcaq_lightning.trajectories import collect, mismatch, probe
 from tests.text_models import make_text_model
 
@@ -276,13 +277,13 @@ def test_a_pipeline_that_fails_is_one_line(build: Any) -> None:
 def test_prompts_are_lines(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red boot\n\n  a bag \n", encoding="utf-8")
-    assert read_prompts(file) == ["a red boot", "a bag"]
+    assert read_prompts(file, "conditioning.prompts") == ["a red boot", "a bag"]
     for content, words in ((b"\n \n", "is empty"), (b"\xff\xfe\xfa", "cannot read")):
         file.write_bytes(content)
         with pytest.raises(UserError, match=words):
-            read_prompts(file)
+            read_prompts(file, "conditioning.prompts")
     with pytest.raises(UserError, match="cannot read"):
-        read_prompts(tmp_path / "none.txt")
+        read_prompts(tmp_path / "none.txt", "conditioning.prompts")
 
 
 @pytest.fixture(scope="module")

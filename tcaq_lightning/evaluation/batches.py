@@ -19,6 +19,7 @@ from tcaq_lightning.distributed import gather, is_main, on_main, rank, world_siz
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.images import ImageWriter
 from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
+from tcaq_lightning.hashing import add_weights
 from tcaq_lightning.timesteps import TimestepGroups
 
 log = logging.getLogger(__name__)
@@ -189,18 +190,5 @@ def fingerprint(models: Sequence[nn.Module | None], key: Any) -> str:
             groups = getattr(module, "groups", None)
             boundaries = groups.boundaries if isinstance(groups, TimestepGroups) else None
             digest.update(json.dumps([name, type(module).__name__, settings, boundaries], sort_keys=True).encode())
-        _add_weights(digest, model)
+        add_weights(digest, model)
     return digest.hexdigest()[:20]
-
-
-def checksum(model: nn.Module) -> str:
-    """Checksum of a model's weights alone, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    _add_weights(digest, model)
-    return digest.hexdigest()[:16]
-
-
-def _add_weights(digest: Any, model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -93,21 +93,3 @@ def load_clip(path: str, prompts: Sequence[str]) -> ClipScorer:
             f"{' '.join(str(error).split())[:200]}; copy the whole directory of the model"
         ) from None
     return ClipScorer(model.float().eval().requires_grad_(False), processor, prompts)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one a line; empty lines are left out.
-
-    Raises:
-        UserError: there is no such file, or no prompt in it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"evaluation.clip_prompts: expected a text file with one prompt a line, got {path}: {error}; give its path"
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"evaluation.clip_prompts: expected one prompt a line in {path}, got none; write them there")
-    return prompts

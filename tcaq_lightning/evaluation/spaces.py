@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tcaq_lightning.config import INCEPTION, EvaluationConfig
 from tcaq_lightning.distributed import on_main
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.batches import Batch, Wanted, checksum, fingerprint, in_batches
-from tcaq_lightning.evaluation.clip import ClipScorer, load_clip, read_prompts
+from tcaq_lightning.evaluation.batches import Batch, Wanted, fingerprint, in_batches
+from tcaq_lightning.evaluation.clip import ClipScorer, load_clip
 from tcaq_lightning.evaluation.features import (
     REFERENCE_FILE,
     FeatureExtractor,
@@ -25,7 +25,9 @@ from tcaq_lightning.evaluation.features import (
 from tcaq_lightning.evaluation.images import ImageSet, to_pixels
 from tcaq_lightning.evaluation.inception import Inception, load_inception
 from tcaq_lightning.evaluation.reference import NEEDED, Reference, open_reference
+from tcaq_lightning.hashing import weights_hash
 from tcaq_lightning.pipelines import shipped
+from tcaq_lightning.prompts import read_prompts
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +216,7 @@ def write_statistics(
         raise UserError(f"images: expected at least 2 in {images.path} for a covariance, got {len(images)}; give more")
     names = ("features", "spatial") if config.features == INCEPTION else ("features",)
     space = FeatureSpace(extractor, names).to(device or torch.device("cpu"))
-    digest = checksum(extractor)
+    digest = weights_hash(extractor, digits=16)
     measured = measure_images(images, space, len(images), config.batch_size, cache_dir, advance)
     on_main(lambda: Reference().completed(measured).save(output, num_features, config.features, digest))
 
@@ -244,11 +246,11 @@ def open_space(config: EvaluationConfig) -> FeatureSpace:
     if "clip" in config.metrics:
         assert config.clip_model is not None
         assert config.clip_prompts is not None
-        clip = load_clip(config.clip_model, read_prompts(Path(config.clip_prompts)))
+        clip = load_clip(config.clip_model, read_prompts(Path(config.clip_prompts), "evaluation.clip_prompts"))
     if config.metrics == ["clip"]:
         return FeatureSpace(None, ("clip",), clip=clip)
     extractor, own = load_extractor(config)
-    digest = checksum(extractor)
+    digest = weights_hash(extractor, digits=16)
     compared = [m for m in config.metrics if m in NEEDED]
     path = own if config.reference is None else Path(config.reference)
     if compared and path is None:

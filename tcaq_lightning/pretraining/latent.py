@@ -32,13 +32,13 @@ from tcaq_lightning.class_conditional import (
 )
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
+from tcaq_lightning.hashing import weights_hash
 from tcaq_lightning.pipelines import one_line, open_pipeline
 from tcaq_lightning.pretraining.autoencoder import encode, load_autoencoder
 from tcaq_lightning.pretraining.batches import batch_indices, generator, stratified_timesteps
 from tcaq_lightning.pretraining.command import run
 from tcaq_lightning.pretraining.idx import read_split
 from tcaq_lightning.pretraining.training import Precision, Pretraining, Recipe, fit, replace_files
-from tcaq_lightning.sampling import weights_hash
 
 CLASSES = (
     "T-shirt/top",

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.clip import load_clip, read_prompts
+from tcaq_lightning.evaluation.clip import load_clip
+from tcaq_lightning.prompts import read_prompts
 from tests.evaluation.inception_weights import pictures
 
 transformers = pytest.importorskip("transformers")
@@ -130,12 +131,13 @@ def test_a_directory_without_the_model_is_named(tmp_path: Path, clip_dir: Path) 
 
 
 def test_prompts(tmp_path: Path) -> None:
+    key = "evaluation.clip_prompts"
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dog \n", encoding="utf-8")
-    assert read_prompts(path) == ["a cat", "a dog"]
+    assert read_prompts(path, key) == ["a cat", "a dog"]
     for content in (b"", b" \n\n", b"\xff\xfe\x00"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"clip_prompts"):
-            read_prompts(path)
+            read_prompts(path, key)
     with pytest.raises(UserError, match="nowhere"):
-        read_prompts(tmp_path / "nowhere")
+        read_prompts(tmp_path / "nowhere", key)
