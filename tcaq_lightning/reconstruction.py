@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantized_layers import quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
-from tcaq_lightning.sensitivity import channel_means
+from tcaq_lightning.sensitivity import beside_channels, channel_means, mean_squares
 from tcaq_lightning.timesteps import TimestepGroups
 
 Phase = Literal["r", "v"]
@@ -48,15 +48,45 @@ def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None)
     >>> block_error(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
     tensor(3.)
     """
-    squares = _channels(output, target, lambda x, y: (x - y).square())
+    return weighted_error(channel_errors(output, target)[0], weights)
+
+
+def weighted_error(squares: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The block error of (B, C) mean squares of each sample's channels; weights as in `block_error`."""
     return (squares if weights is None else squares * weights).sum(1).mean()
 
 
-def _channels(output: Outputs, target: Outputs, difference: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(B, C) means of some difference over each sample's channels, those of several outputs in sequence."""
+class _ChannelErrors(torch.autograd.Function):
+    """Means of (output - target)^2, with their gradient, and of output - target, by sample and channel.
+
+    Each pass over an output counts beside small units: autograd's own chain takes three times as many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        difference = output - target
+        ctx.save_for_backward(difference)
+        means = channel_means(difference)
+        ctx.mark_non_differentiable(means)
+        return mean_squares(difference), means
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        factor = grads[0] * (2 * grads[0].numel() / difference.numel())
+        return difference * beside_channels(factor, difference.ndim), None
+
+
+def channel_errors(output: Outputs, target: Outputs) -> tuple[Tensor, Tensor]:
+    """(B, C) means of squared errors and of errors, output - target, those of several outputs in sequence.
+
+    Args:
+        output, target: as in `block_error`. The gradient is that of the squares alone.
+    """
     pairs = zip(output_tensors(output), output_tensors(target), strict=True)
-    means = [channel_means(difference(x, y)) for x, y in pairs]
-    return means[0] if len(means) == 1 else torch.cat(means, dim=1)
+    found = [_ChannelErrors.apply(x, y) for x, y in pairs]  # type: ignore[no-untyped-call]
+    squares, errors = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return squares, errors
 
 
 @torch.no_grad()
@@ -237,9 +267,9 @@ class BlockReconstruction(pl.LightningModule):
         samples = next(self._batches)
         with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext():
             output = self.data.run_batch(self._unit_forward, self.context, samples)
-        error = block_error(output, samples.targets, samples.weights)  # in the targets' type, which is none too narrow
-        residuals = _channels(output, samples.targets, lambda x, y: y - x.detach())
-        self._residuals = residuals, samples.groups
+        squares, errors = channel_errors(output, samples.targets)  # in the targets' type, which is none too narrow
+        error = weighted_error(squares, samples.weights)
+        self._residuals = errors.neg(), samples.groups
         self._gradient_scale = gradient_scale(output, error, samples.weights)
         self.losses = {"reconstruction": error.detach()}
         beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
@@ -289,7 +319,7 @@ def squared_errors(
     sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
     for batch in data.batches(torch.split(samples, batch_size), device):
         output = data.run_batch(unit, context, batch)
-        squares = _channels(output, batch.targets, lambda x, y: (x - y).square_())
+        squares, _ = channel_errors(output, batch.targets)
         sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
     return (total(sums) / total(torch.tensor(len(samples)))).float()
 
@@ -310,8 +340,8 @@ def mean_errors(
     sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
     counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
     for batch in data.batches(torch.split(samples, batch_size), device):
-        differences = _channels(data.run_batch(unit, context, batch), batch.targets, lambda x, y: y - x)
+        _, errors = channel_errors(data.run_batch(unit, context, batch), batch.targets)
         groups = batch.groups.cpu()
-        sums.index_add_(0, groups, differences.double().cpu())
+        sums.index_add_(0, groups, -errors.double().cpu())
         counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
     return (total(sums) / total(counts).clamp(min=1)).float()

@@ -150,10 +150,7 @@ def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, sign
     finally:
         for handle in handles:
             handle.remove()
-    squares = {
-        key: channel_means(by_sample(g.float(), len(samples)).square())
-        for key, g in zip(outputs, gradients, strict=True)
-    }
+    squares = {key: mean_squares(by_sample(g.float(), len(samples))) for key, g in zip(outputs, gradients, strict=True)}
     return {name: torch.cat([squares[key] for key in graph.keys(name)], dim=1) for name in graph.names}
 
 
@@ -162,13 +159,30 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
+WITHIN_CHANNELS = {2: (), 3: (1,), 4: (2, 3), 5: (1, 3, 4)}
+"""Axes of (B, C), (B, T, C), (B, C, H, W) and (B, k, C, H, W) that are neither samples nor channels."""
+
+
 def channel_means(x: Tensor) -> Tensor:
     """Means of each sample's channels: (B, C, H, W), (B, k, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
-    if x.ndim == 2:
-        return x
-    if x.ndim == 5:
-        return x.mean((1, 3, 4))
-    return x.flatten(2).mean(2) if x.ndim == 4 else x.mean(1)
+    axes = WITHIN_CHANNELS[x.ndim]
+    return x.mean(axes) if axes else x
+
+
+def mean_squares(x: Tensor) -> Tensor:
+    """Means of the squares of each sample's channels, without a tensor of the squares; shapes as in `channel_means`."""
+    axes = WITHIN_CHANNELS[x.ndim]
+    if not axes:
+        return x.square()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=axes)
+    return norms.square() * (norms.numel() / x.numel())
+
+
+def beside_channels(values: Tensor, dims: int) -> Tensor:
+    """(B, C) values beside a tensor of `dims` axes, as in `channel_means`."""
+    for axis in WITHIN_CHANNELS[dims]:
+        values = values.unsqueeze(axis)
+    return values
 
 
 def normalized_weights(weights: Tensor, squares: Tensor) -> Tensor:

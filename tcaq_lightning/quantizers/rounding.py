@@ -16,7 +16,7 @@ ZETA = 1.1
 def rectified_sigmoid(v: Tensor) -> Tensor:
     """h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)   (Nagel et al. 2020, eq. 23).
 
-    Without a gradient: `soft_round` and `adaround_regularizer` have theirs in closed form.
+    Without a gradient: `soft_round` and `adaround_regularizer` have theirs in closed form, from the sigmoid alone.
 
     >>> rectified_sigmoid(torch.tensor([-5.0, 0.0, 5.0]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -36,10 +36,14 @@ def initial_logits(fraction: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
 
 
-def _slope(h: Tensor) -> Tensor:
-    """dh/dV, which follows from h alone: with s = sigmoid(V) it is (zeta - gamma) s (1 - s) where h is not clipped."""
-    slope = (h - GAMMA).mul_(ZETA - h).div_(ZETA - GAMMA)
-    return slope.mul_(torch.rsub(h, 1).mul_(h).ceil_())  # 1 or 0, in float: boolean factors are slow on a CPU
+_aten: Any = torch.ops.aten
+
+
+def _through_sigmoid(grad_h: Tensor, sigmoid: Tensor) -> Tensor:
+    """dL/dh to dL/dV but for the factor zeta - gamma: s (1 - s) where h is not clipped, else 0, in two passes."""
+    low, high = -GAMMA / (ZETA - GAMMA), (1 - GAMMA) / (ZETA - GAMMA)
+    grad: Tensor = _aten.sigmoid_backward(_aten.hardtanh_backward(grad_h, sigmoid, low, high), sigmoid)
+    return grad
 
 
 class _SoftRound(torch.autograd.Function):
@@ -47,16 +51,17 @@ class _SoftRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
-        h = rectified_sigmoid(v)
-        ctx.save_for_backward(h, base, unit)
-        return (base + h).mul_(unit)
+        sigmoid = torch.sigmoid(v)
+        rounded = (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0, 1).add_(base).mul_(unit)
+        ctx.save_for_backward(sigmoid, unit, rounded)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (grad,) = grads
-        h, base, unit = ctx.saved_tensors
-        grad_v = _slope(h).mul_(grad).mul_(unit) if ctx.needs_input_grad[0] else None
-        grad_unit = (base + h).mul_(grad).sum_to_size(unit.shape) if ctx.needs_input_grad[2] else None
+        sigmoid, unit, rounded = ctx.saved_tensors
+        grad_v = _through_sigmoid(grad * (unit * (ZETA - GAMMA)), sigmoid) if ctx.needs_input_grad[0] else None
+        grad_unit = (grad * rounded).sum_to_size(unit.shape) / unit if ctx.needs_input_grad[2] else None
         return grad_v, None, grad_unit
 
 
@@ -66,7 +71,7 @@ def soft_round(v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
     Args:
         v: rounding logits.
         base: codes rounded down, of v's shape; no gradient.
-        unit: what a code is worth, broadcastable to v.
+        unit: what a code is worth, not 0, broadcastable to v.
 
     >>> soft_round(torch.tensor([-9.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 1.0]), torch.tensor(0.5))
     tensor([0.5000, 0.7500, 1.0000])
@@ -78,19 +83,19 @@ def soft_round(v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
 class _Regularizer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
-        h = rectified_sigmoid(v)
-        distance = (2 * h).sub_(1)
-        length = distance.abs()
-        power = length.log().mul_(beta - 1).exp_()  # |2h - 1|^(beta - 1); `pow` takes twice as long on a CPU
-        ctx.save_for_backward(h, power.copysign(distance))
+        sigmoid = torch.sigmoid(v)
+        distance = (sigmoid * (2 * (ZETA - GAMMA))).add_(2 * GAMMA - 1).clamp_(-1, 1)  # 2h - 1
+        power = distance.abs().log_().mul_(beta - 1).exp_()  # |2h - 1|^(beta - 1); `pow` takes twice as long on a CPU
+        power.copysign_(distance)
+        ctx.save_for_backward(sigmoid, power)
         ctx.beta = beta
-        return torch.rsub(length.mul_(power), 1).sum()
+        return v.numel() - torch.dot(power.flatten(), distance.flatten())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        h, power = ctx.saved_tensors
-        return _slope(h).mul_(power).mul_(-2 * ctx.beta * grad), None
+        sigmoid, power = ctx.saved_tensors
+        return _through_sigmoid(power, sigmoid).mul_(-2 * ctx.beta * (ZETA - GAMMA) * grad), None
 
 
 def adaround_regularizer(v: Tensor, beta: float) -> Tensor:

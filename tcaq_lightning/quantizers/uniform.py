@@ -8,6 +8,7 @@ affine activations are one case.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,12 +18,33 @@ HALF = 0.5001
 """Of a step: what is rounded moves by no more than a half, and by what float32 loses of codes up to 255."""
 
 
-def _codes(scaled: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """round(scaled) within [low, high], in place; `clamp` with tensor bounds is far slower on a CPU."""
+BLOCK = 1 << 17
+"""Values that a CPU thread works on at once: what is between two operations on them then stays in its cache."""
+
+
+def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching blocks of rows of operands that broadcast to `x`; on a CPU small ones, elsewhere all rows at once."""
+    size = BLOCK * torch.get_num_threads()
+    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.ndim < 2 or x.numel() < 2 * size
+    if whole or others[0].shape[:1] != x.shape[:1]:  # the first one's gradient is summed block by block
+        yield (x, *others)
+        return
+    rows = max(1, size * x.shape[0] // x.numel())
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        yield (x[part], *(o[part] if o.ndim == x.ndim and o.shape[0] == x.shape[0] else o for o in others))
+
+
+def _quantized(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """step * clip(round(x / step), low, high); `clamp` with tensor bounds is far slower on a CPU."""
     if torch.compiler.is_compiling():  # it knows no `out`
-        return torch.minimum(torch.maximum(scaled.round(), low), high)
-    codes = torch.maximum(scaled.round_(), low, out=scaled)
-    return torch.minimum(codes, high, out=codes)
+        return torch.minimum(torch.maximum((x / step).round(), low), high) * step
+    quantized = torch.empty_like(x, dtype=torch.promote_types(x.dtype, step.dtype))
+    for values, s, bottom, top, result in _blocks(x, step, low, high, quantized):
+        torch.div(values, s, out=result).round_()
+        torch.maximum(result, bottom, out=result)
+        torch.minimum(result, top, out=result).mul_(s)
+    return quantized
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -35,20 +57,22 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        quantized = _codes(x / step, low, high).mul_(step)
+        quantized = _quantized(x, step, low, high)
         ctx.save_for_backward(x, step, quantized)
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
         x, step, quantized = ctx.saved_tensors
-        inside = torch.sub(quantized, x).abs_().le_(step * HALF)  # 1 where nothing was clipped, else 0
-        grad_step = None
-        if ctx.needs_input_grad[1]:  # (q - x / s) inside, q outside
-            slope = torch.addcmul(quantized, x, inside, value=-1)
-            grad_step = slope.mul_(grad).sum_to_size(step.shape) / step
-        return inside.mul_(grad) if ctx.needs_input_grad[0] else None, grad_step, None, None
+        learned = ctx.needs_input_grad[1]
+        grad_x, grad_step = torch.empty_like(x), torch.empty_like(step)
+        for values, s, result, grad, to_x, to_step in _blocks(x, step, quantized, grads[0], grad_x, grad_step):
+            work = torch.sub(result, values).abs_().le_(s * HALF)  # 1 where nothing was clipped, else 0
+            torch.mul(work, grad, out=to_x)
+            if learned:  # sum of g (q - x / s) inside, g q outside
+                torch.mul(result, grad, out=work).addcmul_(to_x, values, value=-1)
+                to_step.copy_(work.sum_to_size(s.shape)).div_(s)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_step if learned else None, None, None
 
 
 def fake_quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
