@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tcaq_lightning.quantizers import uniform
 from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
 
 values = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-50, 50, width=32))
@@ -35,6 +36,28 @@ def test_equals_the_definition(bits: int, symmetric: bool) -> None:
     low = torch.from_numpy(-zero)
     got = fake_quantize(torch.from_numpy(x), torch.from_numpy(step), low, low + 2**bits - 1)
     np.testing.assert_array_equal(got.numpy(), reference(x, step, zero, bits))
+
+
+@pytest.mark.parametrize("steps_shape", [(7, 1, 1), (7, 3, 1), (1, 3, 1), (1, 1, 1)])
+def test_blocks_of_rows_give_the_bits_of_the_whole(
+    steps_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 3, 5, generator=generator)
+    step = torch.rand(steps_shape, generator=generator) * 0.3 + 0.1
+    zero = torch.randint(0, 16, (7, 1, 1), generator=generator).float()
+    upstream = torch.randn(7, 3, 5, generator=generator)
+
+    def results() -> list[torch.Tensor]:
+        operands = x.clone().requires_grad_(), step.clone().requires_grad_()
+        quantized = fake_quantize(*operands, -zero, 15 - zero)
+        quantized.backward(upstream)
+        return [quantized.detach(), *(t.grad for t in operands if t.grad is not None)]
+
+    whole = results()
+    monkeypatch.setattr(uniform, "BLOCK", 30 // torch.get_num_threads())  # two rows, and one in the last block
+    assert len(whole) == 3
+    assert all(torch.equal(a, b) for a, b in zip(results(), whole, strict=True))
 
 
 def learnable(bits: int, zero: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
