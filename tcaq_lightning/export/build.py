@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tcaq_lightning import __version__
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.export.denoiser import GraphDenoiser
 from tcaq_lightning.export.engines import EXPORT_VERSION, GraphInfo, require
-from tcaq_lightning.export.modules import GraphDenoiser
 from tcaq_lightning.export.onnx_graph import finish, trace
 from tcaq_lightning.frozen import describe
 from tcaq_lightning.pipelines import sample_shape

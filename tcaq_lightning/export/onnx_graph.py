@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from tcaq_lightning.attention import is_attention
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.modules import GraphAttnProcessor, GraphConv2d, GraphDenoiser, GraphLayer
+from tcaq_lightning.export.attention import GraphAttnProcessor
+from tcaq_lightning.export.denoiser import GraphDenoiser
+from tcaq_lightning.export.layers import GraphConv2d, GraphLayer
 from tcaq_lightning.export.saturation import may_saturate, pair_may_saturate
 from tcaq_lightning.pipelines import one_line
 
