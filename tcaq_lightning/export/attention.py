@@ -8,15 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.attention import QuantAttnProcessor
+from tcaq_lightning.attention import (
+    QuantAddedKVAttnProcessor,
+    QuantAttnProcessor,
+    QuantAttnProcessorWithoutNorms,
+    QuantFluxAttnProcessor,
+    QuantJointAttnProcessor,
+)
 from tcaq_lightning.export.layers import GraphLayer
 from tcaq_lightning.export.operators import Constants
 from tcaq_lightning.export.quantizers import GraphQuantizer, GraphSoftmaxQuantizer
 from tcaq_lightning.export.tables import Timesteps
 
 
-class GraphAttnProcessor(QuantAttnProcessor):
-    """A `QuantAttnProcessor` with both matmuls on codes: the first operand uint8, the second int8.
+class GraphAttention(QuantAttnProcessor):
+    """What the steps of quantized attention become in the graph: both matmuls on codes, uint8 times int8.
+
+    Which steps there are, and in which order, is that of the quantized processor that a class derives from besides.
 
     (a - z_a)(b - z_b) = a b - z_a sum(b) - sum(a) z_b + K z_a z_b: the sums are over the axis that the product sums.
     """
@@ -75,5 +83,31 @@ class GraphAttnProcessor(QuantAttnProcessor):
         return quantizers  # type: ignore[no-any-return]
 
 
-GRAPH_PROCESSORS = (QuantAttnProcessor,)
-"""Processors that `GraphAttnProcessor` computes: plain self- and cross-attention."""
+class GraphAttnProcessor(GraphAttention):
+    """`QuantAttnProcessor` in the graph."""
+
+
+class GraphAttnProcessorWithoutNorms(GraphAttention, QuantAttnProcessorWithoutNorms):
+    """`QuantAttnProcessorWithoutNorms` in the graph."""
+
+
+class GraphAddedKVAttnProcessor(GraphAttention, QuantAddedKVAttnProcessor):
+    """`QuantAddedKVAttnProcessor` in the graph."""
+
+
+class GraphJointAttnProcessor(GraphAttention, QuantJointAttnProcessor):
+    """`QuantJointAttnProcessor` in the graph."""
+
+
+class GraphFluxAttnProcessor(GraphAttention, QuantFluxAttnProcessor):
+    """`QuantFluxAttnProcessor` in the graph."""
+
+
+GRAPH_PROCESSORS: dict[type[QuantAttnProcessor], type[GraphAttention]] = {
+    QuantAttnProcessor: GraphAttnProcessor,
+    QuantAttnProcessorWithoutNorms: GraphAttnProcessorWithoutNorms,
+    QuantAddedKVAttnProcessor: GraphAddedKVAttnProcessor,
+    QuantJointAttnProcessor: GraphJointAttnProcessor,
+    QuantFluxAttnProcessor: GraphFluxAttnProcessor,
+}
+"""Quantized processors and what they become in the graph. Extend to export another kind."""

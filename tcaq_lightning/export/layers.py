@@ -57,7 +57,7 @@ class GraphLayer(nn.Module):
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
         self.register_buffer("scale", weight.scale.clone())
         self.code_sums = self.summed(codes.long()).numpy()
-        self.register_buffer("bias", None if source.bias is None else source.bias.detach())
+        self.register_buffer("bias", _whole_bias(source))
         self.correction = None if source.bias_shift is None else times.correction(source.bias_shift)
 
     def stored(self, codes: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class GraphLayer(nn.Module):
         """What does not depend on the input: bias, its correction, and the zero point's share."""
         total = -self.zero_share(y) * (self.inputs.zero(y.ndim) * step)
         if self.correction is not None:
-            total = total + self.broadcast(self.times.shift(self.correction), y)
+            total = total + self.broadcast(self.times.shift(self.correction, self.inputs.repeats), y)
         return total if self.bias is None else total + self.broadcast(self.bias[None], y)
 
     def zero_share(self, y: Tensor) -> Tensor:
@@ -102,6 +102,12 @@ class GraphLayer(nn.Module):
         shape = [-1] + [1] * (y.ndim - 1)  # the sizes are numbers in the graph, but for the batch
         shape[-1 if self.axis else 1] = self.out_channels
         return values.reshape(shape)
+
+
+def _whole_bias(source: QuantLayer) -> Tensor | None:
+    """Bias and what the input's shift contributes, which a model in a narrow type keeps apart, (O,) in float32."""
+    parts = [part.detach().float() for part in (source.bias, source.shift_bias) if part is not None]
+    return torch.stack(parts).sum(dim=0) if parts else None
 
 
 def _smallest(sums: np.ndarray[Any, Any]) -> Tensor:

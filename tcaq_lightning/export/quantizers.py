@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from tcaq_lightning.export.operators import Constants, coded
 from tcaq_lightning.export.tables import Timesteps
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers.uniform import affine_range
 
 
 class GraphQuantizer(nn.Module):
@@ -16,6 +17,7 @@ class GraphQuantizer(nn.Module):
 
     Attributes:
         signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations.
+        repeats: rows of each sample in the last input.
     """
 
     shift: Tensor | None
@@ -26,7 +28,7 @@ class GraphQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.bits, self.channel_dim, self.times, self.signed = source.bits, source.channel_dim, times, signed
-        self.levels = 2**source.bits - 1
+        self.levels, self.repeats = 2**source.bits - 1, 1
         steps, zeros = source.steps().detach(), source.zero_point
         self.step_column = times.column(steps)
         self.zero_column = times.column(zeros)
@@ -40,17 +42,24 @@ class GraphQuantizer(nn.Module):
 
     def step(self, dims: int) -> Tensor:
         """Step s_g of the running batch, (B, 1, ..., 1)."""
-        return self.times.value(self.step_column, dims)
+        return self.times.value(self.step_column, dims, self.repeats)
 
     def zero(self, dims: int) -> Tensor:
         """z of the codes that come out, for the running batch."""
-        zero = self.times.value(self.zero_column, dims)
+        zero = self.times.value(self.zero_column, dims, self.repeats)
         return zero - self.middle if self.middle else zero
 
     def forward(self, x: Tensor) -> Tensor:
         """Codes as floats, of x's shape: u, or u - 2^(b-1)."""
-        if self.shift is not None:
-            x = x - along(self.shift, x.ndim, self.channel_dim)
+        return self.codes(self.centred(x))
+
+    def centred(self, x: Tensor) -> Tensor:
+        """x - shift."""
+        return x if self.shift is None else x - along(self.shift, x.ndim, self.channel_dim)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of centred values."""
+        self.repeats = self.times.repeats(int(x.shape[0]))
         step = self.step(x.ndim)
         if self.r is not None:
             step = step * along(self.r, x.ndim, self.channel_dim)
@@ -60,6 +69,41 @@ class GraphQuantizer(nn.Module):
             if self.signed:
                 x = x.clamp(min=-self.middle)
         return coded(x, self.code_scale, self.code_zero)
+
+
+class GraphTokenQuantizer(GraphQuantizer):
+    """A `TokenQuantizer`: step and zero point are computed in the graph from each token, in standard operators.
+
+    `step` and `zero` are those of the last call, (..., 1), which the layers that read its codes multiply with.
+    """
+
+    def __init__(self, source: ActivationQuantizer, times: Timesteps, constants: Constants) -> None:
+        super().__init__(source, times, constants)
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    def step(self, dims: int) -> Tensor:
+        """Of each token of the last call."""
+        assert self._found is not None
+        return self._found[0]
+
+    def zero(self, dims: int) -> Tensor:
+        """Likewise."""
+        assert self._found is not None
+        return self._found[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Codes as floats, of x's shape."""
+        x = self.centred(x)
+        scaled = x if self.r is None else x / along(self.r, x.ndim, self.channel_dim)
+        low, high = scaled.amin(self.channel_dim, keepdim=True), scaled.amax(self.channel_dim, keepdim=True)
+        self._found = affine_range(low, high, self.bits)
+        return self.codes(x)
+
+
+def graph_quantizer(source: ActivationQuantizer, times: Timesteps, constants: Constants) -> GraphQuantizer:
+    """What the quantizer of a layer's input becomes in the graph."""
+    kind = GraphTokenQuantizer if isinstance(source, TokenQuantizer) else GraphQuantizer
+    return kind(source, times, constants)
 
 
 class GraphSoftmaxQuantizer(nn.Module):

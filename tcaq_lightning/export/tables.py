@@ -25,6 +25,7 @@ class Timesteps(nn.Module):
         self.register_buffer("edges", torch.tensor(boundaries or [float("inf")], dtype=torch.float32))
         self._columns: list[Tensor] = []
         self._corrections: list[Tensor] = []
+        self._batch = 1
         self._read: dict[int, tuple[Tensor, ...]] = {}
         self._corrected: tuple[Tensor, ...] = ()
 
@@ -46,6 +47,7 @@ class Timesteps(nn.Module):
 
     def set(self, timestep: Tensor) -> None:
         """Read the rows of a batch: timestep (B,) -> group, the number of boundaries at or below it."""
+        self._batch = int(timestep.shape[0])
         group = (timestep.float()[:, None] >= self.edges).sum(dim=1)
         rows: Tensor = self.values[group]  # (B, N)
         self._read = {
@@ -54,10 +56,28 @@ class Timesteps(nn.Module):
         sizes = [block.shape[1] for block in self._corrections]
         self._corrected = torch.split(self.shifts[group].float(), [*sizes, 1], dim=1)
 
-    def value(self, number: int, dims: int) -> Tensor:
-        """(B, 1, ..., 1) of `dims` axes: a column's values for the running batch."""
-        return self._read[dims][number]
+    def repeats(self, rows: int) -> int:
+        """Rows of each sample in a tensor, in sequence; what is the same for all of them has one row."""
+        if rows % self._batch and rows != 1:
+            raise ValueError(f"expected a multiple of the {self._batch} samples that are passing, got {rows} rows")
+        return max(1, rows // self._batch)
 
-    def shift(self, number: int) -> Tensor:
-        """(B, O): a correction for the running batch."""
-        return self._corrected[number]
+    def value(self, number: int, dims: int, repeats: int = 1) -> Tensor:
+        """(B * repeats, 1, ..., 1) of `dims` axes: a column's values for the running batch."""
+        return repeated(self._read[dims][number], repeats)
+
+    def shift(self, number: int, repeats: int = 1) -> Tensor:
+        """(B * repeats, O): a correction for the running batch."""
+        return repeated(self._corrected[number], repeats)
+
+
+def repeated(values: Tensor, repeats: int) -> Tensor:
+    """Every row several times in sequence.
+
+    >>> repeated(torch.tensor([[1], [2]]), 2).tolist()
+    [[1], [1], [2], [2]]
+    """
+    if repeats == 1:
+        return values
+    rest = [int(size) for size in values.shape[1:]]
+    return values.unsqueeze(1).expand(-1, repeats, *rest).reshape(-1, *rest)
