@@ -25,8 +25,10 @@ from benchmarks.common import SHIPPED, anonymous_memory, denoiser_config, machin
 from tcaq_lightning.artifact import freeze, load_quantized, save_artifact, weights_digest
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.build import build_graph, example_inputs
-from tcaq_lightning.export.engines import EngineDenoiser, open_engine
+from tcaq_lightning.export.build import build_graph
+from tcaq_lightning.export.engines import open_engine
+from tcaq_lightning.export.inputs import example_inputs, nest
+from tcaq_lightning.export.stand_in import EngineDenoiser
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
@@ -80,8 +82,7 @@ def one(kind: str, engine: str, artifact: str, directory: str, threads: int, bat
     """Median seconds of a call, in this process."""
     torch.set_num_threads(threads)
     denoiser: Any = find_denoiser(load_quantized(artifact))[1]
-    inputs = example_inputs(denoiser)
-    inputs = {name: x.repeat(batch, *[1] * (x.ndim - 1))[:batch] for name, x in inputs.items()}
+    inputs = nest(example_inputs(denoiser, batch=batch))
     before = anonymous_memory()
     if engine != "torch":
         opened = open_engine(engine, Path(directory) / f"{kind}.onnx", None, {"threads": threads})

@@ -40,7 +40,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
 CHECKSUMS_FILE = "checksums.json"
-ENGINE_OPTIONS = ("model", "threads", "provider", "tokens")
+ENGINE_OPTIONS = ("model", "threads", "provider", "tokens", "latents")
 
 
 def save_artifact(
@@ -148,7 +148,7 @@ def load_quantized(
             `openvino` or `onnxruntime`.
         options: of these two: `model`, a file that `python -m tcaq_lightning export` wrote (without it the graph is
             made now); `threads`; `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the
-            context of a denoiser that attends to one.
+            context of a denoiser that attends to one; `latents`, (height, width) of the noisy sample.
 
     Returns:
         The pipeline, its denoiser without gradients and in evaluation mode.
@@ -191,15 +191,17 @@ def _check_options(backend: str, options: dict[str, Any]) -> None:
 
 def _on_engine(pipeline: Any, denoiser: nn.Module, backend: str, artifact: str, options: dict[str, Any]) -> nn.Module:
     """What stands for the denoiser in the pipeline and runs its exported graph."""
-    from tcaq_lightning.export.build import build_graph, context_tokens
-    from tcaq_lightning.export.engines import EngineDenoiser, open_engine
+    from tcaq_lightning.export.build import build_graph
+    from tcaq_lightning.export.engines import open_engine
+    from tcaq_lightning.export.inputs import pipeline_sizes
+    from tcaq_lightning.export.stand_in import EngineDenoiser
 
     settings = {key: value for key, value in options.items() if key in ("threads", "provider")}
     if options.get("model") is not None:
         engine = open_engine(backend, Path(options["model"]), None, settings, artifact)
     else:
-        tokens = options.get("tokens") or context_tokens(pipeline)
-        content, info = build_graph(denoiser, artifact, tokens)
+        sizes = pipeline_sizes(pipeline, options.get("tokens"), options.get("latents"))
+        content, info = build_graph(denoiser, artifact, sizes)
         engine = open_engine(backend, content, info, settings)
     stand_in: nn.Module = EngineDenoiser(engine, type(denoiser), denoiser.config).eval()
     return stand_in

@@ -2,76 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcaq_lightning import __version__
+from tcaq_lightning.architectures import Sizes
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.export.denoiser import GraphDenoiser
 from tcaq_lightning.export.engines import EXPORT_VERSION, GraphInfo, require
-from tcaq_lightning.export.modules import GraphDenoiser
+from tcaq_lightning.export.inputs import GraphInput, call_of, example_inputs
 from tcaq_lightning.export.onnx_graph import finish, trace
 from tcaq_lightning.frozen import describe
-from tcaq_lightning.pipelines import sample_shape
-
-EXAMPLE_BATCH = 2
-
-
-TOKENS = 77
-"""Length of CLIP's contexts."""
-
-
-def context_tokens(pipeline: Any) -> int:
-    """Length of the context that a pipeline's denoiser attends to: a class' single token, or its tokenizer's."""
-    if getattr(pipeline, "class_embedder", None) is not None:
-        return 1
-    length = getattr(getattr(pipeline, "tokenizer", None), "model_max_length", None)
-    return length if isinstance(length, int) and length < 10_000 else TOKENS  # some tokenizers know no limit
-
-
-def example_inputs(denoiser: Any, tokens: int = TOKENS) -> dict[str, Tensor]:
-    """Inputs of a denoiser by name: the sample, the timestep, and what its config says it is conditioned on.
-
-    Args:
-        denoiser: of diffusers.
-        tokens: length of the context, where it attends to one.
-
-    Raises:
-        UserError: an input that the exporter does not know.
-    """
-    config, batch = denoiser.config, EXAMPLE_BATCH
-    parameters = inspect.signature(denoiser.forward).parameters
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        next(iter(parameters)): torch.randn(batch, *sample_shape(denoiser), generator=generator),
-        "timestep": torch.tensor([250.0, 750.0]),
-    }
-    width = config.get("cross_attention_dim")
-    if "encoder_hidden_states" in parameters and width:
-        width = width if isinstance(width, int) else width[0]
-        inputs["encoder_hidden_states"] = torch.randn(batch, tokens, width, generator=generator)
-    kinds = [key for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type") if config.get(key)]
-    if kinds:
-        raise UserError(
-            f"cannot export a {type(denoiser).__name__} with {kinds[0]} {config[kinds[0]]!r}: expected inputs sample, "
-            f"timestep, encoder_hidden_states and class_labels alone"
-        )
-    if "class_labels" in parameters and (config.get("num_class_embeds") or config.get("num_embeds_ada_norm")):
-        inputs["class_labels"] = torch.zeros(batch, dtype=torch.long)
-    return inputs
+from tcaq_lightning.pipelines import one_line
 
 
 def build_graph(
-    denoiser: nn.Module, artifact: str, tokens: int = TOKENS, narrow: bool = True
+    denoiser: nn.Module, artifact: str, sizes: Sizes | None = None, narrow: bool = True
 ) -> tuple[bytes, GraphInfo]:
     """The ONNX graph of a frozen denoiser, which stays as it is.
 
     Args:
         denoiser: frozen.
         artifact: SHA-256 of its weights, which the graph remembers.
-        tokens: length of the context, where the denoiser attends to one.
+        sizes: of the inputs that it is made for; None is the usual ones.
         narrow: store codes of at most 4 bits in 4 bits.
 
     Returns:
@@ -82,20 +38,34 @@ def build_graph(
     """
     require("onnx", "onnx")
     structure = describe(denoiser)
-    inputs = example_inputs(denoiser, tokens)
+    inputs = example_inputs(denoiser, sizes)
+    if sizes is not None and sizes.latents is not None:
+        _try_latents(denoiser, inputs, sizes.latents)
     _, _, *further = inputs
     graph = GraphDenoiser(denoiser, structure.boundaries, tuple(further)).eval()
     model = trace(graph, inputs)
-    shapes = {name: (list(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for name, x in inputs.items()}
+    taken = {name: GraphInput.of(name, x) for name, x in inputs.items()}
     metadata: dict[str, Any] = {
         "version": EXPORT_VERSION,
         "tcaq_lightning": __version__,
         "denoiser": type(denoiser).__name__,
         "artifact": artifact,
-        "inputs": shapes,
+        "inputs": {name: asdict(described) for name, described in taken.items()},
         "timestep_boundaries": structure.boundaries,
     }
     products = finish(model, graph, metadata, narrow)
-    info = GraphInfo(artifact, shapes, products)
+    info = GraphInfo(artifact, taken, products)
     content: bytes = model.SerializeToString()
     return content, info
+
+
+@torch.no_grad()
+def _try_latents(denoiser: nn.Module, inputs: dict[str, Tensor], latents: tuple[int, int]) -> None:
+    """See that a denoiser takes samples of that height and width; tracing would blame its operators."""
+    try:
+        denoiser(**call_of(denoiser, inputs))
+    except Exception as error:  # a model raises whatever it likes
+        raise UserError(
+            f"latents: a {type(denoiser).__name__} takes no samples of {latents[0]} x {latents[1]}: {one_line(error)}; "
+            f"expected a height and width that it can halve as often as it does, such as its sample_size"
+        ) from error

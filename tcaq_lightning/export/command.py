@@ -13,22 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from tcaq_lightning.architectures import Sizes
 from tcaq_lightning.artifact import load_quantized, weights_digest
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.build import build_graph, context_tokens, example_inputs
+from tcaq_lightning.export.build import build_graph
 from tcaq_lightning.export.engines import (
     ENGINES,
     ONNXRUNTIME,
     OPENVINO,
-    EngineDenoiser,
     GraphInfo,
     describe_kernels,
     open_engine,
     require,
 )
+from tcaq_lightning.export.inputs import call_of, example_inputs, nest, pipeline_sizes
 from tcaq_lightning.export.kernels import check_kernels, table
 from tcaq_lightning.export.onnx_graph import METADATA_KEY
 from tcaq_lightning.export.saturation import sums_saturate
+from tcaq_lightning.export.stand_in import EngineDenoiser
 from tcaq_lightning.files import naming, write_json
 from tcaq_lightning.pipelines import find_denoiser
 
@@ -58,6 +60,7 @@ def export_artifact(
     graph_format: str,
     four_bit: bool = True,
     tokens: int | None = None,
+    latents: tuple[int, int] | None = None,
     allow_float: bool = False,
     threads: int | None = None,
 ) -> Exported:
@@ -69,6 +72,7 @@ def export_artifact(
         graph_format: `onnx` or `openvino`.
         four_bit: store codes of at most 4 bits in 4 bits, else in 8.
         tokens: length of the context, where the denoiser attends to one; None takes the pipeline's own.
+        latents: height and width of the noisy sample; None takes the denoiser's own.
         allow_float: write the file although products fell back to float.
         threads: CPU threads of the check.
 
@@ -84,8 +88,8 @@ def export_artifact(
     target = _target(output, SUFFIXES[graph_format])
     pipeline = load_quantized(path)
     _, denoiser = find_denoiser(pipeline)
-    tokens = context_tokens(pipeline) if tokens is None else tokens
-    content, info = build_graph(denoiser, weights_digest(path), tokens, four_bit)
+    sizes = pipeline_sizes(pipeline, tokens, latents)
+    content, info = build_graph(denoiser, weights_digest(path), sizes, four_bit)
     with tempfile.TemporaryDirectory() as scratch:
         first = Path(scratch) / target.name
         if graph_format == OPENVINO:
@@ -95,14 +99,14 @@ def export_artifact(
         wanted = [OPENVINO] if graph_format == OPENVINO else [ONNXRUNTIME, OPENVINO]
         record: dict[str, Any] = {
             "format": graph_format,
-            "inputs": {name: ["B", *shape] for name, (shape, _) in info.inputs.items()},
+            "inputs": {name: list(described.sizes()) for name, described in info.inputs.items()},
             "products": [asdict(product) for product in info.products],
             "bytes": sum(file.stat().st_size for file in Path(scratch).iterdir()),
             "engines": {},
         }
         lines = []
         for name in [name for name in wanted if importlib.util.find_spec(name)]:
-            found = _check(name, first, denoiser, tokens, allow_float, threads)
+            found = _check(name, first, denoiser, sizes, allow_float, threads)
             record["engines"][name] = found[0]
             lines.append(found[1])
         lines += _summary(info, record, four_bit)
@@ -134,17 +138,17 @@ def _write_ir(content: bytes, file: Path) -> None:
 
 @torch.no_grad()
 def _check(
-    name: str, file: Path, denoiser: nn.Module, tokens: int, allow_float: bool, threads: int | None
+    name: str, file: Path, denoiser: nn.Module, sizes: Sizes, allow_float: bool, threads: int | None
 ) -> tuple[dict[str, Any], str]:
     """Kernels and error of the file in one engine."""
     engine = open_engine(name, file, None, {"threads": threads})
     kernels = engine.kernels()
     if not allow_float:
         check_kernels(kernels, name)
-    inputs = example_inputs(denoiser, tokens)
+    inputs = example_inputs(denoiser, sizes)
     stand_in = EngineDenoiser(engine, type(denoiser), denoiser.config)
-    expected = denoiser(**inputs, return_dict=False)[0].double()
-    squared = (stand_in(**inputs, return_dict=False)[0].double() - expected).square().sum()
+    expected = denoiser(**call_of(denoiser, inputs), return_dict=False)[0].double()
+    squared = (stand_in(**nest(inputs), return_dict=False)[0].double() - expected).square().sum()
     error = float(squared / expected.square().sum())
     if not error <= GROSS_ERROR:
         raise UserError(

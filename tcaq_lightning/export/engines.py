@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.utils.outputs import BaseOutput
-from torch import Tensor, nn
-
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.export.inputs import GraphInput
 from tcaq_lightning.export.kernels import Kernel, onnxruntime_kernels, openvino_kernels
 from tcaq_lightning.export.onnx_graph import METADATA_KEY, Product
 from tcaq_lightning.export.saturation import sums_saturate
 from tcaq_lightning.pipelines import one_line
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 OPENVINO, ONNXRUNTIME = "openvino", "onnxruntime"
 NO_EFFECT = 3e38
 """Bound of a Minimum that changes nothing, but that OpenVINO's low-precision passes do not look through."""
@@ -32,12 +28,12 @@ class GraphInfo:
 
     Attributes:
         artifact: SHA-256 of the weights that it was made from.
-        inputs: shape without the batch and dtype of each input, by name.
+        inputs: each of them by name, the noisy sample first.
         products: its quantized products.
     """
 
     artifact: str
-    inputs: dict[str, tuple[list[int], str]]
+    inputs: dict[str, GraphInput]
     products: list[Product]
 
     @classmethod
@@ -52,7 +48,7 @@ class GraphInfo:
             if (version := values["version"]) == EXPORT_VERSION:
                 return cls(
                     values["artifact"],
-                    {name: (list(shape), str(dtype)) for name, (shape, dtype) in values["inputs"].items()},
+                    {name: GraphInput.from_dict(row) for name, row in values["inputs"].items()},
                     [Product(**row) for row in values["products"]],
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -227,74 +223,6 @@ def require(module: str, extra: str) -> Any:
         raise UserError(
             f"{module} is not installed; expected the extra {extra!r}: pip install 'tcaq-lightning[{extra}]'"
         ) from error
-
-
-@dataclass
-class EnginePrediction(BaseOutput):
-    """What the denoiser returns; `sample` is the prediction, (B, C, H, W)."""
-
-    sample: Tensor
-
-
-class EngineDenoiser(nn.Module):
-    """A denoiser that runs on an engine, to be used as the one that it stands for.
-
-    Attributes:
-        engine: runs the graph. config: of the denoiser.
-    """
-
-    def __init__(self, engine: Any, denoiser_class: type[nn.Module], config: Any) -> None:
-        super().__init__()
-        self.engine, self.config, self.denoiser_class = engine, config, denoiser_class
-        self.signature = inspect.signature(denoiser_class.forward)
-        # Pipelines ask a denoiser's parameters for device and dtype.
-        self.placement = nn.Parameter(torch.empty(0), requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of inputs and predictions."""
-        return torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        """Of predictions."""
-        return self.placement.device
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict, with the arguments of the denoiser's own `forward`.
-
-        Raises:
-            UserError: shapes or inputs that the graph was not exported for.
-        """
-        given = dict(self.signature.bind(self, *args, **kwargs).arguments)
-        given.pop("self")
-        given |= given.pop("kwargs", {})
-        return_dict = given.pop("return_dict", True)
-        wanted = self.engine.info.inputs
-        sample_name = next(iter(wanted))
-        batch = given[sample_name].shape[0]
-        inputs = {name: self._input(name, given.pop(name, None), batch) for name in wanted}
-        for name, value in given.items():
-            default = self.signature.parameters[name].default if name in self.signature.parameters else None
-            if value is not None and value is not default and value != {}:
-                raise UserError(f"{name}: the exported graph has no such input; expected only {', '.join(wanted)}")
-        prediction = torch.from_numpy(self.engine(inputs)).to(self.device)
-        return EnginePrediction(sample=prediction) if return_dict else (prediction,)
-
-    def _input(self, name: str, value: Any, batch: int) -> Any:
-        shape, dtype = self.engine.info.inputs[name]
-        if value is None:
-            raise UserError(f"{name}: the exported graph needs it, (B, {', '.join(map(str, shape))}), got nothing")
-        tensor = torch.as_tensor(value).detach().to("cpu", getattr(torch, dtype))
-        if name == "timestep":
-            tensor = tensor.reshape(-1)
-            tensor = tensor.expand(batch) if tensor.numel() == 1 else tensor
-        if list(tensor.shape) != [batch, *shape] or batch < 1:
-            raise UserError(
-                f"{name}: the graph was exported for shape ({', '.join(['B', *map(str, shape)])}), "
-                f"got {tuple(tensor.shape)}; export a model of that sample_size"
-            )
-        return tensor.contiguous().numpy()
 
 
 def open_engine(

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.attention import is_attention
+from tcaq_lightning.calls import SHARED
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.modules import GraphAttnProcessor, GraphConv2d, GraphDenoiser, GraphLayer
+from tcaq_lightning.export.attention import GraphAttention
+from tcaq_lightning.export.denoiser import GraphDenoiser
+from tcaq_lightning.export.layers import GraphConv2d, GraphLayer
 from tcaq_lightning.export.saturation import may_saturate, pair_may_saturate
+from tcaq_lightning.export.tracing import Rewriting, without_dump
 from tcaq_lightning.pipelines import one_line
 
 if TYPE_CHECKING:
@@ -71,7 +75,7 @@ def trace(denoiser: GraphDenoiser, inputs: dict[str, Tensor]) -> ModelProto:
         raise UserError("this torch has no ONNX exporter; install torch>=2.4")
     stream = io.BytesIO()
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), Rewriting(), without_dump():
             warnings.simplefilter("ignore")  # on sizes that become numbers of the graph, which is meant
             torch.onnx.export(
                 denoiser,
@@ -82,7 +86,7 @@ def trace(denoiser: GraphDenoiser, inputs: dict[str, Tensor]) -> ModelProto:
                 input_names=list(inputs),
                 output_names=[OUTPUT],
                 do_constant_folding=False,  # it would store products of small constants: engines make them at load
-                dynamic_axes={name: {0: "batch"} for name in (*inputs, OUTPUT)},
+                dynamic_axes={name: {0: "batch"} for name in (*inputs, OUTPUT) if name not in SHARED},
             )
     except UserError:
         raise
@@ -179,7 +183,7 @@ def _attention_of(node_name: str, modules: dict[str, nn.Module]) -> str | None:
     """Name of the attention whose matmul of two activations a traced node is."""
     scope, found, _ = node_name.strip("/").replace("/", ".").rpartition(".processor.")
     module = modules.get(scope) if found else None
-    quantized = module is not None and is_attention(module) and isinstance(module.processor, GraphAttnProcessor)
+    quantized = module is not None and is_attention(module) and isinstance(module.processor, GraphAttention)
     return scope if quantized else None
 
 

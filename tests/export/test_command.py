@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,8 @@ def test_nothing_is_left_of_a_failure(
         (["--format", "onnx", "out.xml"], "ends in .onnx"),
         (["--format", "onnx", "taken/out"], "can be written"),
         (["--format", "tflite", "out"], "tflite"),
+        (["--latents", "[6,0]", "out"], "--latents: expected a height and a width"),
+        (["--latents", "[7,7]", "out"], "latents: a UNet2DModel takes no samples of 7 x 7"),
     ],
 )
 def test_mistakes(
@@ -96,6 +101,88 @@ def test_mistakes(
     assert run(artifact, *arguments) == 2
     assert message in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "unet/config.json",
+            lambda b: b.replace(b'"version": 1', b'"version": 9'),
+            "expected quant_method and version",
+        ),
+        ("unet/config.json", lambda b: b[:-20], "is damaged"),
+        ("unet/diffusion_pytorch_model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "is damaged"),
+        ("checksums.json", lambda b: b[1:], "is damaged"),
+        ("model_index.json", lambda _: b"{}", "names no denoiser"),
+    ],
+)
+def test_other_and_damaged_artifacts(
+    file: str,
+    change: Callable[[bytes], bytes],
+    message: str,
+    artifact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    (tmp_path / "copy" / file).write_bytes(change((artifact / file).read_bytes()))
+    assert run(tmp_path / "copy", tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "graph_format"), [("onnx", "onnx"), ("openvino", "openvino")])
+def test_an_engine_that_is_not_installed(
+    package: str,
+    graph_format: str,
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(artifact, "--format", graph_format, tmp_path / "out") == 2
+    assert f"pip install 'tcaq-lightning[{package}]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_operator_that_onnx_lacks(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and not the exporter's dump of the whole graph, which it writes past Python's stdout."""
+    monkeypatch.setattr("tcaq_lightning.export.layers.GraphLinear.product", lambda _, codes: torch.linalg.pinv(codes))
+    assert run(artifact, tmp_path / "out") == 2
+    printed = capfd.readouterr()
+    assert "cannot export a UNet2DModel: expected operators that ONNX opset 21 has" in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_nothing_half_written_is_left_of_an_interruption(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, out = tmp_path / "scratch", tmp_path / "out"
+    for folder, text in ((scratch, "new"), (out, "old")):
+        folder.mkdir()
+        for name in ("denoiser.onnx", "denoiser.json"):
+            (folder / name).write_text(text)
+    copies = []
+
+    def interrupted(source: Path, target: Path) -> None:
+        copies.append(target)
+        Path(target).write_text("ha")
+        if len(copies) == moment:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.shutil, "copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command._move(scratch, out)
+    assert {f.name: f.read_text() for f in out.iterdir()} == {"denoiser.onnx": "old", "denoiser.json": "old"}
 
 
 def test_a_full_precision_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tcaq_lightning.config import LayerRule
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.modules import GraphDenoiser, GraphLayer, _seen_taps
+from tcaq_lightning.export.denoiser import GraphDenoiser
+from tcaq_lightning.export.layers import GraphLayer
 from tcaq_lightning.frozen import describe
 
 CASES = [
@@ -60,27 +61,6 @@ def test_the_graph_computes_what_is_simulated(case: dict[str, Any], frozen: Call
     for name, values in expected.items():
         error = (got[name] - values).square().sum() / values.square().sum()
         assert error < 1e-3, name
-
-
-def test_borders_see_less_of_the_zero_point(frozen: Callable[..., Any]) -> None:
-    denoiser = frozen(bits=8)
-    graph = graph_of(denoiser)
-    x, t = inputs()
-    for name in ("conv_in", "down_blocks.0.downsamplers.0.conv"):
-        layer, simulated = graph.denoiser.get_submodule(name), denoiser.get_submodule(name)
-        channels = simulated.in_channels
-        x = torch.randn(4, channels, 8, 8)
-        with torch.no_grad():
-            graph.times.set(t)
-            simulated.input_quantizer.groups.set(simulated.input_quantizer.groups.of(t))
-            assert torch.allclose(layer(x), simulated(x), rtol=1e-4, atol=1e-4)
-
-
-def test_taps_of_a_strided_convolution() -> None:
-    for size, before, after, kernel, stride, dilation in [(8, 1, 1, 3, 2, 1), (7, 0, 1, 3, 2, 1), (9, 2, 2, 3, 1, 2)]:
-        ones = torch.nn.functional.pad(torch.ones(1, 1, size), (before, after))
-        windows = ones.unfold(2, dilation * (kernel - 1) + 1, stride)[0, 0, :, ::dilation]
-        assert _seen_taps(size, before, after, kernel, stride, dilation).tolist() == windows.long().tolist()
 
 
 def test_the_original_stays(frozen: Callable[..., Any]) -> None:

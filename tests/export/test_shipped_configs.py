@@ -1,0 +1,48 @@
+"""What every shipped config gives is the same model on every engine: along real trajectories, and in its images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.backends import backends
+from benchmarks.common import ROOT, watch
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "paper")
+FEW: dict[str, Any] = {
+    "calibration.num_trajectories": 8,
+    "calibration.held_out_trajectories": 2,
+    "calibration.mismatch_trajectories": 2,
+    "reconstruction.iterations": 12,
+    "reconstruction.batch_size": 16,
+    "evaluation.num_trajectories": 2,
+    "evaluation.num_images": 2,
+    "trainer.threads": 1,
+    "logging.tensorboard": "false",
+}
+"""All 20 timesteps and all units, with few samples and steps of each."""
+SAME_IMAGES = 40.0
+"""dB of PSNR."""
+OF_ITSELF = 1.0
+"""dB by which an engine may stay below what the simulation in float64 reaches, where that is no 40 dB either: at 4 bits
+one value that falls to the other side of a code moves those behind it, whoever rounds."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_engines_compute_the_model_of_every_config(path: Path, tmp_path: Path) -> None:
+    changes = [f"--{key}={value}" for key, value in FEW.items()]
+    watch([sys.executable, str(ROOT / "train.py"), "--config", str(path), f"--run_dir={tmp_path / 'run'}", *changes])
+    guidance = yaml.safe_load(path.read_text())["conditioning"]["guidance_scale"]
+    found = backends(tmp_path / "run" / "quantized", samples=8, guidance_scale=guidance)
+    lowest = min(SAME_IMAGES, found["float64"]["psnr"] - OF_ITSELF)
+    for engine, row in found["engines"].items():
+        assert row["median_error"] <= 1e-4, (engine, found)
+        assert row["psnr"] >= lowest, (engine, found)
+        assert row["integer_products"] > 10, (engine, found)
