@@ -50,6 +50,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
 ENGINE_OPTIONS = ("model", "threads", "provider", "tokens")
+OPTIONS = {"torch": ("packed",), "openvino": ENGINE_OPTIONS, "onnxruntime": ENGINE_OPTIONS}
 
 
 def save_artifact(
@@ -153,7 +154,8 @@ def load_quantized(
         device: where to; the CPU by default.
         backend: what runs the denoiser: `torch`, simulating integers in float32; or, on integer kernels of the CPU,
             `openvino` or `onnxruntime`.
-        options: of these two: `model`, a file that `python -m tcaq_lightning export` wrote (without it the graph is
+        options: of `torch`: `packed`, whether weights stay packed in memory as they are on disk and each layer unpacks
+            its own when it runs, True by default; the same bits are computed. Of the other two: `model`, a file that `python -m tcaq_lightning export` wrote (without it the graph is
             made now); `threads`; `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the
             context of a denoiser that attends to one.
 
@@ -168,7 +170,7 @@ def load_quantized(
     directory = Path(path)
     name, config, quantization = _read_config(directory)
     _verify_checksums(directory, name)
-    denoiser = _build(directory / name, config, quantization)
+    denoiser = _build(directory / name, config, quantization, packed=options.get("packed", True))
     index = _read_json(directory / INDEX_FILE)
     quiet_diffusers(index)
     opener = pipeline_class(index)
@@ -191,9 +193,9 @@ def load_quantized(
 def _check_options(backend: str, options: dict[str, Any]) -> None:
     if backend not in BACKENDS:
         raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    known = () if backend == "torch" else ENGINE_OPTIONS
+    known = OPTIONS[backend]
     if unknown := sorted(set(options) - set(known)):
-        raise UserError(f"{unknown[0]}: backend {backend!r} has no such option; it has {', '.join(known) or 'none'}")
+        raise UserError(f"{unknown[0]}: backend {backend!r} has no such option; it has {', '.join(known)}")
 
 
 def _on_engine(pipeline: Any, denoiser: nn.Module, backend: str, artifact: str, options: dict[str, Any]) -> nn.Module:
@@ -278,7 +280,7 @@ def _verify_checksums(directory: Path, name: str) -> None:
             )
 
 
-def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> nn.Module:
+def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], packed: bool) -> nn.Module:
     """The frozen denoiser: its architecture from the config, its tensors from the safetensors file."""
     file = folder / CONFIG_FILE
     class_name = str(config.get("_class_name"))
@@ -289,7 +291,7 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -
         with torch.random.fork_rng(devices=[]):  # the random weights are thrown away
             denoiser: nn.Module = known.from_config(config)
         structure = Structure.from_dict(quantization)
-        rebuild(denoiser, structure)
+        rebuild(denoiser, structure, packed)
     except Exception as error:  # diffusers' configs and the tables raise each in its own way
         raise UserError(f"{file}: its tables do not fit a {class_name}: {one_line(error)}") from error
     weights = folder / WEIGHTS_FILE

@@ -146,7 +146,7 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
         model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
         structure = Structure.from_dict(self.quantization_config.values)
-        rebuild(model, structure)
+        rebuild(model, structure, packed=True)
         self._stored = stored_tensors(model, structure.layers)
         # Not by `register_buffer`: a module has a method `bfloat16`, and there may be tensors of that name.
         model._buffers.update({item.blob: torch.empty(0, dtype=item.dtype) for item in self._stored})

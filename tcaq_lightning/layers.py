@@ -57,8 +57,7 @@ class QuantLayer(nn.Module):
     @property
     def out_channels(self) -> int:
         """O."""
-        weight = self.weight_quantizer
-        return (weight.weight if isinstance(weight, AdaRoundWeight) else weight.codes).shape[0]
+        return self.weight_quantizer.scale.shape[0]
 
     def allow_bias_shift(self) -> None:
         """Give the layer a (G, O) bias correction, zero until it is set."""
