@@ -44,13 +44,13 @@ from tcaq_lightning.unets import denoiser_class
 
 __all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weights_digest", "write_checksums"]
 
-BACKENDS = ("torch", "openvino", "onnxruntime")
+BACKENDS = ("torch", "torchao", "openvino", "onnxruntime")
 """What a denoiser can run on."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
 ENGINE_OPTIONS = ("model", "threads", "provider", "tokens")
-OPTIONS = {"torch": ("packed",), "openvino": ENGINE_OPTIONS, "onnxruntime": ENGINE_OPTIONS}
+OPTIONS = {"torch": ("packed",), "torchao": ("packed",), "openvino": ENGINE_OPTIONS, "onnxruntime": ENGINE_OPTIONS}
 
 
 def save_artifact(
@@ -152,12 +152,14 @@ def load_quantized(
     Args:
         path: the artifact's directory, such as RUN_DIR/quantized.
         device: where to; the CPU by default.
-        backend: what runs the denoiser: `torch`, simulating integers in float32; or, on integer kernels of the CPU,
-            `openvino` or `onnxruntime`.
-        options: of `torch`: `packed`, whether weights stay packed in memory as they are on disk and each layer unpacks
-            its own when it runs, True by default; the same bits are computed. Of the other two: `model`, a file that `python -m tcaq_lightning export` wrote (without it the graph is
-            made now); `threads`; `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the
-            context of a denoiser that attends to one.
+        backend: what runs the denoiser: `torch`, simulating integers in float32; `torchao`, the same with the products
+            of linear layers on torchao's integer tensors, meant for CUDA and tested on the CPU alone; or, on integer
+            kernels of the CPU, `openvino` or `onnxruntime`.
+        options: of the first two: `packed`, whether weights stay packed in memory as they are on disk, each layer
+            unpacking its own when it runs; True by default, and the same bits are computed. Of the other two: `model`,
+            a file that `python -m tcaq_lightning export` wrote (without it the graph is made now); `threads`;
+            `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the context of a denoiser that
+            attends to one.
 
     Returns:
         The pipeline, its denoiser without gradients and in evaluation mode.
@@ -185,7 +187,11 @@ def load_quantized(
         raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     loaded: DiffusionPipeline = pipeline if device is None else pipeline.to(device)
-    if backend != "torch":
+    if backend == "torchao":
+        from tcaq_lightning.integer_linear import map_linear_layers
+
+        map_linear_layers(denoiser)
+    elif backend != "torch":
         setattr(loaded, name, _on_engine(loaded, denoiser, backend, str(quantization.get("sha256")), options))
     return loaded
 

@@ -73,6 +73,7 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         check_format(quantization_config.values, "quantization_config")
         self._stored: list[Stored] | None = None
         self._fused: dict[str, Tensor] = {}
+        self._dtype: torch.dtype | None = None
 
     @property
     def is_serializable(self) -> bool:
@@ -96,7 +97,8 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             raise ImportError("diffusers opens quantized models with accelerate alone: pip install accelerate")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """None: the artifact says which types its tensors have."""
+        """None: the artifact says which types its tensors have, and what is asked for is done afterwards."""
+        self._dtype = torch_dtype
         return None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -156,7 +158,10 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             raise UserError("the artifact's weights hold none of the tensors that its config.json describes")
         for name in [name for name, buffer in model._buffers.items() if buffer is not None and not buffer.numel()]:
             del model._buffers[name]
+        model.is_quantized = False  # diffusers would refuse a change of type, which our layers know how to do
         enable_saving(model.requires_grad_(False).eval(), self)
+        if self._dtype is not None:
+            model.to(self._dtype)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -171,16 +176,22 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return self._fused, {}
 
     def save(self, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a denoiser as its class does, with the fused tensors of now, and list the files' checksums."""
+        """Save a denoiser as its class does, with the fused tensors of now, and list the files' checksums.
+
+        Raises:
+            UserError: its type is another than that of the artifact.
+        """
         from tcaq_lightning.frozen import describe
         from tcaq_lightning.fused import fuse, stored_tensors
 
         structure = describe(model)
+        if structure.dtypes != self.quantization_config.values.get("dtypes", {}):
+            raise UserError("save_pretrained: expected the artifact's own type, got another; save it before .to(dtype)")
         self._fused = fuse(stored_tensors(model, structure.layers))
         try:
-            values = {**self.quantization_config.values, "dtypes": None, **structure.to_dict()}
+            values = {**self.quantization_config.values, **structure.to_dict()}
             values["sha256"] = hashlib.sha256(save(self._fused, metadata={"format": "pt"})).hexdigest()
-            self.quantization_config = TCAQConfig(**{key: value for key, value in values.items() if value is not None})
+            self.quantization_config = TCAQConfig(**values)
             model.register_to_config(quantization_config=self.quantization_config)
             type(model).save_pretrained(model, save_directory, *args, **kwargs)
         finally:

@@ -83,6 +83,8 @@ def stored_tensors(denoiser: nn.Module, layers: dict[str, LayerEntry]) -> list[S
             stored.append(Stored(key, tensor, "codes", torch.uint8, owner.bits))
         elif isinstance(owner, PackedWeight) and attribute == "packed":
             stored.append(Stored(key, tensor, "codes", torch.uint8))
+        elif isinstance(owner, IntegerWeight) and attribute == "tensor":  # of torchao
+            stored.append(Stored(key, owner.codes, "codes", torch.uint8, owner.bits))
         elif isinstance(owner, (IntegerWeight, ActivationQuantizer)) and attribute == "zero_point":
             stored.append(Stored(key, tensor, "zero_points", torch.uint8))
         elif isinstance(owner, ActivationQuantizer) and attribute == "shift":

@@ -8,6 +8,7 @@ affine activations are one case.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class _FakeQuantize(torch.autograd.Function):
             slope = torch.addcmul(quantized, x, inside, value=-1)
             grad_step = slope.mul_(grad).sum_to_size(step.shape) / step
         return inside.mul_(grad) if ctx.needs_input_grad[0] else None, grad_step, None, None
+
+
+def keeping_type(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module.to` does to a tensor, but for a change of its type: narrower ones cannot hold grids and scales."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype is tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 def fake_quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
