@@ -42,7 +42,15 @@ from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
 from tcaq_lightning.unets import denoiser_class
 
-__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weights_digest", "write_checksums"]
+__all__ = [
+    "CHECKSUMS_FILE",
+    "artifact_sizes",
+    "freeze",
+    "load_quantized",
+    "save_artifact",
+    "weights_digest",
+    "write_checksums",
+]
 
 BACKENDS = ("torch", "torchao", "openvino", "onnxruntime")
 """What a denoiser can run on."""

@@ -70,10 +70,15 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: TCAQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        check_format(quantization_config.values, "quantization_config")
+        check_format(self._values, "quantization_config")
         self._stored: list[Stored] | None = None
         self._fused: dict[str, Tensor] = {}
         self._dtype: torch.dtype | None = None
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        config: TCAQConfig = self.quantization_config
+        return config.values
 
     @property
     def is_serializable(self) -> bool:
@@ -96,7 +101,7 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if not is_accelerate_available():
             raise ImportError("diffusers opens quantized models with accelerate alone: pip install accelerate")
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
         """None: the artifact says which types its tensors have, and what is asked for is done afterwards."""
         self._dtype = torch_dtype
         return None
@@ -107,7 +112,7 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         Raises:
             UserError: it is not.
         """
-        expected = self.quantization_config.values.get("sha256")
+        expected = self._values.get("sha256")
         for file in checkpoint_files:
             if (got := sha256(Path(file))) != expected:
                 raise UserError(
@@ -125,19 +130,14 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Whether it is a fused tensor."""
         return "." not in param_name and param_name in model._buffers
 
-    def create_quantized_param(
-        self,
-        model: Any,
-        param_value: Tensor,
-        param_name: str,
-        target_device: Any,
-        state_dict: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Set all of the denoiser's tensors from the file's, unless it is done."""
+    def create_quantized_param(self, *args: Any, **kwargs: Any) -> Any:
+        """Set all of the denoiser's tensors from the file's, unless it is done.
+
+        Called with (model, value, name, device, state_dict, unexpected_keys).
+        """
         from tcaq_lightning.fused import restore
 
+        state_dict = args[4]
         if self._stored is not None:
             restore(self._stored, state_dict)
             self._stored = None
@@ -147,7 +147,7 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         from tcaq_lightning.fused import stored_tensors
 
         model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
-        structure = Structure.from_dict(self.quantization_config.values)
+        structure = Structure.from_dict(self._values)
         rebuild(model, structure, packed=True)
         self._stored = stored_tensors(model, structure.layers)
         # Not by `register_buffer`: a module has a method `bfloat16`, and there may be tensors of that name.
@@ -185,11 +185,11 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         from tcaq_lightning.fused import fuse, stored_tensors
 
         structure = describe(model)
-        if structure.dtypes != self.quantization_config.values.get("dtypes", {}):
+        if structure.dtypes != self._values.get("dtypes", {}):
             raise UserError("save_pretrained: expected the artifact's own type, got another; save it before .to(dtype)")
         self._fused = fuse(stored_tensors(model, structure.layers))
         try:
-            values = {**self.quantization_config.values, **structure.to_dict()}
+            values = {**self._values, **structure.to_dict()}
             values["sha256"] = hashlib.sha256(save(self._fused, metadata={"format": "pt"})).hexdigest()
             self.quantization_config = TCAQConfig(**values)
             model.register_to_config(quantization_config=self.quantization_config)
@@ -197,7 +197,7 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         finally:
             self._fused = {}
         directory = Path(save_directory)
-        text = config_text(model, self.quantization_config.values)
+        text = config_text(model, self._values)
         write_bytes(directory / "config.json", text.encode())  # as the artifact has it: no path of this machine
         write_checksums(directory)
         _forget_checksums(directory)

@@ -4,8 +4,8 @@ With u = q - 2^(b-1), which int8 holds, and w = c - z_o, a quantized linear laye
 
     y_o = s_g s_o sum_i (q_i - z_g) w_oi = s_g (s_o sum_i u_i w_oi + (2^(b-1) - z_g) s_o sum_i w_oi)
 
-where r cancels. The sum over u w is the integer product, int8 x int8 with 32-bit sums; what depends on the timestep group
-stays outside of it.
+where r cancels. The sum over u w is the integer product, int8 x int8 with 32-bit sums; what depends on the timestep
+group stays outside of it.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class TorchAOLinear(QuantLinear):
         integers = torch.round(quantized / (step * along(inputs.scales(), quantized.ndim, -1))).add_(zero)
         rows = integers.flatten(0, -2)
         padded = F.pad(rows, (0, 0, 0, max(LEAST_ROWS - rows.shape[0], 0)))
-        sums = F.linear(padded, weight.tensor)[: rows.shape[0]].unflatten(0, quantized.shape[:-1])
-        y = (sums - zero * self.weight_sums).mul_(step)
+        sums = F.linear(padded, weight.tensor)[: rows.shape[0]].view(*quantized.shape[:-1], self.out_channels)
+        y: Tensor = (sums - zero * self.weight_sums).mul_(step)
         return y if bias is None else y + bias
 
 
