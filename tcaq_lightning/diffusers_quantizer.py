@@ -1,4 +1,4 @@
-"""The artifact as diffusers' own `from_pretrained` and `save_pretrained` see it: a quantization method called `tcaq`."""
+"""The artifact as diffusers' own `from_pretrained` and `save_pretrained` see it: a quantization method, `tcaq`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Method(str, Enum):
     TCAQ = QUANT_METHOD
 
 
-class TCAQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class TCAQConfig(QuantizationConfigMixin):
     """The `quantization_config` of a denoiser's config.json, kept as it is.
 
     Attributes:
@@ -43,7 +43,7 @@ class TCAQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, **values: Any) -> None:
-        self.quant_method = Method.TCAQ
+        self.quant_method: Any = Method.TCAQ
         self.values = values
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class TCAQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return json.dumps(self.values)
 
 
-class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class TCAQQuantizer(DiffusersQuantizer):
     """Opens and saves a finished artifact; quantizing is the work of a calibration.
 
     diffusers fills a model by the names in its file. Ours holds a few fused tensors, so empty buffers of their names
@@ -66,7 +66,6 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = True
-    required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: TCAQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -77,8 +76,9 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     @property
     def _values(self) -> dict[str, Any]:
-        config: TCAQConfig = self.quantization_config
-        return config.values
+        config: Any = self.quantization_config
+        values: dict[str, Any] = config.values
+        return values
 
     @property
     def is_serializable(self) -> bool:
@@ -96,9 +96,9 @@ class TCAQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         Raises:
             ImportError: it is not installed.
         """
-        from diffusers.utils import is_accelerate_available
+        from diffusers.utils import import_utils
 
-        if not is_accelerate_available():
+        if not import_utils.is_accelerate_available():  # type: ignore[no-untyped-call]
             raise ImportError("diffusers opens quantized models with accelerate alone: pip install accelerate")
 
     def update_torch_dtype(self, torch_dtype: Any) -> Any:

@@ -6,6 +6,7 @@ first code takes the lowest bits: 4-bit codes lie two a byte, low half first, an
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -83,15 +84,18 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 4 and sys.byteorder == "little":
         pairs = packed.to(torch.int16)
         return (pairs | (pairs << 4)).bitwise_and_(0x0F0F).view(torch.uint8)[:count]
-    groups = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
-    octets = torch.stack(groups.unbind(1))  # (b, groups): operations on whole rows are vectorised
-    codes = packed.new_empty(groups.shape[0], GROUP)
-    for i in range(GROUP):
+    together = GROUP // math.gcd(GROUP, bits)  # codes that begin and end with whole bytes
+    size = together * bits // 8
+    if missing := -packed.numel() % size:
+        packed = torch.nn.functional.pad(packed, (0, missing))
+    octets = torch.stack(packed.view(-1, size).unbind(1))  # (bytes, groups): whole rows are vectorised
+    codes = packed.new_empty(octets.shape[1], together)
+    for i in range(together):
         first, shift = divmod(i * bits, 8)
         code = octets[first] >> shift
         if shift + bits > 8:  # the code goes on in the next byte
             code |= octets[first + 1] << (8 - shift)
-        codes[:, i] = code.bitwise_and_(2**bits - 1)
+        codes[:, i] = code if shift + bits == 8 else code.bitwise_and_(2**bits - 1)
     return codes.view(-1)[:count]
 
 

@@ -255,6 +255,6 @@ def test_never_pickles_and_never_quantizes(artifact: Path, tmp_path: Path) -> No
 
 
 def test_accelerate_is_named_where_it_is_missing(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers.utils.is_accelerate_available", lambda: False)
+    monkeypatch.setattr("diffusers.utils.import_utils.is_accelerate_available", lambda: False)
     with pytest.raises(ImportError, match="pip install accelerate"):
         DDIMPipeline.from_pretrained(artifact)
