@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tcaq_lightning.registration import register
+
 if TYPE_CHECKING:
     from tcaq_lightning.artifact import load_quantized
     from tcaq_lightning.job import quantize
 
 __version__ = "0.1.0"
 __all__ = ["load_quantized", "quantize"]
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,18 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tcaq_lightning import __version__
+from tcaq_lightning.diffusers_quantizer import (
+    CHECKSUMS_FILE,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    TCAQConfig,
+    TCAQQuantizer,
+    check_format,
+    checksums_text,
+    config_text,
+    enable_saving,
+    write_checksums,
+)
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import naming, sha256
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
@@ -30,17 +42,23 @@ from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
 from tcaq_lightning.unets import denoiser_class
 
-__all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weights_digest", "write_checksums"]
+__all__ = [
+    "CHECKSUMS_FILE",
+    "artifact_sizes",
+    "freeze",
+    "load_quantized",
+    "save_artifact",
+    "weights_digest",
+    "write_checksums",
+]
 
-QUANT_METHOD = "tcaq"
-BACKENDS = ("torch", "openvino", "onnxruntime")
+BACKENDS = ("torch", "torchao", "openvino", "onnxruntime")
 """What a denoiser can run on."""
-FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
-CHECKSUMS_FILE = "checksums.json"
 ENGINE_OPTIONS = ("model", "threads", "provider", "tokens", "latents")
+OPTIONS = {"torch": ("packed",), "torchao": ("packed",), "openvino": ENGINE_OPTIONS, "onnxruntime": ENGINE_OPTIONS}
 
 
 def save_artifact(
@@ -118,9 +136,7 @@ def _omit_defaults(scheduler: Any, file: Path) -> None:
 def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtypes: dict[str, str]) -> None:
     structure = describe(denoiser)
     weights = save(fuse(stored_tensors(denoiser, structure.layers)), metadata={"format": "pt"})
-    config = json.loads(denoiser.to_json_string())
-    config.pop("_name_or_path", None)
-    config["quantization_config"] = {
+    quantization = {
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "tcaq_lightning": __version__,
@@ -131,7 +147,7 @@ def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtype
     }
     folder.mkdir()
     (folder / WEIGHTS_FILE).write_bytes(weights)
-    (folder / CONFIG_FILE).write_text(_readable_json(config) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(config_text(denoiser, quantization), encoding="utf-8")
 
 
 def load_quantized(
@@ -144,11 +160,14 @@ def load_quantized(
     Args:
         path: the artifact's directory, such as RUN_DIR/quantized.
         device: where to; the CPU by default.
-        backend: what runs the denoiser: `torch`, simulating integers in float32; or, on integer kernels of the CPU,
-            `openvino` or `onnxruntime`.
-        options: of these two: `model`, a file that `python -m tcaq_lightning export` wrote (without it the graph is
-            made now); `threads`; `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the
-            context of a denoiser that attends to one; `latents`, (height, width) of the noisy sample.
+        backend: what runs the denoiser: `torch`, simulating integers in float32; `torchao`, the same with the products
+            of linear layers on torchao's integer tensors, meant for CUDA and tested on the CPU alone; or, on integer
+            kernels of the CPU, `openvino` or `onnxruntime`.
+        options: of the first two: `packed`, whether weights stay packed in memory as they are on disk, each layer
+            unpacking its own when it runs; True by default, and the same bits are computed. Of the other two: `model`,
+            a file that `python -m tcaq_lightning export` wrote (without it the graph is made now); `threads`;
+            `provider`, OpenVINO's device or ONNX Runtime's provider; `tokens`, length of the context of a denoiser that
+            attends to one; `latents`, (height, width) of the noisy sample.
 
     Returns:
         The pipeline, its denoiser without gradients and in evaluation mode.
@@ -160,8 +179,8 @@ def load_quantized(
     _check_options(backend, options)
     directory = Path(path)
     name, config, quantization = _read_config(directory)
-    _verify_checksums(directory)
-    denoiser = _build(directory / name, config, quantization)
+    _verify_checksums(directory, name)
+    denoiser = _build(directory / name, config, quantization, packed=options.get("packed", True))
     index = _read_json(directory / INDEX_FILE)
     quiet_diffusers(index)
     opener = pipeline_class(index)
@@ -176,7 +195,11 @@ def load_quantized(
         raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     loaded: DiffusionPipeline = pipeline if device is None else pipeline.to(device)
-    if backend != "torch":
+    if backend == "torchao":
+        from tcaq_lightning.integer_linear import map_linear_layers
+
+        map_linear_layers(denoiser)
+    elif backend != "torch":
         setattr(loaded, name, _on_engine(loaded, denoiser, backend, str(quantization.get("sha256")), options))
     return loaded
 
@@ -184,9 +207,9 @@ def load_quantized(
 def _check_options(backend: str, options: dict[str, Any]) -> None:
     if backend not in BACKENDS:
         raise UserError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    known = () if backend == "torch" else ENGINE_OPTIONS
+    known = OPTIONS[backend]
     if unknown := sorted(set(options) - set(known)):
-        raise UserError(f"{unknown[0]}: backend {backend!r} has no such option; it has {', '.join(known) or 'none'}")
+        raise UserError(f"{unknown[0]}: backend {backend!r} has no such option; it has {', '.join(known)}")
 
 
 def _on_engine(pipeline: Any, denoiser: nn.Module, backend: str, artifact: str, options: dict[str, Any]) -> nn.Module:
@@ -220,13 +243,6 @@ def artifact_sizes(directory: str | Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def write_checksums(directory: Path) -> None:
-    """Write checksums.json: the SHA-256 of every other file, and of this list itself."""
-    files = {f.relative_to(directory).as_posix(): sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
-    files.pop(CHECKSUMS_FILE, None)
-    (directory / CHECKSUMS_FILE).write_text(_checksums_text(files), encoding="utf-8")
-
-
 def _read_config(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Name and config of the denoiser, and the quantization_config taken out of it."""
     if not directory.is_dir():
@@ -237,13 +253,7 @@ def _read_config(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict):
         raise UserError(f"{file} has no quantization_config; expected a quantized artifact, got a full-precision model")
-    expected = (QUANT_METHOD, FORMAT_VERSION)
-    got = (quantization.get("quant_method"), quantization.get("version"))
-    if got != expected:
-        raise UserError(
-            f"{file}: expected quant_method and version {expected}, got {got}; use the release of tcaq-lightning "
-            f"({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
-        )
+    check_format(quantization, str(file))
     return name, config, quantization
 
 
@@ -267,10 +277,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _verify_checksums(directory: Path) -> None:
+def _verify_checksums(directory: Path, name: str) -> None:
+    """See that the files are as they were written; `save_pretrained` lists those of the denoiser alone."""
+    if not (directory / CHECKSUMS_FILE).is_file() and (directory / name / CHECKSUMS_FILE).is_file():
+        directory = directory / name
     own = directory / CHECKSUMS_FILE
     files = _read_json(own).get("files")
-    if not isinstance(files, dict) or own.read_bytes() != _checksums_text(files).encode():
+    if not isinstance(files, dict) or own.read_bytes() != checksums_text(files).encode():
         raise UserError(f"{own} is damaged: expected a list of checksums that fits its own; copy or write it again")
     for name, expected in files.items():
         file = directory / name
@@ -283,7 +296,7 @@ def _verify_checksums(directory: Path) -> None:
             )
 
 
-def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -> nn.Module:
+def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], packed: bool) -> nn.Module:
     """The frozen denoiser: its architecture from the config, its tensors from the safetensors file."""
     file = folder / CONFIG_FILE
     class_name = str(config.get("_class_name"))
@@ -294,7 +307,7 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -
         with torch.random.fork_rng(devices=[]):  # the random weights are thrown away
             denoiser: nn.Module = known.from_config(config)
         structure = Structure.from_dict(quantization)
-        rebuild(denoiser, structure)
+        rebuild(denoiser, structure, packed)
     except Exception as error:  # diffusers' configs and the tables raise each in its own way
         raise UserError(f"{file}: its tables do not fit a {class_name}: {one_line(error)}") from error
     weights = folder / WEIGHTS_FILE
@@ -302,20 +315,5 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any]) -
         restore(stored_tensors(denoiser, structure.layers), load_file(weights))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{weights} does not fit {file}: {one_line(error)}; write the artifact again") from error
+    enable_saving(denoiser, TCAQQuantizer(TCAQConfig(**quantization)))
     return denoiser.requires_grad_(False).eval()
-
-
-def _readable_json(values: dict[str, Any], depth: int = 3, indent: str = "") -> str:
-    """JSON with one line for each key of the upper levels, and nothing spread beyond them."""
-    if depth == 0 or not values or not isinstance(values, dict):
-        return json.dumps(values)
-    inner = indent + " "
-    lines = [
-        f"{inner}{json.dumps(str(key))}: {_readable_json(value, depth - 1, inner)}" for key, value in values.items()
-    ]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _checksums_text(files: dict[str, str]) -> str:
-    listed = json.dumps(files, sort_keys=True)
-    return json.dumps({"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, indent=1) + "\n"

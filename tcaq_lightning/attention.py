@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import widened
+from tcaq_lightning.quantizers.uniform import keeping_type
 from tcaq_lightning.timesteps import TimestepGroups
 
 SELF = ("to_q", "to_k", "to_v")
@@ -43,6 +44,11 @@ class QuantAttnProcessor(nn.Module):
         self.key = ActivationQuantizer(bits, groups)
         self.value = ActivationQuantizer(bits, groups)
         self.probabilities = SoftmaxQuantizer(softmax_bits, groups)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAttnProcessor:
+        """Where `to` ends up: grids stay in float32."""
+        super()._apply(keeping_type(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     def same_input(cls, attn: Any) -> list[tuple[str, ...]]:

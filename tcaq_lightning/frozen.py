@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tcaq_lightning.attention import PROCESSORS, QuantAttnProcessor, is_attention
 from tcaq_lightning.layers import QuantLayer
+from tcaq_lightning.packing import packed_size
 from tcaq_lightning.quantized_layers import LAYERS, quant_layers, set_submodule
-from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, TokenQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, PackedWeight, TokenQuantizer
 from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
 
 
@@ -223,8 +224,13 @@ def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:
     )
 
 
-def rebuild(denoiser: nn.Module, structure: Structure) -> None:
+def rebuild(denoiser: nn.Module, structure: Structure, packed: bool = False) -> None:
     """Give a full-precision denoiser the structure of a frozen one, in place; codes are undefined, the rest neutral.
+
+    Args:
+        denoiser: of the structure's architecture.
+        structure: of the frozen denoiser.
+        packed: whether weights stay packed in memory.
 
     Raises:
         AttributeError, ValueError: the structure is of another architecture.
@@ -236,7 +242,7 @@ def rebuild(denoiser: nn.Module, structure: Structure) -> None:
         if type(module).__name__ != entry.kind:
             raise ValueError(f"{name} is a {type(module).__name__}, expected a {entry.kind}")
         if not entry.kept:
-            set_submodule(denoiser, name, _frozen_layer(module, entry, groups, name))
+            set_submodule(denoiser, name, _frozen_layer(module, entry, groups, name, packed))
     for name, entry in structure.layers.items():
         if entry.input_of is not None:
             first: Any = denoiser.get_submodule(entry.input_of)
@@ -250,15 +256,17 @@ def rebuild(denoiser: nn.Module, structure: Structure) -> None:
     denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
 
 
-def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: str) -> QuantLayer:
+def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: str, packed: bool) -> QuantLayer:
     replacement: Any = LAYERS[type(module)]
     conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
     channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
     dtype = torch.promote_types(module.weight.dtype, torch.float32)
     scale = torch.ones(module.weight.shape[0], dtype=dtype, device=module.weight.device)
     zero_point = torch.full_like(scale, 2 ** (entry.weight_bits - 1))
-    codes = torch.empty_like(module.weight, dtype=torch.uint8)
-    weight = IntegerWeight(codes, scale, zero_point, entry.weight_bits, conv_groups)
+    shape = module.weight.shape
+    size = (packed_size(shape.numel(), entry.weight_bits),) if packed else shape
+    codes, rest = scale.new_empty(size, dtype=torch.uint8), (scale, zero_point, entry.weight_bits, conv_groups)
+    weight = PackedWeight(codes, shape, *rest) if packed else IntegerWeight(codes, *rest)
     quantizer = TokenQuantizer if entry.dynamic else ActivationQuantizer
     inputs = quantizer(entry.activation_bits, groups, channels, replacement.channel_dim)
     layer: QuantLayer = replacement(module, weight, inputs, module.bias, name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tcaq_lightning.frozen import LayerEntry
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.packing import pack, packed_size, unpack
-from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, TokenQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, PackedWeight, TokenQuantizer
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ def stored_tensors(denoiser: nn.Module, layers: dict[str, LayerEntry]) -> list[S
             continue
         if isinstance(owner, IntegerWeight) and attribute == "codes":
             stored.append(Stored(key, tensor, "codes", torch.uint8, owner.bits))
+        elif isinstance(owner, PackedWeight) and attribute == "packed":
+            stored.append(Stored(key, tensor, "codes", torch.uint8))
+        elif isinstance(owner, IntegerWeight) and attribute == "tensor":  # of torchao
+            stored.append(Stored(key, owner.codes, "codes", torch.uint8, owner.bits))
         elif isinstance(owner, (IntegerWeight, ActivationQuantizer)) and attribute == "zero_point":
             stored.append(Stored(key, tensor, "zero_points", torch.uint8))
         elif isinstance(owner, ActivationQuantizer) and attribute == "shift":

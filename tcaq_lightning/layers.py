@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight
 from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers.uniform import keeping_type
 
 
 class QuantLayer(nn.Module):
@@ -57,8 +59,13 @@ class QuantLayer(nn.Module):
     @property
     def out_channels(self) -> int:
         """O."""
-        weight = self.weight_quantizer
-        return (weight.weight if isinstance(weight, AdaRoundWeight) else weight.codes).shape[0]
+        return self.weight_quantizer.scale.shape[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """Where `to`, `half`, `bfloat16` end up: a change of type is one of the output alone."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(keeping_type(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def allow_bias_shift(self) -> None:
         """Give the layer a (G, O) bias correction, zero until it is set."""
@@ -104,13 +111,17 @@ class QuantLayer(nn.Module):
         bias: Tensor | None = self.bias
         if self.shift_bias is not None:
             bias = self.shift_bias if bias is None else bias + self.shift_bias
-        y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), bias)
+        y = self.product(quantized, bias)
         if self.bias_shift is not None:
             shift = self.bias_shift[self.input_quantizer.groups.of_rows(y.shape[0])]  # (B, O)
             shape = [shift.shape[0]] + [1] * (y.ndim - 1)
             shape[self.channel_dim] = -1
             y = y + shift.view(shape)
         return y if self.dtype is torch.float32 else y.to(self.dtype)
+
+    def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:
+        """The operation on a quantized input and the layer's own weight."""
+        return self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), bias)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The full-precision operation with a given weight, in the wider of both operands' types."""

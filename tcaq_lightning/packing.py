@@ -6,6 +6,9 @@ first code takes the lowest bits: 4-bit codes lie two a byte, low half first, an
 
 from __future__ import annotations
 
+import math
+import sys
+
 import torch
 from torch import Tensor
 
@@ -78,14 +81,22 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed.clone()
-    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
-    words = torch.zeros(padded.shape[0], dtype=torch.long, device=packed.device)
-    for i in range(bits):
-        words |= padded[:, i].long() << (8 * i)
-    codes = packed.new_empty(padded.shape[0], GROUP)
-    for i in range(GROUP):
-        codes[:, i] = (words >> (i * bits)) & (2**bits - 1)
-    return codes.view(-1)[:count].clone()
+    if bits == 4 and sys.byteorder == "little":
+        pairs = packed.to(torch.int16)
+        return (pairs | (pairs << 4)).bitwise_and_(0x0F0F).view(torch.uint8)[:count]
+    together = GROUP // math.gcd(GROUP, bits)  # codes that begin and end with whole bytes
+    size = together * bits // 8
+    if missing := -packed.numel() % size:
+        packed = torch.nn.functional.pad(packed, (0, missing))
+    octets = torch.stack(packed.view(-1, size).unbind(1))  # (bytes, groups): whole rows are vectorised
+    codes = packed.new_empty(octets.shape[1], together)
+    for i in range(together):
+        first, shift = divmod(i * bits, 8)
+        code = octets[first] >> shift
+        if shift + bits > 8:  # the code goes on in the next byte
+            code |= octets[first + 1] << (8 - shift)
+        codes[:, i] = code if shift + bits == 8 else code.bitwise_and_(2**bits - 1)
+    return codes.view(-1)[:count]
 
 
 def _check(tensor: Tensor, bits: int) -> None:

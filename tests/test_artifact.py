@@ -134,8 +134,10 @@ def test_freeze_save_and_load_keep_every_bit(
     freeze(pipeline.unet)
     assert all(torch.equal(samples(pipeline, s), x) for s, x in zip(SAMPLERS, before, strict=True))
     save_artifact(pipeline, "unet", pipeline.unet, tmp_path / "q", {})
-    loaded = load_quantized(tmp_path / "q")
-    assert all(torch.equal(samples(loaded, s), x) for s, x in zip(SAMPLERS, before, strict=True))
+    packed = load_quantized(tmp_path / "q")
+    assert all(torch.equal(samples(packed, s), x) for s, x in zip(SAMPLERS, before, strict=True))
+    assert torch.equal(mixed_prediction(packed.unet), mixed)
+    loaded = load_quantized(tmp_path / "q", packed=False)
     assert torch.equal(mixed_prediction(loaded.unet), mixed)
     kept, found = pipeline.unet.state_dict(), loaded.unet.state_dict()
     assert kept.keys() == found.keys()
@@ -202,6 +204,53 @@ def test_loaded_denoiser_is_frozen_shared_and_silent(artifact: Path) -> None:
     assert len(groups) == 1
     for tensor in denoiser.state_dict().values():
         assert tensor.data_ptr() % 16 == 0
+
+
+def test_weights_stay_packed_in_memory(artifact: Path) -> None:
+    with safe_open(artifact / WEIGHTS, "pt") as file:
+        stored = file.get_tensor("codes")
+    loaded, unpacked = load_quantized(artifact).unet, load_quantized(artifact, packed=False).unet
+    weights = {name: layer.weight_quantizer for name, layer in sorted(quant_layers(loaded).items())}
+    assert torch.equal(torch.cat([weight.packed for weight in weights.values()]), stored)
+    assert sum(weight.packed.untyped_storage().nbytes() for weight in weights.values()) == stored.numel()
+    assert not any(isinstance(value, Tensor) for w in weights.values() for value in vars(w).values())  # nothing cached
+    mixed_prediction(loaded)
+    assert {key.rpartition(".")[2] for key in weights["conv_in"].state_dict()} == {"packed", "scale", "zero_point"}
+    for name, layer in quant_layers(unpacked).items():
+        assert torch.equal(weights[name].codes, layer.weight_quantizer.codes)
+    with pytest.raises(UserError, match="pack: backend 'torch' has no such option; it has packed"):
+        load_quantized(artifact, pack=True)
+
+
+def test_state_dict_of_packed_weights_goes_from_one_to_another(artifact: Path) -> None:
+    first, second = load_quantized(artifact).unet, load_quantized(artifact).unet
+    expected = mixed_prediction(first)
+    with torch.no_grad():
+        for tensor in second.state_dict().values():
+            tensor.zero_()
+    assert not torch.equal(mixed_prediction(second), expected)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(mixed_prediction(second), expected)
+    copied = copy.deepcopy(first)
+    assert torch.equal(mixed_prediction(copied), expected)
+
+
+def test_pipeline_changes_its_type(artifact: Path) -> None:
+    pipeline = load_quantized(artifact)
+    expected, scales = samples(pipeline, SAMPLERS[0]), copy.deepcopy(pipeline.unet.state_dict())
+    pipeline.to("cpu", torch.float32)
+    assert torch.equal(samples(pipeline, SAMPLERS[0]), expected)
+    pipeline.to(torch.bfloat16)
+    assert pipeline.unet.conv_norm_out.weight.dtype is torch.bfloat16
+    assert all(layer.dtype is torch.bfloat16 for layer in quant_layers(pipeline.unet).values())
+    quantized = tuple(quant_layers(pipeline.unet)) + tuple(n for n in scales if ".processor." in n)
+    for key, value in pipeline.unet.state_dict().items():
+        if key.startswith(quantized):  # as it was: bfloat16 holds no scale
+            assert torch.equal(value, scales[key])
+            assert value.dtype is scales[key].dtype
+    changed = samples(pipeline, SAMPLERS[0]).float()
+    assert 0 < (changed - expected).norm() < 0.03 * expected.norm()
+    assert pipeline(1, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
 
 
 def test_saving_a_loaded_artifact_gives_the_same_files(artifact: Path, tmp_path: Path) -> None:

@@ -1,6 +1,14 @@
 """Quantizers: pure functions, and small modules over them."""
 
 from tcaq_lightning.quantizers.activation import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
-from tcaq_lightning.quantizers.weight import AdaRoundWeight, IntegerWeight, Rounding
+from tcaq_lightning.quantizers.weight import AdaRoundWeight, IntegerWeight, PackedWeight, Rounding
 
-__all__ = ["ActivationQuantizer", "AdaRoundWeight", "IntegerWeight", "Rounding", "SoftmaxQuantizer", "TokenQuantizer"]
+__all__ = [
+    "ActivationQuantizer",
+    "AdaRoundWeight",
+    "IntegerWeight",
+    "PackedWeight",
+    "Rounding",
+    "SoftmaxQuantizer",
+    "TokenQuantizer",
+]

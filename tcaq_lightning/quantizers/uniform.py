@@ -8,7 +8,7 @@ affine activations are one case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,6 +73,16 @@ class _FakeQuantize(torch.autograd.Function):
                 torch.mul(result, grad, out=work).addcmul_(to_x, values, value=-1)
                 to_step.copy_(work.sum_to_size(s.shape)).div_(s)
         return grad_x if ctx.needs_input_grad[0] else None, grad_step if learned else None, None, None
+
+
+def keeping_type(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module.to` does to a tensor, but for a change of its type: narrower ones cannot hold grids and scales."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype is tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 def fake_quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.packing import unpack
 from tcaq_lightning.quantizers.range_search import search_affine, search_symmetric
 from tcaq_lightning.quantizers.rounding import initial_logits, soft_round
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -198,5 +200,38 @@ class IntegerWeight(nn.Module):
 
     def forward(self, r: Tensor) -> Tensor:
         """The dequantized weight for an input reparameterized by `r`, (C,) or (1,)."""
-        factor = scale_of_inputs(r, self.codes, self.conv_groups)
-        return dequantize(self.codes, column(self.zero_point, self.codes), column(self.scale, self.codes), factor)
+        codes = self.codes
+        factor = scale_of_inputs(r, codes, self.conv_groups)
+        # `dequantize` in one piece of memory: to get three fresh ones from the system takes longer than to compute.
+        weight = codes.to(self.scale.dtype).sub_(column(self.zero_point, codes))
+        return weight.mul_(column(self.scale, codes)).div_(factor)
+
+
+class PackedWeight(IntegerWeight):
+    """An integer weight whose codes stay packed, as they are on disk, and are unpacked each time they are needed.
+
+    Attributes:
+        packed: (packed_size(numel, bits),) uint8. shape: of the codes.
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        packed: Tensor,
+        shape: Sequence[int],
+        scale: Tensor,
+        zero_point: Tensor,
+        bits: int,
+        conv_groups: int = 1,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.shape, self.bits, self.conv_groups = torch.Size(shape), bits, conv_groups
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @property
+    def codes(self) -> Tensor:  # type: ignore[override]
+        """(O, I, ...) uint8 in [0, 2^b - 1], made anew."""
+        return unpack(self.packed, self.bits, self.shape.numel()).view(self.shape)

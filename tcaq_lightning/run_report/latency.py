@@ -57,7 +57,7 @@ Opener = Callable[[str], nn.Module]
 
 def backends() -> dict[str, Opener]:
     """Engines that an artifact can run on, by name. Extend to add one; one that is not installed raises UserError."""
-    return {name: partial(_open, name) for name in BACKENDS}
+    return {name: partial(_open, name) for name in BACKENDS if name != "torchao"}  # made for GPUs
 
 
 def _open(backend: str, path: str) -> nn.Module:

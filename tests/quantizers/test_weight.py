@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcaq_lightning.quantizers import AdaRoundWeight, IntegerWeight, Rounding
+from tcaq_lightning.packing import pack, packed_size
+from tcaq_lightning.quantizers import AdaRoundWeight, IntegerWeight, PackedWeight, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer
 from tcaq_lightning.quantizers.weight import scale_of_inputs
 
@@ -165,3 +166,29 @@ def test_weights_beyond_the_grid_keep_their_code_whatever_is_learned() -> None:
     assert bool(quantizer.v.grad[~fixed].any())
     quantizer.end_learning()
     assert torch.equal(quantizer.codes(r)[fixed], before[fixed])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("shape", "conv_groups", "channels"), [((5, 6), 1, 6), ((6, 3, 3, 1), 2, 6), ((4, 7, 1, 1), 1, 1)]
+)
+def test_packed_weight_computes_what_the_unpacked_one_does(
+    bits: int, shape: tuple[int, ...], conv_groups: int, channels: int
+) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    scale, r = (0.1 + torch.rand(n, generator=generator) for n in (shape[0], channels))
+    zero_point = torch.randint(0, 2**bits, (shape[0],), generator=generator).float()
+    unpacked = IntegerWeight(codes, scale, zero_point, bits, conv_groups)
+    packed = PackedWeight(pack(codes, bits), shape, scale, zero_point, bits, conv_groups)
+    assert torch.equal(packed.codes, codes)
+    assert torch.equal(packed(r), unpacked(r))
+    assert packed.packed.numel() == packed_size(codes.numel(), bits)
+    before = packed.packed.clone()
+    for o in range(shape[0]):  # an independent computation, channel by channel
+        per_group = channels // conv_groups
+        own = r if channels == 1 else r[(o * conv_groups // shape[0]) * per_group :][:per_group]
+        factor = own.view(-1, *[1] * (len(shape) - 2))
+        expected = (codes[o].double() - zero_point[o].double()) * scale[o].double() / factor.double()
+        torch.testing.assert_close(packed(r)[o].double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(packed.packed, before)
