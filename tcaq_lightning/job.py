@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from tcaq_lightning.launch import launched
 from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, quiet_diffusers, to_images
 from tcaq_lightning.plan import coverage_table, make_plan, sketch_plan
 from tcaq_lightning.quantized_layers import quantize as quantize_denoiser
+from tcaq_lightning.quantized_layers import shared_copy
 from tcaq_lightning.report import final_table, write_report
 from tcaq_lightning.run import Run, settings_of_result
 from tcaq_lightning.sampling import Inputs, make_sampling
@@ -87,7 +87,7 @@ def sketch_job(config: Config) -> None:
     guidance = config.conditioning.guidance_scale
     halves = 2 if guidance is not None and guidance > 1 else 1
     context = TimestepGroups(group_boundaries(timesteps, config.quantization.activation.timestep_groups))
-    coverage = quantize_denoiser(copy.deepcopy(denoiser), config.quantization, context)
+    coverage = quantize_denoiser(shared_copy(denoiser), config.quantization, context)
     samples = example_samples(denoiser, SIZES[1])
     graph = trace_units(denoiser, lambda: samples.predict(denoiser))
     plan = sketch_plan(config, denoiser, graph, coverage, samples, halves * len(timesteps))
@@ -141,7 +141,7 @@ def run_job(
     # its quantized twin: same module tree, layers replaced, every one accounted for
     boundaries = group_boundaries(probed.timesteps.tolist(), config.quantization.activation.timestep_groups)
     context = TimestepGroups(boundaries)
-    quantized = copy.deepcopy(full)
+    quantized = shared_copy(full)
     coverage = quantize_denoiser(quantized, config.quantization, context)
     first = probed.flat()[: 2 * probed.halves]
     traced = first.to(next(full.parameters()).device)
