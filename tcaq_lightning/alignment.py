@@ -46,11 +46,12 @@ outside of a tight range on the linear path from the noisy sample to the output,
 noise it has, and leaves the rest in the image, amplified."""
 
 
-def calibrate(work: Calibration) -> list[dict[str, Any]]:
+def calibrate(work: Calibration) -> list[dict[str, Any]] | None:
     """Run all rounds, or what is left of them.
 
     Returns:
-        One record for each round: mismatch by step on held-out noise, whether the round was kept, seconds.
+        One record for each round: mismatch by step on held-out noise, whether the round was kept, seconds. None if
+        `trainer.stop_after` ended it.
 
     Raises:
         UserError: the full-precision model's own trajectories diverged.
@@ -65,7 +66,7 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
         return _run_rounds(work)
 
 
-def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
+def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
     _leave_headroom(work)
     _weigh_errors(work)
     rounds: list[dict[str, Any]] = []
@@ -76,7 +77,8 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
         if best is not None:
             share = work.config.par.final_share * round_index / work.config.par.rounds
             samples = _aligned_samples(work, share, round_index, best[2])
-        _run_round(work, round_index, samples, None if best is None else best[1])
+        if not _run_round(work, round_index, samples, None if best is None else best[1]):
+            return None
         record, sampled = _measure_round(work, round_index)
         if best is None or record["mean_mismatch"] < best[0]:
             best = record["mean_mismatch"], round_index, sampled
@@ -220,13 +222,16 @@ def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any],
     return broadcast(record), sampled
 
 
-def _run_round(work: Calibration, round_index: int, samples: Trajectories, start: int | None) -> None:
+def _run_round(work: Calibration, round_index: int, samples: Trajectories, start: int | None) -> bool:
     """Bring all units into their final state of a round.
 
     Args:
         work: the calibration.
         round_index: of the round. samples: that it learns from and judges by.
         start: the round whose result it starts from; None in the first one.
+
+    Returns:
+        Whether the run goes on.
     """
     names = work.graph.names
     restored = [_restored(work, round_index, position) for position in range(len(names))]
@@ -246,6 +251,9 @@ def _run_round(work: Calibration, round_index: int, samples: Trajectories, start
         assert record is not None
         work.records.append(record)
         work.listener.unit_finished(round_index, position, record)
+        if name == work.config.trainer.stop_after:
+            return False
+    return True
 
 
 def _advance(

@@ -1,8 +1,8 @@
-"""Memory that a calibration needs beside its stored activations: copies of the model, and room to work in.
+"""Memory that a calibration needs beside its stored activations: models, and room to work in.
 
 The room is measured, not guessed: every kind of work is really done on two and on three samples, with a quantized twin
-that is thrown away, and what it allocates is scaled to the number of samples that it will be done on. With a large model
-it is done on the meta device, which takes neither the memory that is asked about nor the time.
+that is thrown away, and what it allocates is scaled to the number of samples that it will be done on. With large
+models it is done on the meta device, which takes neither the memory that is asked about nor the time.
 """
 
 from __future__ import annotations
