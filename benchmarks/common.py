@@ -201,8 +201,9 @@ def watch(command: list[str]) -> Ended:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors)
         try:
             while process.poll() is None:
-                peak = max(peak, anonymous_memory(process.pid))
-                resident = max(resident, memory_of(process.pid, "VmHWM"))
+                memory = process_memory(process.pid)
+                peak = max(peak, memory.get("RssAnon", 0))
+                resident = max(resident, memory.get("VmHWM", 0))
                 time.sleep(SAMPLING_INTERVAL)
         finally:
             process.kill()
@@ -215,12 +216,12 @@ def watch(command: list[str]) -> Ended:
 
 
 def anonymous_memory(pid: int | str = "self") -> int:
-    """RssAnon of a process in bytes, as by `memory_of`."""
-    return memory_of(pid, "RssAnon")
+    """RssAnon of a process in bytes; 0 once it has ended."""
+    return process_memory(pid).get("RssAnon", 0)
 
 
-def memory_of(pid: int | str, kind: str) -> int:
-    """Memory of a process in bytes by its name in /proc/PID/status; 0 once the process has ended.
+def process_memory(pid: int | str) -> dict[str, int]:
+    """Memory of a process in bytes, by kind: VmHWM, RssAnon and so on; empty once it has ended.
 
     Raises:
         UserError: the system does not tell.
@@ -230,8 +231,8 @@ def memory_of(pid: int | str, kind: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
+        return {}
+    return {kind: int(value.split()[0]) * 1024 for kind, _, value in (x.partition(":") for x in lines) if " kB" in value}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -207,6 +207,7 @@ def true_size(
     batch_size: int | None = None,
     rounds: int = 1,
     stop_after: str = "down_blocks.0.attentions.0",
+    weighting: Literal["sensitivity", "uniform"] = "sensitivity",
 ) -> dict[str, Any]:
     """Run a model of true size.
 
@@ -220,17 +221,19 @@ def true_size(
         batch_size: samples a step; 8, of a model with text 2.
         rounds: rounds after the first, of an unconditional model.
         stop_after: the last unit that is calibrated, of a model with text.
+        weighting: as reconstruction.weighting; sensitivity takes backward passes through the whole denoiser.
     """
     config = denoiser_config(model)
     text = takes_text(config)
     given = trajectories, held_out, sampler_steps, iterations, batch_size
     usual = (1, 1, 2, 20, 2) if text else (8, 2, 20, 60, 8)
     sizes = tuple(own if value is None else value for value, own in zip(given, usual, strict=True))
-    result = {"model": model, "threads": threads}
+    result = {"model": model, "threads": threads, "weighting": weighting}
     result |= dict(zip(("trajectories", "held_out", "sampler_steps", "iterations", "batch_size"), sizes, strict=True))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         settings = calibration(directory / "run", directory / "model", threads, *sizes)
+        settings["reconstruction.weighting"] = weighting
         write_model(config, directory / "model")
         if not text:
             return result | whole_run(settings | {"par.rounds": rounds}, directory)

@@ -47,8 +47,6 @@ BATCHES_AT_HAND = 2
 """The batch that is computed on, and the next one, which is being read."""
 STEPS = 2
 """Optimisation steps that are traced: the first one makes the optimizer's state, the second one meets it."""
-OPEN_COPIES = 2
-"""Rounding logits of the unit that is worked on: the present ones, and those that the gate may put back."""
 SAMPLE_COPIES = 2
 """Copies of the calibration samples: the trajectories, and those of the running round as the streams read them."""
 
@@ -217,10 +215,15 @@ class TrialWork:
         """Bytes that work on a unit takes for `samples` samples, with the batches that are at hand."""
         unit, data = self.twin.get_submodule(name), self.data[name]
         batch = sum(tensor[:samples].nbytes for tensor in data.tensors()) * samples // len(data)
-        kept = sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
-        logits = [layer.learned_weight for layer in quant_layers(unit).values()]
-        kept += OPEN_COPIES * sum(weight.weight.numel() * weight.delta.itemsize for weight in logits)
-        return kept + BATCHES_AT_HAND * batch + self.peak(lambda count: work(unit, _part(data, count)), samples)
+        weights = [layer.learned_weight for layer in quant_layers(unit).values()]
+        for weight in weights:
+            weight.open()
+        kept = sum(weight.logits.nbytes for weight in weights)
+        kept += sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
+        taken = self.peak(lambda count: work(unit, _part(data, count)), samples)
+        for weight in weights:
+            weight.discard_logits()
+        return kept + BATCHES_AT_HAND * batch + taken
 
     def learning_bytes(self) -> int:
         """Bytes that the optimisation of a unit takes at most."""
@@ -278,8 +281,6 @@ class TrialWork:
         module.on_train_end()
         for part in (*quantizers(unit).values(), *(layer.learned_weight for layer in quant_layers(unit).values())):
             part.end_learning()
-        for layer in quant_layers(unit).values():
-            layer.learned_weight.discard_logits()
 
 
 def _part(data: UnitData, count: int) -> UnitData:

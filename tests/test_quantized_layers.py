@@ -242,9 +242,9 @@ def test_a_shared_copy_has_the_same_parameters_and_layers_of_its_own(make_unet: 
 
 def test_a_shared_copy_with_fused_projections_leaves_the_model_as_it_is() -> None:
     attention = Attention(query_dim=8, heads=2, dim_head=4, bias=True)
-    model = Model(attn=attention).requires_grad_(False)
     attention.fuse_projections()
     attention.set_processor(FusedAttnProcessor2_0())
+    model = Model(attn=attention).requires_grad_(False)
     attention.to_qkv.weight.mul_(2)  # what counts from now on
     before = {n: p.clone() for n, p in model.state_dict().items()}
     twin = shared_copy(model)

@@ -78,6 +78,8 @@ def test_a_step_takes_what_is_foretold(parts: Any, phase: Any, name: str) -> Non
     unet, graph, samples = parts
     work = TrialWork(config_of(), unet, graph, samples)
     unit, data = work.twin.get_submodule(name), work.data[name]
+    for layer in quant_layers(unit).values():
+        layer.learned_weight.open()
     with TracedAllocations() as traced:
         work.learn(unit, data, phase)
     foretold = work.scaled(name, lambda unit, part: work.learn(unit, part, phase), len(samples))
