@@ -232,7 +232,9 @@ def process_memory(pid: int | str) -> dict[str, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return {}
-    return {kind: int(value.split()[0]) * 1024 for kind, _, value in (x.partition(":") for x in lines) if " kB" in value}
+    return {
+        kind: int(value.split()[0]) * 1024 for kind, _, value in (x.partition(":") for x in lines) if " kB" in value
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

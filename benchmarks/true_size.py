@@ -5,9 +5,9 @@
 
 An unconditional model goes through train.py from trajectories to report in a process of its own, and the artifact is
 opened again and sampled in another one. Of Stable Diffusion, train.py plans the run, and calibrates its denoiser unit
-by unit up to `stop_after`: by default its first residual and its first transformer block, which are those at the full
-size of the latents (64 x 64, 77 tokens of context, both rows of guidance). Its text encoder and its autoencoder, which
-nothing is done to, are small ones of the same interface.
+by unit up to the first residual and the first transformer block, which are at the full size of the latents (64 x 64,
+77 tokens of context, both rows of guidance). Its text encoder and its autoencoder, which nothing is done to, are small
+ones of the same interface.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from benchmarks.common import (
@@ -36,8 +38,9 @@ from benchmarks.common import (
     train,
     watch,
 )
-from tcaq_lightning.architectures import on_meta
+from tcaq_lightning.architectures import example_samples, on_meta
 from tcaq_lightning.config import Config
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import load_tensors
 from tcaq_lightning.memory import release_freed_memory
 from tcaq_lightning.parsing import parse_config
@@ -45,6 +48,8 @@ from tcaq_lightning.pipelines import quiet_diffusers
 from tcaq_lightning.quantized_layers import KEPT_BY_RULE, UNKNOWN_ATTENTION, quantize
 from tcaq_lightning.storage import GIGABYTE
 from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.tracing import SIZES
+from tcaq_lightning.units import trace_units
 
 TEXT_CONFIG = ROOT / "configs" / "paper" / "coco_w4a8.yaml"
 TEXT_TOKENS, LATENT_FACTOR = 77, 8
@@ -70,7 +75,7 @@ def takes_text(config: Mapping[str, Any]) -> bool:
 
 def save_text_model(denoiser: Any, directory: Path) -> Path:
     """Write a Stable Diffusion pipeline around a denoiser, with a small text encoder and a small autoencoder."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     directory.mkdir(parents=True)
@@ -91,7 +96,8 @@ def save_text_model(denoiser: Any, directory: Path) -> Path:
         eos_token_id=len(words) - 1,
     )
     stages = LATENT_FACTOR.bit_length()
-    decoder = AutoencoderKL(
+    parts: Any = diffusers
+    decoder = parts.AutoencoderKL(
         3,
         3,
         down_block_types=("DownEncoderBlock2D",) * stages,
@@ -102,9 +108,9 @@ def save_text_model(denoiser: Any, directory: Path) -> Path:
         mid_block_add_attention=False,
     )
     noise: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = PNDMScheduler(**noise, skip_prk_steps=True, steps_offset=1)
-    parts = decoder, CLIPTextModel(text), tokenizer, denoiser, scheduler, None, None
-    pipeline = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    scheduler = parts.PNDMScheduler(**noise, skip_prk_steps=True, steps_offset=1)
+    components = decoder, CLIPTextModel(text), tokenizer, denoiser, scheduler, None, None
+    pipeline = parts.StableDiffusionPipeline(*components, requires_safety_checker=False)
     pipeline.save_pretrained(directory)
     return directory
 
@@ -125,6 +131,21 @@ def coverage(denoiser: nn.Module, config: Config) -> dict[str, Any]:
         "unknown": [row.name for row in rows if row.note.startswith(UNKNOWN_ATTENTION)],
         "kept": [row.name for row in rows if row.note == KEPT_BY_RULE],
     }
+
+
+def first_of_both(denoiser: nn.Module) -> str:
+    """The first unit, in execution order, at which a residual and a transformer block have been met.
+
+    Args:
+        denoiser: on the meta device.
+    """
+    samples = example_samples(denoiser, SIZES[1])
+    seen: set[type[nn.Module]] = set()
+    for name in trace_units(denoiser, lambda: samples.predict(denoiser)).names:
+        seen.add(type(denoiser.get_submodule(name)))
+        if {ResnetBlock2D, BasicTransformerBlock} <= seen:
+            return name
+    raise UserError("--model must be a UNet with residual and transformer blocks; give --stop_after for another one")
 
 
 def bounded(ended: Ended) -> dict[str, Any]:
@@ -206,7 +227,7 @@ def true_size(
     iterations: int | None = None,
     batch_size: int | None = None,
     rounds: int = 1,
-    stop_after: str = "down_blocks.0.attentions.0",
+    stop_after: str | None = None,
     weighting: Literal["sensitivity", "uniform"] = "sensitivity",
 ) -> dict[str, Any]:
     """Run a model of true size.
@@ -220,7 +241,8 @@ def true_size(
         iterations: optimisation steps of a unit; 60, of a model with text 20.
         batch_size: samples a step; 8, of a model with text 2.
         rounds: rounds after the first, of an unconditional model.
-        stop_after: the last unit that is calibrated, of a model with text.
+        stop_after: the last unit that is calibrated, of a model with text; without it, the first one that is, or
+            follows on, a residual and a transformer block.
         weighting: as reconstruction.weighting; sensitivity takes backward passes through the whole denoiser.
     """
     config = denoiser_config(model)
@@ -245,7 +267,7 @@ def true_size(
             "calibration.batch_size": sizes[-1],
             "evaluation.fid_samples": 0,
             "evaluation.metrics": ["fid"],
-            "trainer.stop_after": stop_after,
+            "trainer.stop_after": stop_after or first_of_both(on_meta(config)),
         }
         return result | first_units(settings, on_meta(config))
 

@@ -238,7 +238,7 @@ def test_first_units_of_true_size() -> None:
     assert result["within_limit"]
     assert result["peak_rss_gb"] >= result["peak_anonymous_gb"] > 0.1
     assert result["coverage"]["covered"] == 1
-    assert result["units"][-1]["unit"] == "down_blocks.0.attentions.0"
+    assert result["units"][-1]["unit"] == "down_blocks.0.attentions.0.transformer_blocks.0"
     assert any(unit["unit"].startswith("down_blocks.0.resnets") for unit in result["units"])
     assert all(unit["seconds"]["learn_v"] > 0 for unit in result["units"])
 
