@@ -355,7 +355,7 @@ def rotate_heads(x: Tensor, rotary: Any, heads: int) -> Tensor:
 
 def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T + mask), (B * heads, T, S), for q (B * heads, T, d) and k (B * heads, S, d)."""
-    added = q.new_empty(q.shape[0], q.shape[1], k.shape[1]) if mask is None else mask.to(q.dtype)
+    added = q.new_empty(1, 1, 1) if mask is None else mask.to(q.dtype)  # beta 0: it is not looked at
     return torch.baddbmm(added, q, k.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale).softmax(-1)
 
 

@@ -126,7 +126,7 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
     trajectories = len(data.indices)
     of_trajectories = SAMPLE_COPIES * trajectories * (calls * samples.x[0].nbytes + samples.conditioning_bytes())
     groups = config.quantization.activation.timestep_groups
-    probes = groups * max(1, PROBES // groups)
+    probes = min(groups * max(1, PROBES // groups), calls * data.num_trajectories)
 
     def measured(work: TrialWork) -> Footprint:
         distinct = work.distinct()
