@@ -138,10 +138,10 @@ def calibration(
     }
 
 
-def arguments(settings: Settings) -> list[str]:
-    """Command line of train.py: the full method at W4A8, changed by `settings`."""
+def arguments(settings: Settings, config: Path = BASE_CONFIG) -> list[str]:
+    """Command line of train.py: a config, by default the full method at W4A8, changed by `settings`."""
     changes = [part for key, value in settings.items() for part in (f"--{key}", _text(value))]
-    return ["--config", str(BASE_CONFIG), *changes]
+    return ["--config", str(config), *changes]
 
 
 def _text(value: Any) -> str:
@@ -175,31 +175,35 @@ class Ended:
     """A command that has ended.
 
     Attributes:
-        seconds: wall time. peak: largest RssAnon of the process, in bytes. output: its stdout.
+        seconds: wall time. output: its stdout.
+        peak: largest RssAnon of the process, in bytes. resident: its largest resident memory, mapped files included.
     """
 
     seconds: float
     peak: int
     output: str
+    resident: int
 
 
-def train(settings: Settings) -> Ended:
-    """Run train.py in a process of its own and watch its anonymous memory."""
-    return watch([sys.executable, str(ROOT / "train.py"), *arguments(settings)])
+def train(settings: Settings, config: Path = BASE_CONFIG) -> Ended:
+    """Run train.py in a process of its own and watch its memory."""
+    return watch([sys.executable, str(ROOT / "train.py"), *arguments(settings, config)])
 
 
 def watch(command: list[str]) -> Ended:
-    """Run a command and watch its anonymous memory.
+    """Run a command and watch its memory.
 
     Raises:
         UserError: it failed; its last lines are in the message.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        started, peak = time.perf_counter(), 0
+        started, peak, resident = time.perf_counter(), 0, 0
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=errors)
         try:
             while process.poll() is None:
-                peak = max(peak, anonymous_memory(process.pid))
+                memory = process_memory(process.pid)
+                peak = max(peak, memory.get("RssAnon", 0))
+                resident = max(resident, memory.get("VmHWM", 0))
                 time.sleep(SAMPLING_INTERVAL)
         finally:
             process.kill()
@@ -208,22 +212,29 @@ def watch(command: list[str]) -> Ended:
             stream.seek(0)
         if process.returncode:
             raise UserError(f"{' '.join(command)} ended with {process.returncode}: {errors.read()[-600:].strip()}")
-        return Ended(seconds, peak, output.read())
+        return Ended(seconds, peak, output.read(), resident)
 
 
 def anonymous_memory(pid: int | str = "self") -> int:
-    """RssAnon of a process in bytes; 0 once it has ended.
+    """RssAnon of a process in bytes; 0 once it has ended."""
+    return process_memory(pid).get("RssAnon", 0)
+
+
+def process_memory(pid: int | str) -> dict[str, int]:
+    """Memory of a process in bytes, by kind: VmHWM, RssAnon and so on; empty once it has ended.
 
     Raises:
         UserError: the system does not tell.
     """
     if sys.platform != "linux":
-        raise UserError(f"anonymous memory is read from /proc, expected Linux, got {sys.platform}")
+        raise UserError(f"a process' memory is read from /proc, expected Linux, got {sys.platform}")
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+        return {}
+    return {
+        kind: int(value.split()[0]) * 1024 for kind, _, value in (x.partition(":") for x in lines) if " kB" in value
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def predict(
         "ranks": ranks,
         "hours": seconds / HOUR,
         "hours_of_loop": seconds / HOUR * (counted["learn_r"] + counted["learn_v"]) / calibration,
-        "models_gb": 4 * 4 * parameters / GIGABYTE,  # W twice, V, and a state that a later round may put back
+        "models_gb": 5 * parameters / GIGABYTE,  # W, and a byte for each code
         "workspace_gb": TrialWork(config, denoiser, graph, samples).learning_bytes() / GIGABYTE,
         "store_gb_per_rank": store / ranks / GIGABYTE,
     }

@@ -3,7 +3,7 @@
     python -m benchmarks.memory
     python -m benchmarks.memory --model ddpm-cifar10-32 --host 1.0
 
-The bound is what the plan states: copies of the model, the budget of the host, and the workspace. What a process takes
+The bound is what the plan states: models, the budget of the host, and the workspace. What a process takes
 that has only imported the tool, with torch and diffusers, is subtracted.
 """
 

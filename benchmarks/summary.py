@@ -117,6 +117,17 @@ def _cost(result: Result) -> Iterable[Row]:
         yield label, "", f"{model['hours']:.0f} h; {gigabytes} GB"
 
 
+def _true_size(result: Result) -> Iterable[Row]:
+    if "minutes" in result:
+        yield "minutes of a whole run", f"<= {result['minutes_limit']:g}", f"{result['minutes']:.1f}"
+        yield "GB at most, of all memory", "", f"{result['run']['peak_rss_gb']:.1f}"
+        return
+    learned = ", ".join(unit["unit"] for unit in result["units"])
+    limit = f"<= {result['peak_rss_limit_gb']:g}"
+    yield f"GB at most, of all memory: plan, coverage, {learned}", limit, f"{result['peak_rss_gb']:.1f}"
+    yield "share of the parameters that the coverage accounts for", "100 %", f"{result['coverage']['covered']:.0%}"
+
+
 ROWS: dict[str, Callable[[Result], Iterable[Row]]] = {
     "step": _step,
     "executions": _executions,
@@ -127,6 +138,7 @@ ROWS: dict[str, Callable[[Result], Iterable[Row]]] = {
     "ranks": _ranks,
     "kills": _kills,
     "cost": _cost,
+    "true_size": _true_size,
 }
 """What of a benchmark goes into the table."""
 

@@ -27,6 +27,7 @@ from tcaq_lightning.quantized_layers import (
     quant_layers,
     quantization_state,
     restore_quantization_state,
+    settle,
 )
 from tcaq_lightning.run import Run
 from tcaq_lightning.sampling import Sampling
@@ -45,11 +46,12 @@ outside of a tight range on the linear path from the noisy sample to the output,
 noise it has, and leaves the rest in the image, amplified."""
 
 
-def calibrate(work: Calibration) -> list[dict[str, Any]]:
+def calibrate(work: Calibration) -> list[dict[str, Any]] | None:
     """Run all rounds, or what is left of them.
 
     Returns:
-        One record for each round: mismatch by step on held-out noise, whether the round was kept, seconds.
+        One record for each round: mismatch by step on held-out noise, whether the round was kept, seconds. None if
+        `trainer.stop_after` ended it.
 
     Raises:
         UserError: the full-precision model's own trajectories diverged.
@@ -64,24 +66,27 @@ def calibrate(work: Calibration) -> list[dict[str, Any]]:
         return _run_rounds(work)
 
 
-def _run_rounds(work: Calibration) -> list[dict[str, Any]]:
+def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
     _leave_headroom(work)
     _weigh_errors(work)
     rounds: list[dict[str, Any]] = []
-    best: tuple[float, dict[str, Tensor], Trajectories] | None = None
+    best: tuple[float, int, Trajectories] | None = None
     calibration = work.config.calibration
     samples = work.trajectories.select(slice(calibration.num_trajectories + calibration.held_out_trajectories))
     for round_index in range(work.config.num_rounds):
         if best is not None:
             share = work.config.par.final_share * round_index / work.config.par.rounds
             samples = _aligned_samples(work, share, round_index, best[2])
-        _run_round(work, round_index, samples)
+        if not _run_round(work, round_index, samples, None if best is None else best[1]):
+            return None
         record, sampled = _measure_round(work, round_index)
         if best is None or record["mean_mismatch"] < best[0]:
-            best = record["mean_mismatch"], quantization_state(work.quantized), sampled
+            best = record["mean_mismatch"], round_index, sampled
         else:
             record["kept"] = False
-            restore_quantization_state(work.quantized, best[1])
+            for position in range(len(work.graph.names)):
+                _reopen(work, best[1], position)
+                settle(work.quantized.get_submodule(work.graph.names[position]))
             log.info("round %d raised the held-out mismatch: the state before it is kept", round_index)
         rounds.append(record)
         work.listener.round_finished(round_index, record, sampled)
@@ -217,7 +222,17 @@ def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any],
     return broadcast(record), sampled
 
 
-def _run_round(work: Calibration, round_index: int, samples: Trajectories) -> None:
+def _run_round(work: Calibration, round_index: int, samples: Trajectories, start: int | None) -> bool:
+    """Bring all units into their final state of a round.
+
+    Args:
+        work: the calibration.
+        round_index: of the round. samples: that it learns from and judges by.
+        start: the round whose result it starts from; None in the first one.
+
+    Returns:
+        Whether the run goes on.
+    """
     names = work.graph.names
     restored = [_restored(work, round_index, position) for position in range(len(names))]
     held_out = work.config.calibration.held_out_trajectories
@@ -232,20 +247,31 @@ def _run_round(work: Calibration, round_index: int, samples: Trajectories) -> No
     for position, (name, record) in enumerate(zip(names, restored, strict=True)):
         work.listener.unit_started(round_index, position, name)
         if streams is not None:
-            record = _advance(work, round_index, position, streams, shard, record)
+            record = _advance(work, round_index, position, streams, shard, record, start)
         assert record is not None
         work.records.append(record)
         work.listener.unit_finished(round_index, position, record)
+        if name == work.config.trainer.stop_after:
+            return False
+    return True
 
 
 def _advance(
-    work: Calibration, round_index: int, position: int, streams: Streams, shard: Shard, record: dict[str, Any] | None
+    work: Calibration,
+    round_index: int,
+    position: int,
+    streams: Streams,
+    shard: Shard,
+    record: dict[str, Any] | None,
+    start: int | None,
 ) -> dict[str, Any]:
     """Propagate both streams through a unit, which is reconstructed first if it has no record yet."""
     started = time.perf_counter()
     data = streams.load(position)
     loaded = time.perf_counter() - started
     if record is None:
+        if start is not None:
+            _reopen(work, start, position)
         record = reconstruct_unit(work, round_index, position, data, shard)
         record["seconds"]["streams"] = loaded
         executions = record["executions"] | streams.executions(position)
@@ -273,7 +299,23 @@ def _settle(work: Calibration, round_index: int, position: int, record: dict[str
             work.run.checkpoint(round_index, position, phase).unlink(missing_ok=True)
 
     on_main(write)
+    settle(unit)
     return record
+
+
+def _reopen(work: Calibration, round_index: int, position: int) -> None:
+    """Give a unit the state in which a round left it, with its rounding logits, which are kept on disk alone.
+
+    Raises:
+        UserError: the unit's file is damaged.
+    """
+    name = work.graph.names[position]
+    unit = work.quantized.get_submodule(name)
+    state = on_main(lambda: _stored_unit(work.run.unit_file(round_index, position, name), unit))
+    if state is None:
+        path = work.run.unit_file(round_index, position, name)
+        raise UserError(f"{path} was damaged while the run went on; the same command does the unit again")
+    restore_quantization_state(unit, state[0])
 
 
 def _restored(work: Calibration, round_index: int, position: int) -> dict[str, Any] | None:
@@ -285,6 +327,7 @@ def _restored(work: Calibration, round_index: int, position: int) -> dict[str, A
         return None
     state, record = found
     restore_quantization_state(unit, state)
+    settle(unit)
     return record
 
 

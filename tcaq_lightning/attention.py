@@ -322,12 +322,13 @@ def separate_projections(attention: Any, name: str) -> dict[str, int]:
 
 @torch.no_grad()
 def _take_apart(fused: Any, parts: Sequence[Any]) -> None:
+    """Give the parts parameters of their own: those that they have may be another denoiser's too."""
     sizes = [part.weight.shape[0] for part in parts]
-    for part, weight in zip(parts, fused.weight.split(sizes), strict=True):
-        part.weight.copy_(weight)
-    if fused.bias is not None:
-        for part, bias in zip(parts, fused.bias.split(sizes), strict=True):
-            part.bias.copy_(bias)
+    for kind in ("weight", "bias"):
+        if getattr(fused, kind) is not None:
+            for part, values in zip(parts, getattr(fused, kind).split(sizes), strict=True):
+                requires_grad = getattr(part, kind).requires_grad
+                setattr(part, kind, nn.Parameter(values.clone(), requires_grad=requires_grad))
 
 
 def shares_input_quantizer(layers: Sequence[nn.Module]) -> bool:
@@ -360,7 +361,7 @@ def rotate_heads(x: Tensor, rotary: Any, heads: int) -> Tensor:
 
 def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T + mask), (B * heads, T, S), for q (B * heads, T, d) and k (B * heads, S, d)."""
-    added = q.new_empty(q.shape[0], q.shape[1], k.shape[1]) if mask is None else mask.to(q.dtype)
+    added = q.new_empty(1, 1, 1) if mask is None else mask.to(q.dtype)  # beta 0: it is not looked at
     return torch.baddbmm(added, q, k.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale).softmax(-1)
 
 

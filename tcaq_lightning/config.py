@@ -439,6 +439,9 @@ class TrainerConfig:
     Bit-identical repeats need the same number."""
     checkpoint_every: int = 100
     """Optimisation steps between two checkpoints inside a unit."""
+    stop_after: str | None = None
+    """Name of a unit with which the command ends, in its first round: a trial of what a large model takes. The same
+    command with null goes on from there."""
 
     def __post_init__(self) -> None:
         _require(self.devices >= 1, "trainer.devices", "at least 1", self.devices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -305,6 +305,11 @@ def _weight_magnitude(layers: list[QuantLayer], channels: int) -> Tensor:
     return torch.stack(per_layer).amax(0)
 
 
+def _by_sample(function: Callable[[slice], Tensor], samples: int) -> Tensor:
+    """Results for one sample after another: the probabilities of all may fill the memory, without further copies."""
+    return torch.cat([function(slice(i, i + 1)) for i in range(samples)])
+
+
 def _set_softmax(
     quantizer: SoftmaxQuantizer, p: Tensor, values: Tensor, fits: list[TailFit], config: DAQConfig
 ) -> AttentionChoice:
@@ -317,19 +322,20 @@ def _set_softmax(
     heads = p.shape[1]
     v = torch.unflatten(values, 2, (heads, -1)).transpose(1, 2)  # (B, heads, S, C/heads)
     expand = p.shape[0] // num_groups
+    reference = _by_sample(lambda i: p[i] @ v[i], len(p))
 
-    def error(quantized: Tensor) -> Tensor:
-        difference, reference = (quantized - p) @ v, p @ v
+    def error(quantize: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        difference = _by_sample(lambda i: (quantize(p[i], i) - p[i]) @ v[i], len(p))
         by_group = [x.square().reshape(num_groups, -1).sum(1) for x in (difference, reference)]
         relative: Tensor = by_group[0] / by_group[1].clamp(min=1e-30)
         return relative
 
-    def spread(table: Tensor) -> Tensor:
-        return table.repeat_interleave(expand).view(-1, 1, 1, 1)
+    def spread(table: Tensor, i: slice) -> Tensor:
+        return table.repeat_interleave(expand)[i].view(-1, 1, 1, 1)
 
     levels = uniform_delta.new_tensor(2**bits - 1)
-    uniform_error = error(fake_quantize(p, spread(uniform_delta), levels * 0, levels))
-    log_error = error(log_fake_quantize(p, spread(log_delta), spread(tau), bits))
+    uniform_error = error(lambda x, i: fake_quantize(x, spread(uniform_delta, i), levels * 0, levels))
+    log_error = error(lambda x, i: log_fake_quantize(x, spread(log_delta, i), spread(tau, i), bits))
     by_likelihood = torch.tensor([fit.R > 0 for fit in fits], device=p.device)
     by_error = log_error < uniform_error
     chosen = {"likelihood": by_likelihood, "error": by_error}[config.rule]

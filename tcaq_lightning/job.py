@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from tcaq_lightning.calibration import Calibration, seconds_by_stage
 from tcaq_lightning.config import Config
 from tcaq_lightning.cost import DEVICE_TFLOPS
 from tcaq_lightning.distributed import is_main, on_main
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_samples
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.launch import launched
 from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, quiet_diffusers, to_images
 from tcaq_lightning.plan import coverage_table, make_plan, sketch_plan
 from tcaq_lightning.quantized_layers import quantize as quantize_denoiser
+from tcaq_lightning.quantized_layers import shared_copy
 from tcaq_lightning.report import final_table, write_report
 from tcaq_lightning.run import Run, settings_of_result
 from tcaq_lightning.sampling import Inputs, make_sampling
@@ -69,11 +71,30 @@ def quantize(
     """
     if run_dir is not None:
         config = dataclasses.replace(config, run_dir=Path(run_dir))
+    if config.trainer.stop_after is not None:
+        raise UserError(
+            f"trainer.stop_after is {config.trainer.stop_after!r}, but `quantize` returns the whole pipeline; expected "
+            "null: call `run_job` or train.py to stop early"
+        )
     quiet_diffusers()
     quiet_lightning()
     with launched(config):
         run_job(config, lambda: pipeline, callbacks=callbacks, inputs=inputs)
     return load_quantized(config.run_dir / ARTIFACT)
+
+
+def check_stop(config: Config, units: Sequence[str]) -> None:
+    """See that the unit to stop after is one.
+
+    Raises:
+        UserError: it is not.
+    """
+    last = config.trainer.stop_after
+    if last is not None and last not in units:
+        near = difflib.get_close_matches(last, units, n=1, cutoff=0) or units[:1]
+        raise UserError(
+            f"trainer.stop_after: {last!r} is no unit of the model; expected one such as {near[0]}, or null"
+        )
 
 
 def sketch_job(config: Config) -> None:
@@ -87,9 +108,10 @@ def sketch_job(config: Config) -> None:
     guidance = config.conditioning.guidance_scale
     halves = 2 if guidance is not None and guidance > 1 else 1
     context = TimestepGroups(group_boundaries(timesteps, config.quantization.activation.timestep_groups))
-    coverage = quantize_denoiser(copy.deepcopy(denoiser), config.quantization, context)
+    coverage = quantize_denoiser(shared_copy(denoiser), config.quantization, context)
     samples = example_samples(denoiser, SIZES[1])
     graph = trace_units(denoiser, lambda: samples.predict(denoiser))
+    check_stop(config, graph.names)
     plan = sketch_plan(config, denoiser, graph, coverage, samples, halves * len(timesteps))
     parameters = sum(p.numel() for p in denoiser.parameters())
     console.print(plan.table())
@@ -141,11 +163,12 @@ def run_job(
     # its quantized twin: same module tree, layers replaced, every one accounted for
     boundaries = group_boundaries(probed.timesteps.tolist(), config.quantization.activation.timestep_groups)
     context = TimestepGroups(boundaries)
-    quantized = copy.deepcopy(full)
+    quantized = shared_copy(full)
     coverage = quantize_denoiser(quantized, config.quantization, context)
     first = probed.flat()[: 2 * probed.halves]
     traced = first.to(next(full.parameters()).device)
     graph = trace_units(full, lambda: traced.predict(full), traced.x)
+    check_stop(config, graph.names)
     plan = make_plan(config, full, graph, coverage, first, probed.num_steps, run.manifest.get("plan"))
     console.print(plan.table())
     if dry_run:
@@ -178,6 +201,10 @@ def run_job(
             learners=[*curves, progress, *callbacks],
         )
         rounds = calibrate(work)
+    if rounds is None:
+        last = config.trainer.stop_after
+        console.print(f"stopped after {last}; the same command without trainer.stop_after goes on", soft_wrap=True)
+        return
 
     # the artifact, and what it costs
     artifact = run.directory / ARTIFACT

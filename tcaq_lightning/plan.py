@@ -41,7 +41,7 @@ class Plan:
         layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
         store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
-        model_bytes: both denoisers with their rounding variables, and a state that a later round may put back.
+        model_bytes: the full-precision denoiser, and what the quantized one has beside its weights: codes and tables.
         workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.
     """
@@ -75,7 +75,7 @@ class Plan:
         table.add_row("calibration samples", str(self.samples))
         table.add_row("optimisation steps", str(self.steps))
         table.add_row("stored activations", f"{', '.join(tiers)} GB")
-        table.add_row("copies of the model", f"{self.model_bytes / GIGABYTE:.2f} GB")
+        table.add_row("model and codes", f"{self.model_bytes / GIGABYTE:.2f} GB")
         kind, workspace = max(self.workspace_bytes.items(), key=lambda item: item[1])
         table.add_row("workspace", f"{workspace / GIGABYTE:.2f} GB (most in: {kind})")
         table.add_row("time", f"about {duration(self.seconds)}")

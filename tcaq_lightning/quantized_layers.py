@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -318,12 +319,36 @@ def full_precision(unit: nn.Module) -> Iterator[None]:
             layer.learned_weight.rounding = Rounding.HARD
 
 
+def shared_copy(denoiser: nn.Module) -> nn.Module:
+    """A copy that has the same parameters, not copies of them: a twin whose layers are to be replaced."""
+    return copy.deepcopy(denoiser, {id(p): p for p in denoiser.parameters()})
+
+
+@torch.no_grad()
+def settle(module: nn.Module) -> None:
+    """Settle the rounding of all layers within a module: of their logits nothing is left but codes."""
+    for layer in quant_layers(module).values():
+        layer.learned_weight.settle(layer.input_quantizer.r)
+
+
 def quantization_state(module: nn.Module) -> dict[str, Tensor]:
-    """What calibration sets and learns in a module: everything but the full-precision parameters."""
+    """What calibration sets and learns in a module: everything but the full-precision parameters.
+
+    Rounding logits are part of it where layers are open.
+    """
+    return {k: v.detach().clone() for k, v in _calibrated(module).items()}
+
+
+def _calibrated(module: nn.Module) -> dict[str, Tensor]:
     layers = quant_layers(module)
     full_precision = {f"{n}.weight_quantizer.weight" if n else "weight_quantizer.weight" for n in layers}
     full_precision |= {n for n, _ in module.named_parameters() if n not in full_precision}
-    return {k: v.detach().clone() for k, v in module.state_dict().items() if k not in full_precision}
+    return {k: v for k, v in module.state_dict().items() if k not in full_precision}
+
+
+def _logits_names(module: nn.Module) -> dict[str, QuantLayer]:
+    """Layers by the name of their rounding logits."""
+    return {f"{n}.weight_quantizer.v".removeprefix("."): layer for n, layer in quant_layers(module).items()}
 
 
 def check_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -332,16 +357,23 @@ def check_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> Non
     Raises:
         KeyError: it is the state of another module.
     """
-    expected = {k: v.shape for k, v in quantization_state(module).items()}
+    logits = _logits_names(module)
+    expected = {k: v.shape for k, v in _calibrated(module).items() if k not in logits}
+    expected |= {k: layer.learned_weight.weight.shape for k, layer in logits.items() if k in state}
     if {k: v.shape for k, v in state.items()} != expected:
         raise KeyError("the stored state does not fit the unit")
 
 
 def restore_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put a state from `quantization_state` back.
+    """Put a state from `quantization_state` back; layers whose logits it holds are open afterwards, others are not.
 
     Raises:
         KeyError: it is the state of another module.
     """
     check_quantization_state(module, state)
+    for name, layer in _logits_names(module).items():
+        if name in state:
+            layer.learned_weight.open()
+        else:
+            layer.learned_weight.discard_logits()
     module.load_state_dict(state, strict=False)

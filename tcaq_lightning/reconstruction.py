@@ -307,7 +307,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def undecided(self) -> float:
         """Share of the unit's weights whose rounding is undecided yet."""
-        logits = [layer.learned_weight.v.detach().flatten() for layer in quant_layers(self.unit).values()]
+        logits = [layer.learned_weight.logits.detach().flatten() for layer in quant_layers(self.unit).values()]
         return undecided_share(torch.cat(logits)) if logits else 0.0
 
 

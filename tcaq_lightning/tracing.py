@@ -46,10 +46,14 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     What was there before is not seen, nor what kernels allocate for themselves; convolutions on a CPU are taken to copy
     their operands and results.
+
+    Args:
+        stood_for: type of the device that tensors on the meta device stand for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stood_for: str = "meta") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._copying = ("cpu", "meta") if stood_for == "cpu" else ("cpu",)
         self.trace = AllocationTrace()
         self._numbers: dict[int, int] = {}
 
@@ -62,7 +66,7 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if id(storage) not in given and id(storage) not in self._numbers:
                     self._add(storage)
         if func in BLOCKED:
-            self._pass_by(sum(x.nbytes() for x in _storages((args, result)) if x.device.type == "cpu"))
+            self._pass_by(sum(x.nbytes() for x in _storages((args, result)) if x.device.type in self._copying))
         return result
 
     def _add(self, storage: Any) -> None:
@@ -91,7 +95,7 @@ def _storages(values: Sequence[Any]) -> Iterator[Any]:
             yield from _storages(value)
 
 
-def scaled_peak(work: Callable[[int], Any], samples: int) -> int:
+def scaled_peak(work: Callable[[int], Any], samples: int, stood_for: str = "meta") -> int:
     """Bytes that `work(samples)` would have alive at once, from traces of it on few samples.
 
     Every storage grows linearly with the number of samples. Where the two traces do not match storage by storage,
@@ -100,16 +104,17 @@ def scaled_peak(work: Callable[[int], Any], samples: int) -> int:
     Args:
         work: runs on so many samples; what it returns stays alive until its end.
         samples: to scale to.
+        stood_for: as in `TracedAllocations`.
     """
-    first, second = (_traced(work, size) for size in SIZES)
+    first, second = (_traced(work, size, stood_for) for size in SIZES)
     if len(first.sizes) != len(second.sizes):
         return _linear(first.peak(), second.peak(), samples)
     sizes = [_linear(a, b, samples) for a, b in zip(first.sizes, second.sizes, strict=True)]
     return AllocationTrace(sizes, second.events).peak()
 
 
-def _traced(work: Callable[[int], Any], samples: int) -> AllocationTrace:
-    traced = TracedAllocations()
+def _traced(work: Callable[[int], Any], samples: int, stood_for: str) -> AllocationTrace:
+    traced = TracedAllocations(stood_for)
     with traced:
         kept = work(samples)
     del kept

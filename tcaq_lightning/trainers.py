@@ -65,6 +65,13 @@ class RankStrategy(SingleDeviceStrategy):
         super().__init__(device)
         self.global_rank = distributed.rank()
 
+    def teardown(self) -> None:
+        """Leave the module where it is, not on the CPU: it goes on being used, and shares the denoiser's weights."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
     @property
     def is_global_zero(self) -> bool:
         """Whether this rank writes checkpoints."""

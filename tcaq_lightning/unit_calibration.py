@@ -122,13 +122,13 @@ def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -
 def _soften(unit: nn.Module) -> None:
     """Let roundings flip again in a later round."""
     for layer in quant_layers(unit).values():
-        layer.learned_weight.v.clamp_(-REFINE_LOGIT, REFINE_LOGIT)
+        layer.learned_weight.logits.clamp_(-REFINE_LOGIT, REFINE_LOGIT)
 
 
 @torch.no_grad()
 def _roundings(unit: nn.Module) -> Tensor:
     """Hard rounding, up or down, of all weights of a unit."""
-    parts = [(layer.learned_weight.v >= 0).flatten() for layer in quant_layers(unit).values()]
+    parts = [(layer.learned_weight.logits >= 0).flatten() for layer in quant_layers(unit).values()]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 

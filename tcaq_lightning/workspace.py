@@ -1,7 +1,8 @@
-"""Memory that a calibration needs beside its stored activations: copies of the model, and room to work in.
+"""Memory that a calibration needs beside its stored activations: models, and room to work in.
 
 The room is measured, not guessed: every kind of work is really done on two and on three samples, with a quantized twin
-that is thrown away, and what it allocates is scaled to the number of samples that it will be done on.
+that is thrown away, and what it allocates is scaled to the number of samples that it will be done on. With large
+models it is done on the meta device, which takes neither the memory that is asked about nor the time.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.initialization import PROBES, capture_inputs
-from tcaq_lightning.quantized_layers import quant_layers, quantization_state, quantize, quantizers, readers
+from tcaq_lightning.quantized_layers import (
+    quant_layers,
+    quantization_state,
+    quantize,
+    quantizers,
+    readers,
+    shared_copy,
+)
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
-from tcaq_lightning.reconstruction import BlockReconstruction, Phase, squared_errors
+from tcaq_lightning.reconstruction import BlockReconstruction, Phase, block_error
 from tcaq_lightning.sensitivity import unit_sensitivities
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.tracing import SIZES, scaled_peak
 from tcaq_lightning.trajectories import Trajectories
 from tcaq_lightning.units import UnitGraph
 
+META = torch.device("meta")
+LARGE = 50_000_000
+"""Bytes of a model's parameters from which on trial work is quicker on the meta device than on a CPU."""
 BATCHES_AT_HAND = 2
 """The batch that is computed on, and the next one, which is being read."""
 STEPS = 2
@@ -45,7 +56,7 @@ class Footprint:
     """Bytes that a run needs beside its stored activations.
 
     Attributes:
-        models: both denoisers with their rounding variables, and the state that the best round so far left.
+        models: the full-precision denoiser, whose weights the quantized one shares, and that one's codes and tables.
         workspace: by kind of work, one of which is done at a time; each with the calibration samples themselves.
     """
 
@@ -110,24 +121,51 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
         samples: inputs like those of the calibration, any number.
         calls: denoiser calls of one trajectory.
     """
-    work = TrialWork(config, denoiser, graph, samples.cycled(SIZES[1]))
-    distinct = work.distinct()
+    few = samples.cycled(SIZES[1])
     data = config.calibration
     trajectories = len(data.indices)
     of_trajectories = SAMPLE_COPIES * trajectories * (calls * samples.x[0].nbytes + samples.conditioning_bytes())
     groups = config.quantization.activation.timestep_groups
-    probes = groups * max(1, PROBES // groups)
-    with torch.random.fork_rng(enabled=config.reconstruction.qdrop > 0):
+    probes = min(groups * max(1, PROBES // groups), calls * data.num_trajectories)
+
+    def measured(work: TrialWork) -> Footprint:
+        distinct = work.distinct()
         workspace = {
-            "sampling": scaled_peak(work.sample, max(data.batch_size, config.evaluation.batch_size)),
+            "sampling": work.peak(work.sample, max(data.batch_size, config.evaluation.batch_size)),
             "search": max(work.scaled(name, work.search, probes) for name in distinct),
             "gate": max(work.scaled(name, work.judge, data.batch_size) for name in distinct),
         }
         if config.reconstruction.enabled:
             workspace["learn"] = work.learning_bytes()
-            if config.reconstruction.weighting == "sensitivity":
-                workspace["sensitivity"] = scaled_peak(work.weigh, min(data.batch_size, calls))
-    return Footprint(work.model_bytes(), {kind: of_trajectories + nbytes for kind, nbytes in workspace.items()})
+        return Footprint(work.model_bytes(), workspace)
+
+    def weigh(count: int) -> None:  # not on the meta device, where full-precision attention allocates more
+        context, trajectories = TimestepGroups([]), Trajectories.of_samples(few[:count])
+        unit_sensitivities(denoiser, graph, context, trajectories, torch.ones(count), count, seed=0)
+
+    with torch.random.fork_rng(enabled=config.reconstruction.qdrop > 0):
+        found = measured(_trial_work(config, denoiser, graph, few))
+        if config.reconstruction.enabled and config.reconstruction.weighting == "sensitivity":
+            found.workspace["sensitivity"] = scaled_peak(weigh, min(data.batch_size, calls))
+    return Footprint(found.models, {kind: of_trajectories + nbytes for kind, nbytes in found.workspace.items()})
+
+
+def _trial_work(config: Config, denoiser: nn.Module, graph: UnitGraph, few: Samples) -> TrialWork:
+    """Trial work on the meta device for a large denoiser, unless its path depends on values."""
+    if sum(p.nbytes for p in denoiser.parameters()) < LARGE:
+        return TrialWork(config, denoiser, graph, few)
+    device = next(denoiser.parameters()).device
+    try:
+        return TrialWork(config, without_values(denoiser), graph, few.to(META), device.type)
+    except (RuntimeError, NotImplementedError):  # "Tensor.item() cannot be called on meta tensors", and such
+        return TrialWork(config, denoiser, graph, few)
+
+
+def without_values(denoiser: nn.Module) -> nn.Module:
+    """A copy of a denoiser on the meta device."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to(META), requires_grad=False) for p in denoiser.parameters()}
+    memo |= {id(b): b.to(META) for b in denoiser.buffers()}
+    return copy.deepcopy(denoiser, memo)
 
 
 class TrialWork:
@@ -138,22 +176,31 @@ class TrialWork:
         denoiser: full precision.
         graph: its units.
         samples: inputs of the denoiser, at least `SIZES[1]`.
+        stood_for: type of the device that is planned for, where the denoiser is on the meta device.
 
     Attributes:
         data: the samples of every unit. twin: quantized, neutral. context: its timestep groups, a single one.
     """
 
-    def __init__(self, config: Config, denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> None:
+    def __init__(
+        self, config: Config, denoiser: nn.Module, graph: UnitGraph, samples: Samples, stood_for: str = "meta"
+    ) -> None:
         self.config, self.denoiser, self.graph, self.samples = config, denoiser, graph, samples
         self.device = next(denoiser.parameters()).device
         self.data = unit_samples(denoiser, graph, samples)
-        self.twin, self.context = copy.deepcopy(denoiser), TimestepGroups([])
+        self.stood_for = stood_for
+        self.twin, self.context = shared_copy(denoiser), TimestepGroups([])
         quantize(self.twin, config.quantization, self.context)
 
     def model_bytes(self) -> int:
         """As in `Footprint`."""
-        states = (self.denoiser.state_dict(), self.twin.state_dict(), quantization_state(self.twin))
-        return sum(tensor.nbytes for state in states for tensor in state.values())
+        states = (self.denoiser.state_dict(), quantization_state(self.twin))
+        codes = sum(layer.learned_weight.weight.numel() for layer in quant_layers(self.twin).values())  # a byte each
+        return codes + sum(tensor.nbytes for state in states for tensor in state.values())
+
+    def peak(self, work: Callable[[int], Any], samples: int) -> int:
+        """`scaled_peak` for the device that is planned for."""
+        return scaled_peak(work, samples, self.stood_for)
 
     def distinct(self) -> list[str]:
         """One of all units that have equal layers and inputs, and so take the same memory."""
@@ -168,8 +215,15 @@ class TrialWork:
         """Bytes that work on a unit takes for `samples` samples, with the batches that are at hand."""
         unit, data = self.twin.get_submodule(name), self.data[name]
         batch = sum(tensor[:samples].nbytes for tensor in data.tensors()) * samples // len(data)
-        kept = sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
-        return kept + BATCHES_AT_HAND * batch + scaled_peak(lambda count: work(unit, _part(data, count)), samples)
+        weights = [layer.learned_weight for layer in quant_layers(unit).values()]
+        for weight in weights:
+            weight.open()
+        kept = sum(weight.logits.nbytes for weight in weights)
+        kept += sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
+        taken = self.peak(lambda count: work(unit, _part(data, count)), samples)
+        for weight in weights:
+            weight.discard_logits()
+        return kept + BATCHES_AT_HAND * batch + taken
 
     def learning_bytes(self) -> int:
         """Bytes that the optimisation of a unit takes at most."""
@@ -186,11 +240,6 @@ class TrialWork:
         """One call of the quantized denoiser."""
         return self.samples[:count].predict(self.twin)
 
-    def weigh(self, count: int) -> None:
-        """The backward pass through the whole denoiser that weighs the units' errors."""
-        trajectories = Trajectories.of_samples(self.samples[:count])
-        unit_sensitivities(self.denoiser, self.graph, self.context, trajectories, torch.ones(count), count, seed=0)
-
     @torch.no_grad()
     def search(self, unit: nn.Module, data: UnitData) -> None:
         """One candidate of every quantizer's search, the inputs of all of them at hand."""
@@ -201,8 +250,8 @@ class TrialWork:
             for name, quantizer in quantizers(unit).items():
                 x = inputs[name]
                 if isinstance(quantizer, SoftmaxQuantizer):
-                    tau = quantizer.tau.new_ones(())
-                    torch.matmul(log_fake_quantize(x, quantizer.delta[0], tau, quantizer.bits) - x, x.mT)
+                    tau, one = quantizer.tau.new_ones(()), x[:1]  # sample by sample
+                    torch.matmul(log_fake_quantize(one, quantizer.delta[0], tau, quantizer.bits) - one, one.mT[..., :1])
                     continue
                 layers, centred = layers_of.get(id(quantizer), []), quantizer.centred(x)
                 targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
@@ -212,7 +261,9 @@ class TrialWork:
 
     def judge(self, unit: nn.Module, data: UnitData) -> None:
         """The error of a unit's output."""
-        squared_errors(unit, data, torch.arange(len(data)), self.context, len(data), self.device)
+        batch = data.read(torch.arange(len(data)), self.device)
+        with torch.no_grad():
+            block_error(data.run_batch(unit, self.context, batch), batch.targets)
 
     def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
         """A few optimisation steps, with the regulariser."""

@@ -360,7 +360,7 @@ def test_narrow_checkpoints(name: str, unit_name: str, dtype: torch.dtype, obser
     unit, data = initialize_unit(family, unit_name, observe)
     for layer in quant_layers(unit).values():
         assert layer.learned_weight.weight.dtype == dtype  # no copy that takes more memory
-        assert layer.learned_weight.v.dtype == layer.learned_weight.delta.dtype == torch.float32
+        assert layer.learned_weight.logits.dtype == layer.learned_weight.delta.dtype == torch.float32
     assert all(q.delta.dtype == torch.float32 for q in quantizers(unit).values())
     batch = data.read(slice(0, 2), CPU)
     assert {x.dtype for x in tree_leaves(batch.targets) if isinstance(x, Tensor)} == {torch.float32}

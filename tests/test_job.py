@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,13 @@ def test_a_denoiser_with_arguments_of_its_own(tmp_path: Path) -> None:
         outputs = [m.unet(x, t, **labels([0, 1])).sample for m in (quantized, again, pipeline)]
     assert torch.equal(outputs[0], outputs[1])
     assert 0 < (outputs[0] - outputs[2]).square().sum() < 0.1 * outputs[2].square().sum()
+
+
+def test_a_pipeline_is_not_returned_half_done(tmp_path: Path) -> None:
+    stopping = dataclasses.replace(config(), trainer=TrainerConfig(accelerator="cpu", stop_after="conv_in"))
+    with pytest.raises(UserError, match=r"trainer\.stop_after is 'conv_in'"):
+        quantize(DDPMPipeline(labelled_unet(), DDIMScheduler()), stopping, tmp_path / "run", inputs=labels)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_the_inputs_it_is_told_what_is_missing(tmp_path: Path) -> None:

@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models import normalization as diffusers_normalization
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.models.embeddings import AttentionPooling
 from torch import nn
 
@@ -22,6 +27,8 @@ from tcaq_lightning.quantized_layers import (
     quantize,
     quantizers,
     restore_quantization_state,
+    settle,
+    shared_copy,
     uncovered,
 )
 from tcaq_lightning.quantizers import Rounding
@@ -216,3 +223,53 @@ def test_state_round_trip_leaves_full_precision_weights_alone(make_twins: Any) -
     assert all(torch.equal(p, weights[n]) for n, p in unit.named_parameters())
     with pytest.raises(KeyError):
         restore_quantization_state(twins.unit("mid_block.resnets.0"), before)
+
+
+def test_a_shared_copy_has_the_same_parameters_and_layers_of_its_own(make_unet: Any) -> None:
+    unet = make_unet()
+    before = {n: p.clone() for n, p in unet.state_dict().items()}
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 900])
+    expected = unet(x, t).sample
+    twin = shared_copy(unet)
+    quantize(twin, config(), groups())
+    shared = {p.data_ptr() for p in unet.parameters()}
+    own = [n for n, p in twin.named_parameters() if p.data_ptr() not in shared]
+    assert all(n.endswith(".bias") for n in own)  # of quantized layers
+    assert not quant_layers(unet)
+    assert torch.equal(unet(x, t).sample, expected)
+    assert all(torch.equal(p, before[n]) for n, p in unet.state_dict().items())
+
+
+def test_a_shared_copy_with_fused_projections_leaves_the_model_as_it_is() -> None:
+    attention = Attention(query_dim=8, heads=2, dim_head=4, bias=True)
+    attention.fuse_projections()
+    attention.set_processor(FusedAttnProcessor2_0())
+    model = Model(attn=attention).requires_grad_(False)
+    attention.to_qkv.weight.mul_(2)  # what counts from now on
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    twin = shared_copy(model)
+    quantize(twin, config(), groups())
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert torch.equal(twin.attn.to_q.learned_weight.weight, before["attn.to_qkv.weight"][:8])
+
+
+def test_settled_layers_compute_the_same_and_are_restored_with_their_logits(make_twins: Any, initialized: Any) -> None:
+    twins = make_twins()
+    unit, data, _ = initialized(twins, "mid_block.attentions.0")
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            return data.run(unit, twins.context, torch.arange(len(data)), torch.device("cpu"))
+
+    hard, state = output(), quantization_state(unit)
+    settle(unit)
+    assert torch.equal(output(), hard)
+    without = quantization_state(unit)
+    assert set(state) - set(without) == {f"{n}.weight_quantizer.v" for n in quant_layers(unit)}
+    restore_quantization_state(unit, state)
+    assert torch.equal(output(), hard)
+    assert all(torch.equal(v, state[k]) for k, v in quantization_state(unit).items())
+    restore_quantization_state(unit, without)
+    assert all(layer.learned_weight.v is None for layer in quant_layers(unit).values())
+    with pytest.raises(KeyError):
+        restore_quantization_state(unit, {k: v[:1] if k.endswith(".v") else v for k, v in state.items()})

@@ -66,14 +66,20 @@ class AdaRoundWeight(nn.Module):
     w^ = s clip(floor(W r / delta) + h(V), low, high) / r. The grid `delta` is fixed while V is learned, the scale s
     that codes are multiplied with starts at delta and may be learned.
 
+    V takes the memory of another weight, so it is there only while its unit is worked on, from `open` to `settle`;
+    of a settled weight a byte each is left beside the full-precision one, which is shared with the layer it comes from.
+
     Attributes:
-        weight: the full-precision weight. v: rounding logits of its shape. delta, scale, zero_point: (O,).
+        weight: the full-precision weight. delta, scale, zero_point: (O,).
+        v: rounding logits of the weight's shape, or None, which rounds like logits of 0.
+        settled: uint8 codes of the weight's shape, once the rounding is settled, or None.
     """
 
     delta: Tensor
     scale: Tensor
     zero_point: Tensor
-    v: Tensor
+    v: Tensor | None
+    settled: Tensor | None
 
     def __init__(self, weight: Tensor, bits: int, symmetric: bool = True, conv_groups: int = 1) -> None:
         super().__init__()
@@ -81,15 +87,38 @@ class AdaRoundWeight(nn.Module):
         self.symmetric = symmetric
         self.conv_groups = conv_groups
         self.rounding = Rounding.HARD
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         outputs = weight.shape[0]
         dtype = torch.promote_types(weight.dtype, torch.float32)  # narrower ones are kept as they are, not computed in
         self.register_buffer("delta", torch.ones(outputs, dtype=dtype, device=weight.device))
         self.register_buffer("scale", torch.ones_like(self.delta))
         self.register_buffer("zero_point", torch.full_like(self.delta, 2 ** (bits - 1)))
-        self.register_buffer("v", torch.zeros_like(self.weight, dtype=dtype))
+        self.register_buffer("v", None)
+        self.register_buffer("settled", None, persistent=False)
         self.log_scale: nn.Parameter | None = None
         self._base: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """V, of a weight that is open."""
+        assert self.v is not None
+        return self.v
+
+    def open(self) -> None:
+        """Make room for rounding logits, which are 0 until they are set."""
+        self.settled = None
+        if self.v is None:
+            self.v = torch.zeros_like(self.weight, dtype=self.delta.dtype)
+
+    @torch.no_grad()
+    def settle(self, r: Tensor) -> None:
+        """Keep the hardened codes alone: the same bits come out, and nothing can be learned until V is set anew."""
+        codes = self.codes(r).to(torch.uint8)
+        self.v, self.settled = None, codes
+
+    def discard_logits(self) -> None:
+        """Forget V, and the codes of a settled weight."""
+        self.v = self.settled = None
 
     @torch.no_grad()
     def search(self, r: Tensor) -> None:
@@ -107,8 +136,9 @@ class AdaRoundWeight(nn.Module):
     @torch.no_grad()
     def reset_rounding(self, r: Tensor) -> None:
         """V such that h(V) is the fraction of W r / delta, and s = delta."""
+        self.open()
         scaled = self._scaled(r) / column(self.delta, self.weight)
-        self.v.copy_(initial_logits(scaled - scaled.floor()))
+        self.logits.copy_(initial_logits(scaled - scaled.floor()))
         self._floor(scaled)
         self.scale.copy_(self.delta)
 
@@ -118,8 +148,9 @@ class AdaRoundWeight(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         learned = {"weight_scales": [self.log_scale]}
         if rounding is Rounding.SOFT:
-            self.v = nn.Parameter(self._buffers.pop("v"))  # type: ignore[arg-type]
-            learned["v"] = [self.v]
+            self.open()
+            self.v = v = nn.Parameter(self._buffers.pop("v"))  # type: ignore[arg-type]
+            learned["v"] = [v]
             with torch.no_grad():
                 self._base = self._floor(self._scaled(r) / column(self.delta, self.weight))
         return learned
@@ -143,9 +174,12 @@ class AdaRoundWeight(nn.Module):
 
     @torch.no_grad()
     def codes(self, r: Tensor) -> Tensor:
-        """Hardened integer codes, float-valued in [0, 2^b - 1], of the weight's shape."""
+        """Hardened integer codes, float-valued in [0, 2^b - 1], of the weight's shape; settled ones whatever `r` is."""
+        if self.settled is not None:
+            return self.settled.to(self.scale.dtype)
         base = torch.floor(self._scaled(r) / column(self.delta, self.weight))
-        return (base + (self.v >= 0) + column(self.zero_point, self.weight)).clamp_(0, 2**self.bits - 1)
+        up = 1.0 if self.v is None else self.v >= 0
+        return (base + up + column(self.zero_point, self.weight)).clamp_(0, 2**self.bits - 1)
 
     def forward(self, r: Tensor) -> Tensor:
         """The weight as the layer meets it now; `r` is (C,) or (1,)."""
@@ -159,14 +193,14 @@ class AdaRoundWeight(nn.Module):
         if self.rounding is Rounding.NEAREST:
             return fake_quantize(self.weight * factor, scale, -zero, 2**self.bits - 1 - zero) / factor
         assert self._base is not None  # SOFT is entered by begin_learning alone
-        return soft_round(self.v, self._base, scale / factor)
+        return soft_round(self.logits, self._base, scale / factor)
 
     def _floor(self, scaled: Tensor) -> Tensor:
         """W r / delta rounded down, within the grid; where it leaves the grid, V is settled."""
         base = scaled.floor()
         low = -column(self.zero_point, self.weight)
         high = 2**self.bits - 1 + low
-        self.v.masked_fill_((base < low) | (base >= high), CLIPPED_LOGIT)
+        self.logits.masked_fill_((base < low) | (base >= high), CLIPPED_LOGIT)
         return base.clamp_(low, high)
 
     def _scaled(self, r: Tensor) -> Tensor:

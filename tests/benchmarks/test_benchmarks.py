@@ -30,10 +30,12 @@ from benchmarks.ranks import ranks
 from benchmarks.stages import shares, stages
 from benchmarks.step import step
 from benchmarks.summary import draw, read_results, table
+from benchmarks.true_size import TEXT_CONFIG, coverage, true_size
 from tcaq_lightning.architectures import on_meta
 from tcaq_lightning.config import Config
 from tcaq_lightning.cost import Rates, passes
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.parsing import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,48 @@ def test_summary_refuses_other_files(line: str, tmp_path: Path) -> None:
     path.write_text(line)
     with pytest.raises(UserError, match=r"results\.jsonl:1 must be the JSON line of a benchmark"):
         read_results(path)
+
+
+def test_coverage_accounts_for_all_of_stable_diffusion() -> None:
+    config, _ = parse_config(["--config", str(TEXT_CONFIG)])
+    result = coverage(on_meta(denoiser_config("stable-diffusion-v1-4")), config)
+    assert result["parameters"] == 859_520_964
+    assert result["covered"] == 1
+    assert result["unknown"] == result["kept"] == []
+
+
+def test_summary_of_true_sizes() -> None:
+    whole = {"minutes": 7.34, "minutes_limit": 30.0, "run": {"peak_rss_gb": 2.04}}
+    units = [{"unit": "conv_in"}, {"unit": "mid_block"}]
+    first = {"units": units, "peak_rss_gb": 9.87, "peak_rss_limit_gb": 12, "coverage": {"covered": 1.0}}
+    results = [{"benchmark": "true_size", "model": m, "threads": 2, **r} for m, r in (("a", whole), ("b", first))]
+    assert table(results).splitlines()[2:] == [
+        "| true_size, a, 2 threads | minutes of a whole run | <= 30 | 7.3 |",
+        "| true_size, a, 2 threads | GB at most, of all memory |  | 2.0 |",
+        "| true_size, b, 2 threads | GB at most, of all memory: plan, coverage, conv_in, mid_block | <= 12 | 9.9 |",
+        "| true_size, b, 2 threads | share of the parameters that the coverage accounts for | 100 % | 100% |",
+    ]
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_true_size() -> None:
+    result = true_size("tiny", trajectories=2, held_out=1, sampler_steps=2, iterations=8, batch_size=4)
+    assert result["within_limit"]
+    assert result["rounds"] == 2
+    assert result["units_learned"] == 2 * result["plan"]["units"]
+    assert sum(result["seconds"].values()) == pytest.approx(result["run"]["wall_seconds"])
+    assert min(result[part]["peak_rss_gb"] for part in ("run", "reopened")) > 0.1
+
+
+@pytest.mark.slow
+def test_first_units_of_true_size() -> None:
+    result = true_size("tiny-text", iterations=8)
+    assert result["within_limit"]
+    assert result["peak_rss_gb"] >= result["peak_anonymous_gb"] > 0.1
+    assert result["coverage"]["covered"] == 1
+    assert result["units"][-1]["unit"] == "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert any(unit["unit"].startswith("down_blocks.0.resnets") for unit in result["units"])
+    assert all(unit["seconds"]["learn_v"] > 0 for unit in result["units"])
 
 
 @pytest.mark.slow

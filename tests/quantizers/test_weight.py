@@ -192,3 +192,50 @@ def test_packed_weight_computes_what_the_unpacked_one_does(
         expected = (codes[o].double() - zero_point[o].double()) * scale[o].double() / factor.double()
         torch.testing.assert_close(packed(r)[o].double(), expected, rtol=1e-6, atol=0)
     assert torch.equal(packed.packed, before)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_settled_weight_is_the_hard_one_bit_for_bit(case: str, symmetric: bool) -> None:
+    quantizer, r = made(case, 4, symmetric)
+    with torch.no_grad():
+        quantizer.logits.add_(torch.randn(quantizer.weight.shape))
+        quantizer.scale.mul_(1.03)
+    hard, codes = quantizer(r), quantizer.codes(r)
+    quantizer.settle(r)
+    assert "v" not in quantizer.state_dict()
+    assert [t.dtype for t in quantizer.buffers() if t.shape == quantizer.weight.shape] == [torch.uint8]
+    assert torch.equal(quantizer(r), hard)
+    assert torch.equal(quantizer.codes(r), codes)
+    assert torch.equal(IntegerWeight.from_rounded(quantizer, r)(r), hard)
+
+
+def test_a_settled_weight_is_opened_to_learn_again() -> None:
+    quantizer, r = made("conv")
+    state = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    hard = quantizer(r)
+    quantizer.settle(r)
+    quantizer.open()
+    quantizer.load_state_dict(state)
+    assert torch.equal(quantizer(r), hard)
+    quantizer.settle(r)
+    quantizer.search(r)
+    assert torch.equal(quantizer.logits, state["v"])
+    quantizer.settle(r)
+    (v,) = quantizer.begin_learning(Rounding.SOFT, r)["v"]
+    assert v.shape == quantizer.weight.shape
+
+
+def test_a_weight_without_logits_rounds_like_one_whose_logits_are_0() -> None:
+    quantizer, r = made("conv")
+    quantizer.logits.zero_()
+    codes = quantizer.codes(r)
+    quantizer.discard_logits()
+    assert torch.equal(quantizer.codes(r), codes)
+
+
+def test_the_full_precision_weight_is_not_copied() -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    quantizer = AdaRoundWeight(weight, 4)
+    assert quantizer.weight.data_ptr() == weight.data_ptr()
+    assert not quantizer.weight.requires_grad

@@ -216,3 +216,42 @@ def test_other_settings_may_not(command: Command, settings: Settings, almost_don
     assert ended.err.count("\n") == 1
     assert all(word in ended.err for word in ("quantization.weight.bits", "6", "4", str(almost_done)))
     assert contents(almost_done) == before
+
+
+def test_stopping_after_a_unit_is_a_part_of_the_same_run(
+    command: Command, config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    args = ("--config", config, "--run_dir", run_dir)
+    for last in ("conv_in", "down_blocks.0.attentions.0", "conv_in"):
+        ended = command(*args, "--trainer.stop_after", last)
+        assert (ended.code, ended.err) == (0, "")
+        assert f"stopped after {last}" in ended.out
+    names = [path.stem.split("-", 1)[1] for path in sorted(run_dir.glob("rounds/00/units/*"))]
+    assert names[-1] == "down_blocks.0.attentions.0"
+    assert len(names) < 7
+    assert not (run_dir / "quantized").exists()
+    assert command(*args).code == 0
+    assert_same(run_dir, undisturbed)
+
+
+def test_a_unit_to_stop_after_that_is_none(command: Command, config: Path, tmp_path: Path) -> None:
+    ended = command("--config", config, "--run_dir", tmp_path / "run", "--trainer.stop_after", "down_blocks.0.attn")
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert all(word in ended.err for word in ("trainer.stop_after", "down_blocks.0.attn", "down_blocks.0.attentions.0"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_unit_file_that_is_damaged_before_the_next_round_reads_it(
+    command: Command, config: Path, undisturbed: Path, almost_done: Path
+) -> None:
+    """The logits that a later round starts from are in the files alone."""
+    for file in almost_done.glob("rounds/01/units/*"):
+        file.unlink()
+    args = ("--config", config, "--run_dir", almost_done)
+    assert command(*args, fault=(STORE, 4, "SIGKILL")).code == -9  # in round 1
+    damaged = min(almost_done.glob("rounds/00/units/*"))
+    flip(damaged)
+    assert command(*args).code == 0
+    assert_same(almost_done, undisturbed)
