@@ -35,7 +35,8 @@ __all__ = ["artifact_sizes", "freeze", "load_quantized", "save_artifact", "weigh
 QUANT_METHOD = "tcaq"
 BACKENDS = ("torch", "openvino", "onnxruntime")
 """What a denoiser can run on."""
-FORMAT_VERSION = 1
+PLAIN, QUANTIZED_OUTPUTS = FORMAT_VERSIONS = (1, 2)
+"""Of files: the second one where outputs are quantized too, which releases that know the first alone must refuse."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
@@ -122,7 +123,7 @@ def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtype
     config.pop("_name_or_path", None)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "version": FORMAT_VERSION,
+        "version": QUANTIZED_OUTPUTS if any(e.quantized_output for e in structure.layers.values()) else PLAIN,
         "tcaq_lightning": __version__,
         **structure.to_dict(),
         **({"component_dtypes": dtypes} if dtypes else {}),
@@ -235,11 +236,10 @@ def _read_config(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict):
         raise UserError(f"{file} has no quantization_config; expected a quantized artifact, got a full-precision model")
-    expected = (QUANT_METHOD, FORMAT_VERSION)
     got = (quantization.get("quant_method"), quantization.get("version"))
-    if got != expected:
+    if got not in [(QUANT_METHOD, version) for version in FORMAT_VERSIONS]:
         raise UserError(
-            f"{file}: expected quant_method and version {expected}, got {got}; use the release of tcaq-lightning "
+            f"{file}: expected quant_method {QUANT_METHOD!r} and version 1 or 2, got {got}; use the release of tcaq-lightning "
             f"({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
         )
     return name, config, quantization

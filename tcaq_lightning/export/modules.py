@@ -9,6 +9,14 @@ points; what depends on the timestep stands around it as cheap operations on flo
 W' u runs on uint8 x int8. W' 1 is a constant of each output channel, for a padded convolution of each pixel too: what
 is padded is u = 0 and not z_g, so the border sees less of it. Where all groups have one zero point it is the
 quantizer's own, and where they have one step too, step and zero point are constants of the graph.
+
+Where the output is quantized too (`OutputQuantizer`), the codes of the input lie around one zero point Z for all
+groups, u - z_g + Z, which is also what is padded, and
+
+    e = clip(round(W'' (u - z_g) + n scale / delta) + 128, 0, 255),  W'' = scale / delta (q - z)
+    W x^ + b = s_g delta (e - 128) + (b - s_g scale n)
+
+so that e is made of constants alone: an integer bias n, a scale for each channel, a step of 1.
 """
 
 from __future__ import annotations
@@ -25,9 +33,10 @@ from torch import Tensor, nn
 from tcaq_lightning.attention import QuantAttnProcessor, is_attention
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantConv2d, QuantLayer, QuantLinear
-from tcaq_lightning.quantized_layers import set_submodule
-from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, SoftmaxQuantizer
+from tcaq_lightning.quantized_layers import quant_layers, set_submodule
+from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, OutputQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers.output import LOWEST
 from tcaq_lightning.quantizers.weight import column
 from tcaq_lightning.timesteps import TimestepHook
 
@@ -142,15 +151,22 @@ class GraphQuantizer(nn.Module):
 
     Attributes:
         signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations.
+        centre: zero point Z of the operators, the same for all groups, or None where zero points stand beside them.
     """
 
     shift: Tensor | None
     r: Tensor | None
 
     def __init__(
-        self, source: ActivationQuantizer, times: Timesteps, constants: Constants, signed: bool = False
+        self,
+        source: ActivationQuantizer,
+        times: Timesteps,
+        constants: Constants,
+        signed: bool = False,
+        centred: bool = False,
     ) -> None:
         super().__init__()
+        assert not (signed and centred)
         self.bits, self.channel_dim, self.times, self.signed = source.bits, source.channel_dim, times, signed
         self.levels = 2**source.bits - 1
         steps, zeros = source.steps().detach(), source.zero_point
@@ -162,7 +178,11 @@ class GraphQuantizer(nn.Module):
         self.middle = 2 ** (source.bits - 1) if signed else 0
         self.upper = self.levels - self.middle
         self.code_scale = constants.scalar(1.0, torch.float32)
-        self.code_zero = constants.scalar(0, torch.int8 if signed else torch.uint8)
+        self.centre = int(zeros.max()) if centred else None
+        self.code_zero = constants.scalar(self.centre or 0, torch.int8 if signed else torch.uint8)
+        self.one_zero = bool((zeros == zeros[0]).all())
+        if self.centre is not None and self.centre - int(zeros.min()) + self.levels > 255:
+            raise ValueError("an output is quantized, and its input's zero points are too far apart")
 
     def step(self, dims: int) -> Tensor:
         """Step s_g of the running batch, (B, 1, ..., 1)."""
@@ -174,13 +194,16 @@ class GraphQuantizer(nn.Module):
         return zero - self.middle if self.middle else zero
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes as floats, of x's shape: u, or u - 2^(b-1)."""
+        """Codes as floats, of x's shape: u, or u - 2^(b-1), or u - z_g around one zero point."""
         if self.shift is not None:
             x = x - along(self.shift, x.ndim, self.channel_dim)
         step = self.step(x.ndim)
         if self.r is not None:
             step = step * along(self.r, x.ndim, self.channel_dim)
-        x = x / step + self.zero(x.ndim)
+        x = x / step
+        if self.centre is not None:
+            return _coded(self._within(x, self.centre), self.code_scale, self.code_zero)
+        x = x + self.zero(x.ndim)
         if self.levels < 255:
             x = x.clamp(max=self.upper)
             if self.signed:
@@ -188,22 +211,39 @@ class GraphQuantizer(nn.Module):
         return _coded(x, self.code_scale, self.code_zero)
 
 
+    def _within(self, x: Tensor, centre: int) -> Tensor:
+        """Keep x / step within the codes of its group, u - z_g."""
+        if self.levels == 255:
+            return x
+        if self.one_zero:
+            return x.clamp(-centre, self.levels - centre)
+        zero = self.zero(x.ndim)
+        return torch.minimum(torch.maximum(x, -zero), self.levels - zero)
+
+
 class GraphLayer(nn.Module):
     """A `QuantLayer` on integer codes; subclasses say how they are multiplied.
 
     Attributes:
         codes: int8 q - z beside a `zero_point` of 0; uint8 q beside z where a code does not fit (8 bits, asymmetric).
-        scale: (O,) of the codes.
+        scale: (O,) of the codes; where the output is quantized, in steps of its.
+        offset: (O,) integer bias n of a quantized output, or None.
+        output_step: (O,) delta of a quantized output. output_shift: (O,) scale n of it.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor | None
+    offset: Tensor | None
+    output_step: Tensor
+    output_shift: Tensor
+    code_scale: Tensor
+    output_zero: Tensor
 
     axis: int  # of the output channels within the stored codes
 
-    def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps) -> None:
+    def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps, constants: Constants) -> None:
         super().__init__()
         weight = source.weight_quantizer
         if not isinstance(weight, IntegerWeight):
@@ -216,9 +256,23 @@ class GraphLayer(nn.Module):
         zero_point = weight.zero_point.to(torch.uint8)
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
         self.register_buffer("scale", weight.scale.clone())
+        self.register_buffer("offset", None)
+        if source.output_quantizer is not None:
+            self._quantize_output(source.output_quantizer, constants)
         self.code_sums = self.summed(codes.long()).numpy()
         self.register_buffer("bias", None if source.bias is None else source.bias.detach())
         self.correction = None if source.bias_shift is None else times.correction(source.bias_shift)
+
+    def _quantize_output(self, outputs: OutputQuantizer, constants: Constants) -> None:
+        assert self.inputs.centre is not None
+        step = outputs.steps().detach()
+        self.register_buffer("output_step", step)
+        self.register_buffer("output_shift", self.scale * outputs.offset)
+        self.register_buffer("scale", self.scale / step)
+        self.register_buffer("offset", outputs.offset.to(torch.int32))
+        self.register_buffer("offset_zero_point", torch.zeros_like(outputs.offset, dtype=torch.int32))
+        self.code_scale = constants.scalar(1.0, torch.float32)
+        self.output_zero = constants.scalar(-LOWEST, torch.uint8)
 
     def stored(self, codes: Tensor) -> Tensor:
         """Codes as the graph holds them."""
@@ -241,15 +295,30 @@ class GraphLayer(nn.Module):
         """The output for codes that the quantizer made."""
         y = self.product(codes)
         step = self.inputs.step(y.ndim)
-        return y * step + self.constant_term(y, step)
+        if self.offset is None:
+            return y * step + self.constant_term(y, step)
+        y = _coded(y, self.code_scale, self.output_zero)
+        return y * (step * self.broadcast(self.output_step[None], y)) + self.constant_term(y, step)
+
+    def output_bias(self) -> Tensor | None:
+        """Dequantized integer bias of a quantized output, in the graph."""
+        if self.offset is None:
+            return None
+        bias: Tensor = _Dequantize.apply(self.offset, self.scale, self.offset_zero_point, 0)  # type: ignore[no-untyped-call]
+        return bias
 
     def product(self, codes: Tensor) -> Tensor:
         """W' u."""
         raise NotImplementedError
 
     def constant_term(self, y: Tensor, step: Tensor) -> Tensor:
-        """What does not depend on the input: bias, its correction, and the zero point's share."""
-        total = -self.zero_share(y) * (self.inputs.zero(y.ndim) * step)
+        """What does not depend on the input: bias, its correction, and the zero point's share or the offset's."""
+        if self.offset is not None:
+            total = -self.broadcast(self.output_shift[None], y) * step
+        elif self.inputs.centre is not None:
+            total = torch.zeros_like(step)
+        else:
+            total = -self.zero_share(y) * (self.inputs.zero(y.ndim) * step)
         if self.correction is not None:
             total = total + self.broadcast(self.times.shift(self.correction), y)
         return total if self.bias is None else total + self.broadcast(self.bias[None], y)
@@ -304,7 +373,7 @@ class GraphConv2d(GraphLayer):
         """(B, O, H', W')."""
         self.size = [int(size) for size in codes.shape[2:]]
         padding: Any = self.padding if self.padding_mode == "zeros" else 0
-        return F.conv2d(codes, self.weight(), None, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(codes, self.weight(), self.output_bias(), self.stride, padding, self.dilation, self.groups)
 
     def zero_share(self, y: Tensor) -> Tensor:
         """(1, O, H', W'), or (1, O, 1, 1) where no border sees less of it."""
@@ -340,7 +409,9 @@ class GraphLinear(GraphLayer):
 
     def product(self, codes: Tensor) -> Tensor:
         """(B, ..., O)."""
-        return torch.matmul(codes, self.weight())
+        y = torch.matmul(codes, self.weight())
+        bias = self.output_bias()
+        return y if bias is None else y + bias
 
     def zero_share(self, y: Tensor) -> Tensor:
         """(1, ..., O)."""
@@ -487,6 +558,8 @@ class GraphDenoiser(nn.Module):
 
     def _replace(self) -> None:
         made: dict[int, GraphQuantizer] = {}
+        layers = quant_layers(self.denoiser).values()
+        centred_inputs = {id(m.input_quantizer) for m in layers if m.output_quantizer is not None}
         for name, module in list(self.denoiser.named_modules()):
             if isinstance(module, QuantLayer):
                 replacement = GRAPH_LAYERS.get(type(module))
@@ -498,8 +571,10 @@ class GraphDenoiser(nn.Module):
                     )
                 source = module.input_quantizer
                 if id(source) not in made:
-                    made[id(source)] = GraphQuantizer(source, self.times, self.constants)
-                set_submodule(self.denoiser, name, replacement(module, made[id(source)], self.times))
+                    centred = id(source) in centred_inputs
+                    made[id(source)] = GraphQuantizer(source, self.times, self.constants, centred=centred)
+                layer = replacement(module, made[id(source)], self.times, self.constants)
+                set_submodule(self.denoiser, name, layer)
             elif is_attention(module) and isinstance(module.processor, QuantAttnProcessor):
                 if type(module.processor) not in GRAPH_PROCESSORS:
                     raise UserError(

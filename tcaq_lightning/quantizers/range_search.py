@@ -103,6 +103,45 @@ def search_affine(
     return step.squeeze(1), zero.squeeze(1)
 
 
+def search_common_zero(
+    rows: Tensor,
+    bits: int,
+    zeros: Tensor,
+    candidates: int = 16,
+    limits: tuple[Tensor, Tensor] | None = None,
+    norm: float = NORM,
+) -> tuple[Tensor, Tensor]:
+    """One zero point for all rows, and the best step of every row with it.
+
+    Args:
+        rows, bits, limits, norm: as in `search_affine`.
+        zeros: (R,) the rows' own zero points; the common one is one of five of their quantiles, that of the least sum
+            of the rows' relative errors.
+        candidates: shrink factors tried for a row's range, from 1 down to 0.25.
+
+    Returns:
+        (delta, zero_point), each (R,), zero_point the same everywhere.
+
+    >>> search_common_zero(torch.tensor([[-1.0, 2.0], [-2.0, 4.0]]), bits=2, zeros=torch.tensor([1.0, 1.0]))
+    (tensor([1., 2.]), tensor([1., 1.]))
+    """
+    factors = torch.linspace(1.0, 0.25, candidates, dtype=rows.dtype, device=rows.device)
+    low, high = (rows.amin(1), rows.amax(1)) if limits is None else limits
+    levels = 2**bits - 1
+    power = _power(rows.clone(), norm).sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
+    tried = torch.quantile(zeros, torch.linspace(0, 1, 5, dtype=zeros.dtype, device=zeros.device)).round().unique()
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for zero in tried:
+        below = torch.where(zero > 0, -low / zero, torch.zeros_like(low))
+        above = torch.where(zero < levels, high / (levels - zero), torch.zeros_like(high))
+        cover = torch.maximum(below, above)
+        step = torch.where(cover > 0, cover, torch.ones_like(cover))[:, None] * factors
+        errors, best = _errors(rows, step, (-zero).expand_as(step), (levels - zero).expand_as(step), norm).min(1)
+        found.append((float((errors / power).sum()), step.gather(1, best[:, None]).squeeze(1), zero.expand_as(low)))
+    _, delta, common = min(found, key=lambda choice: choice[0])
+    return delta, common.clone()
+
+
 def search_log(rows: Tensor, bits: int, taus: tuple[float, ...], candidates: int = 9) -> tuple[Tensor, Tensor]:
     """Best delta and exponent of the logarithmic quantizer for every row.
 
