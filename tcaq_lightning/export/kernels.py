@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RUN = re.compile(r" \(\d+\)$")
 """What a later run of a layer appends to its name."""
+MOVED = re.compile(r"_token_\d+$")
+"""What ONNX Runtime appends to the name of a node that it rewrote for another layout."""
 LOWERED = "/DequantizationMultiply"
 """What OpenVINO appends to the name of a layer whose scale it moved behind it."""
 INTEGER_OPERATORS = frozenset(
@@ -81,7 +83,7 @@ def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_f
         products: of the graph.
         in_float: whether all were kept off integer kernels.
     """
-    found = {node.name: node.op_type for node in optimised.graph.node}
+    found = {MOVED.sub("", node.name): node.op_type for node in optimised.graph.node}
     kernels = []
     for product in products:
         operator = _of(found, product.name, "not found")
