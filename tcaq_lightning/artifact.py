@@ -239,8 +239,8 @@ def _read_config(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     got = (quantization.get("quant_method"), quantization.get("version"))
     if got not in [(QUANT_METHOD, version) for version in FORMAT_VERSIONS]:
         raise UserError(
-            f"{file}: expected quant_method {QUANT_METHOD!r} and version 1 or 2, got {got}; use the release of tcaq-lightning "
-            f"({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
+            f"{file}: expected quant_method {QUANT_METHOD!r} and version 1 or 2, got {got}; use the release of "
+            f"tcaq-lightning ({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
         )
     return name, config, quantization
 

@@ -149,9 +149,7 @@ class QuantLayer(nn.Module):
             y = self.linear_map(quantized, weight, bias)
         else:
             y = self.linear_map(quantized, weight, None)
-            scale = self.weight_quantizer
-            scale = scale.scales() if isinstance(scale, AdaRoundWeight) else scale.scale
-            y = self.output_quantizer(y, self._input_step(y), scale)
+            y = self.output_quantizer(y, self._input_step(y), self.weight_quantizer.scales())
             if bias is not None:
                 y = y + along(bias, y.ndim, self.channel_dim)
         if self.bias_shift is not None:

@@ -164,7 +164,11 @@ class BlockReconstruction(pl.LightningModule):
             layer.learned_weight.begin_learning(rounding, layer.input_quantizer.r)
             for layer in quant_layers(self.unit).values()
         ]
-        found += [outputs.begin_learning() for outputs in output_quantizers(self.unit)]
+        found += [
+            layer.output_quantizer.begin_learning()
+            for layer in quant_layers(self.unit).values()
+            if layer.output_quantizer is not None and layer.input_quantizer.headroom == 1
+        ]
         for parameters in found:
             for kind, values in parameters.items():
                 self.learned[kind] += values

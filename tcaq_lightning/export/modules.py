@@ -210,7 +210,6 @@ class GraphQuantizer(nn.Module):
                 x = x.clamp(min=-self.middle)
         return _coded(x, self.code_scale, self.code_zero)
 
-
     def _within(self, x: Tensor, centre: int) -> Tensor:
         """Keep x / step within the codes of its group, u - z_g."""
         if self.levels == 255:

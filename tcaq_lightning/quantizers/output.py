@@ -32,7 +32,6 @@ class OutputQuantizer(nn.Module):
         delta: (O,) steps of t. offset: (O,) integer-valued n.
         log_delta: relative change that is being learned; None outside of a fit.
         enabled: off while the layer computes in full precision.
-        headroom: factor on searched ranges, that of the input.
     """
 
     delta: Tensor
@@ -42,15 +41,12 @@ class OutputQuantizer(nn.Module):
         super().__init__()
         self.channel_dim = channel_dim
         self.enabled = True
-        self.headroom = 1.0
         self.register_buffer("delta", torch.ones(channels))
         self.register_buffer("offset", torch.zeros(channels))
         self.log_delta: nn.Parameter | None = None
 
     def begin_learning(self) -> dict[str, list[nn.Parameter]]:
         """Make the steps learnable; returns the new parameters by kind."""
-        if self.headroom != 1:
-            return {}
         self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
         return {"steps": [self.log_delta]}
 
@@ -72,9 +68,8 @@ class OutputQuantizer(nn.Module):
         Args:
             values: outputs in units of the input's step, t, with the channels on `channel_dim`.
             scale: (O,) of the weight's codes.
-            headroom: factor on the ranges; other than 1 they are not learned, as those of the input.
+            headroom: factor on the ranges.
         """
-        self.headroom = headroom
         rows = values.movedim(self.channel_dim, 0).flatten(1)  # (O, N)
         low, high = rows.amin(1), rows.amax(1)
         if rows.shape[1] > VALUES:
@@ -83,7 +78,7 @@ class OutputQuantizer(nn.Module):
         middle = (low + high) / 2
         limits = low - middle, high - middle
         delta, zero = search_affine(rows - middle[:, None], OUTPUT_BITS, limits=limits, norm=NORM)
-        delta = delta * headroom
+        delta = torch.maximum(delta * headroom, scale)  # sums of codes lie no closer to each other
         self.delta.copy_(delta)
         self.offset.copy_((((zero + LOWEST) * delta - middle) / scale).round())
 

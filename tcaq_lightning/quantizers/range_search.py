@@ -129,17 +129,19 @@ def search_common_zero(
     low, high = (rows.amin(1), rows.amax(1)) if limits is None else limits
     levels = 2**bits - 1
     power = _power(rows.clone(), norm).sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
-    tried = torch.quantile(zeros, torch.linspace(0, 1, 5, dtype=zeros.dtype, device=zeros.device)).round().unique()
+    tried = torch.quantile(zeros, torch.linspace(0, 1, 5, dtype=zeros.dtype, device=zeros.device)).round()
     found: list[tuple[float, Tensor, Tensor]] = []
-    for zero in tried:
-        below = torch.where(zero > 0, -low / zero, torch.zeros_like(low))
-        above = torch.where(zero < levels, high / (levels - zero), torch.zeros_like(high))
+    for zero in sorted(set(tried.tolist())):
+        below = -low / zero if zero > 0 else torch.zeros_like(low)
+        above = high / (levels - zero) if zero < levels else torch.zeros_like(high)
         cover = torch.maximum(below, above)
         step = torch.where(cover > 0, cover, torch.ones_like(cover))[:, None] * factors
-        errors, best = _errors(rows, step, (-zero).expand_as(step), (levels - zero).expand_as(step), norm).min(1)
-        found.append((float((errors / power).sum()), step.gather(1, best[:, None]).squeeze(1), zero.expand_as(low)))
+        bounds = torch.full_like(step, -zero), torch.full_like(step, levels - zero)
+        errors, best = _errors(rows, step, *bounds, norm).min(1)
+        common = torch.full_like(zeros, zero)
+        found.append((float((errors / power).sum()), step.gather(1, best[:, None]).squeeze(1), common))
     _, delta, common = min(found, key=lambda choice: choice[0])
-    return delta, common.clone()
+    return delta, common
 
 
 def search_log(rows: Tensor, bits: int, taus: tuple[float, ...], candidates: int = 9) -> tuple[Tensor, Tensor]:
