@@ -95,7 +95,7 @@ def _frozen(
 
 @pytest.fixture(scope="session")
 def frozen() -> Callable[..., Any]:
-    """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax quantizers, symmetric, rules, integer_ready)."""
+    """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax quantizers, symmetric, rules, outputs)."""
     made: dict[str, Any] = {}  # equal calls share one
 
     def make(**case: Any) -> Any:

@@ -39,7 +39,7 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer, self.config = layer, SimpleNamespace()
 
-    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:  # noqa: ARG002
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         return (self.layer(sample),)
 
 
