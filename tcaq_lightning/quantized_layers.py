@@ -41,6 +41,9 @@ ELEMENTWISE = "added or multiplied elementwise"
 """Note of parameters that are no layer's: tables, gates, tokens."""
 UNKNOWN_ATTENTION = "unknown attention"
 """How the note begins of matmuls in full precision because no quantized processor is known."""
+PREDICTION = "conv_out"
+"""Convolution whose output is diffusers' UNets' prediction: 8 bits of it cost more error than those of all others, and
+its integer kernel saves next to nothing."""
 DYNAMIC = "dynamic per token"
 """Note of layers whose inputs are quantized with steps found at run time."""
 
@@ -92,7 +95,7 @@ def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
     weight: int | None = config.weight.bits
     activation: int | None = config.activation.bits
     softmax = config.softmax.bits or config.activation.bits
-    output = OUTPUT_BITS if config.integer_ready else None
+    float_output = name == PREDICTION
     kept = False
     for rule in config.rules:
         if fnmatchcase(name, rule.pattern):
@@ -100,7 +103,8 @@ def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
             weight = rule.weight_bits or weight
             activation = rule.activation_bits or activation
             softmax = rule.softmax_bits or softmax
-            output = None if rule.float_output else output
+            float_output = float_output if rule.float_output is None else rule.float_output
+    output = OUTPUT_BITS if config.integer_ready and not float_output else None
     return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax, output)
 
 

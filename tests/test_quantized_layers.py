@@ -64,21 +64,33 @@ def test_coverage_lists_every_layer_and_attention_matmul(make_unet: Any) -> None
 
 def test_integer_ready_quantizes_the_outputs_of_convolutions(make_unet: Any) -> None:
     unet = make_unet()
-    rule = LayerRule("conv_out", float_output=True)
-    rows = {row.name: row.bits for row in quantize(unet, config(rule, LayerRule("conv_in", keep=True)), groups())}
+    rows = {row.name: row.bits for row in quantize(unet, config(), groups())}
     assert not any("O" in bits for bits in rows.values())
     unet = make_unet()
-    ready = config(rule, LayerRule("conv_in", keep=True), LayerRule("*.conv1", activation_bits=8))
+    ready = config(
+        LayerRule("conv_in", keep=True),
+        LayerRule("*.conv1", activation_bits=8),
+        LayerRule("mid_block.resnets.0.conv2", float_output=True),
+    )
     ready.integer_ready = True
     rows = {row.name: row.bits for row in quantize(unet, ready, groups())}
     for name, layer in quant_layers(unet).items():
-        quantized = isinstance(layer, QuantConv2d) and name != "conv_out"
+        quantized = isinstance(layer, QuantConv2d) and name not in ("conv_out", "mid_block.resnets.0.conv2")
         assert (layer.output_quantizer is not None) == quantized, name
         assert rows[name].endswith(" O8") == quantized
         # codes of 8 bits must lie around one zero point to fit into 8 bits, narrower ones need not
         assert layer.input_quantizer.constant_zero == (quantized and name.endswith("conv1"))
     assert rows["mid_block.resnets.0.conv1"] == "W4 A8 O8"
     assert rows["conv_in"] == "float"
+
+
+def test_a_rule_quantizes_the_prediction_too() -> None:
+    ready = QuantizationConfig(integer_ready=True)
+    assert bits_of("conv_out", ready).output is None
+    assert bits_of("down.conv_out", ready).output == 8
+    ready.rules = [LayerRule("conv_*", float_output=False)]
+    assert bits_of("conv_out", ready).output == 8
+    assert bits_of("conv_out", QuantizationConfig(rules=ready.rules)).output is None
 
 
 def test_outputs_of_asymmetric_8_bit_weights_stay_in_float(make_unet: Any) -> None:
