@@ -157,7 +157,8 @@ def initialize(
             for layer in layers:
                 layer.set_shift()
                 layer.search_weight()
-                layer.search_output(quantizer(inputs[name]))
+                if layer.output_quantizer is not None:
+                    layer.search_output(quantizer(inputs[name]))
     return _exchange(unit, layers_of, choices)
 
 
