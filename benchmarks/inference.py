@@ -2,6 +2,7 @@
 
     python -m benchmarks.inference --artifact runs/quickstart/quantized --threads 2
     python -m benchmarks.inference --model ddpm-cifar10-32 --weight_bits 4 --threads 2 --batch_sizes [1,4]
+    python -m benchmarks.inference --model ddpm-cifar10-32 --integer_ready true
 
 Every engine runs in a process of its own, so that its memory is its own, and the engines take turns, so that a slow
 minute of the machine falls on all of them. Ratios are to the fastest full-precision engine of the same batch size.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import SHIPPED, anonymous_memory, denoiser_config, machine, make_denoiser, median, run, watch
 from tcaq_lightning.artifact import freeze, load_quantized, save_artifact, weights_digest
@@ -29,6 +30,7 @@ from tcaq_lightning.export.build import build_graph
 from tcaq_lightning.export.engines import open_engine
 from tcaq_lightning.export.inputs import example_inputs, nest
 from tcaq_lightning.export.stand_in import EngineDenoiser
+from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
@@ -39,10 +41,14 @@ KINDS = ("full", "quantized")
 
 
 @torch.no_grad()
-def nearest(denoiser: nn.Module, weight_bits: int, activation_bits: int, groups: int) -> None:
+def nearest(
+    denoiser: nn.Module, weight_bits: int, activation_bits: int, groups: int, integer_ready: bool = False
+) -> None:
     """Quantize a denoiser of random weights to nearest, with ranges of a normal input; its speed is what is asked."""
     boundaries = [1000.0 * g / groups for g in range(1, groups)]
-    config = QuantizationConfig(WeightConfig(weight_bits), ActivationConfig(activation_bits))
+    config = QuantizationConfig(
+        WeightConfig(weight_bits), ActivationConfig(activation_bits), integer_ready=integer_ready
+    )
     quantize(denoiser, config, TimestepGroups(boundaries))
     for quantizer in quantizers(denoiser).values():
         levels = 2**quantizer.bits - 1
@@ -51,18 +57,36 @@ def nearest(denoiser: nn.Module, weight_bits: int, activation_bits: int, groups:
             quantizer.delta.copy_(grown / levels)
         else:
             quantizer.delta.copy_(8 * grown / levels)
-            quantizer.zero_point.copy_((levels * torch.linspace(0.4, 0.6, groups)).round())
+            zeros = torch.linspace(0.4, 0.6, groups)
+            quantizer.zero_point.copy_((levels * (zeros.mean() if quantizer.constant_zero else zeros)).round())
     for layer in quant_layers(denoiser).values():
-        layer.learned_weight.search(layer.input_quantizer.r)
+        layer.search_weight()
+    if integer_ready:
+        _search_outputs(denoiser)
     freeze(denoiser)
 
 
-def prepare(model: str, artifact: str | None, bits: tuple[int, int], groups: int, directory: Path) -> dict[str, Any]:
+def _search_outputs(denoiser: nn.Module) -> None:
+    """Ranges of the quantized outputs, each from what the layers before it give for noise."""
+
+    def search(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, QuantLayer)
+        layer.search_output(layer.input_quantizer(args[0]))
+
+    handles = [layer.register_forward_pre_hook(search) for layer in quant_layers(denoiser).values()]
+    denoiser(**nest(example_inputs(denoiser)))
+    for handle in handles:
+        handle.remove()
+
+
+def prepare(
+    model: str, artifact: str | None, bits: tuple[int, int], groups: int, integer_ready: bool, directory: Path
+) -> dict[str, Any]:
     """Write both graphs; sizes of the files in bytes."""
     if artifact is None:
         denoiser = make_denoiser(denoiser_config(model))
         frozen = make_denoiser(denoiser_config(model))
-        nearest(frozen, *bits, groups)
+        nearest(frozen, *bits, groups, integer_ready)
         pipeline: Any = DDIMPipeline(frozen, DDIMScheduler())  # type: ignore[no-untyped-call]
         artifact = str(directory / "artifact")
         save_artifact(pipeline, "unet", frozen, artifact, {})
@@ -106,6 +130,7 @@ def inference(
     weight_bits: int = 4,
     activation_bits: int = 8,
     groups: int = 20,
+    integer_ready: bool = False,
     threads: int = 1,
     batch_sizes: list[int] | None = None,
     repetitions: int = 2,
@@ -118,6 +143,7 @@ def inference(
         weight_bits: of a model that is quantized here.
         activation_bits: likewise.
         groups: timestep groups, likewise.
+        integer_ready: whether outputs of convolutions are quantized too, likewise.
         threads: of each engine.
         batch_sizes: to measure; 1 and 4 by default.
         repetitions: of every measurement, in turns; the fastest counts.
@@ -126,7 +152,7 @@ def inference(
         raise UserError("--artifact: expected what the shipped model was quantized to, got nothing; give its directory")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        prepared = prepare(model, artifact, (weight_bits, activation_bits), groups, directory)
+        prepared = prepare(model, artifact, (weight_bits, activation_bits), groups, integer_ready, directory)
         rows: dict[str, dict[str, Any]] = {}
         for batch in batch_sizes or [1, 4]:
             found: dict[str, list[dict[str, Any]]] = {}

@@ -25,8 +25,9 @@ from torch import nn
 from tcaq_lightning import __version__
 from tcaq_lightning.diffusers_quantizer import (
     CHECKSUMS_FILE,
-    FORMAT_VERSION,
+    PLAIN,
     QUANT_METHOD,
+    QUANTIZED_OUTPUTS,
     TCAQConfig,
     TCAQQuantizer,
     check_format,
@@ -138,7 +139,7 @@ def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtype
     weights = save(fuse(stored_tensors(denoiser, structure.layers)), metadata={"format": "pt"})
     quantization = {
         "quant_method": QUANT_METHOD,
-        "version": FORMAT_VERSION,
+        "version": QUANTIZED_OUTPUTS if any(e.quantized_output for e in structure.layers.values()) else PLAIN,
         "tcaq_lightning": __version__,
         **structure.to_dict(),
         **({"component_dtypes": dtypes} if dtypes else {}),

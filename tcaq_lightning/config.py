@@ -208,6 +208,9 @@ class LayerRule:
     """Code width of an attention's probabilities, null leaves it."""
     keep: bool = False
     """Leave the layer in full precision."""
+    float_output: bool | None = None
+    """With quantization.integer_ready: true leaves a convolution's output in floating point, false quantizes it; null:
+    only that of conv_out, the prediction itself, is left."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "softmax_bits"):
@@ -226,7 +229,11 @@ class QuantizationConfig:
     """Attention probabilities."""
     rules: list[LayerRule] = field(default_factory=list)
     """Layers that differ or are kept: a shell-style pattern on the module's name, and weight_bits, activation_bits,
-    softmax_bits (each null or left out: unchanged) or keep: true. A later rule overrides an earlier one."""
+    softmax_bits (each null or left out: unchanged), keep: true, or float_output: true or false (with integer_ready). A
+    later rule overrides an earlier one."""
+    integer_ready: bool = False
+    """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
+    give floats (ONNX Runtime). They are calibrated, learned and simulated."""
 
 
 @dataclass

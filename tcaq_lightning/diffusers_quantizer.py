@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from tcaq_lightning.fused import Stored
 
 QUANT_METHOD = "tcaq"
-FORMAT_VERSION = 1
+PLAIN, QUANTIZED_OUTPUTS = FORMAT_VERSIONS = (1, 2)
+"""Of files: the second one where outputs are quantized too, which releases that know the first alone must refuse."""
 CHECKSUMS_FILE = "checksums.json"
 
 
@@ -242,12 +243,11 @@ def check_format(quantization: dict[str, Any], where: str) -> None:
     Raises:
         UserError: it is not.
     """
-    expected = (QUANT_METHOD, FORMAT_VERSION)
     got = (quantization.get("quant_method"), quantization.get("version"))
-    if got != expected:
+    if got not in [(QUANT_METHOD, version) for version in FORMAT_VERSIONS]:
         raise UserError(
-            f"{where}: expected quant_method and version {expected}, got {got}; use the release of tcaq-lightning "
-            f"({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
+            f"{where}: expected quant_method {QUANT_METHOD!r} and version 1 or 2, got {got}; use the release of "
+            f"tcaq-lightning ({quantization.get('tcaq_lightning')}) that wrote it, or calibrate again"
         )
 
 

@@ -30,6 +30,7 @@ class LayerEntry:
         bias_shift: there is a bias correction for each timestep group.
         input_of: the layer that this one shares its input quantizer with.
         dynamic: the input's steps are found at run time, token by token.
+        quantized_output: the output is quantized too.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class LayerEntry:
     bias_shift: bool = False
     input_of: str | None = None
     dynamic: bool = False
+    quantized_output: bool = False
 
     def __post_init__(self) -> None:
         _require_bits(self.weight_bits, self.activation_bits)
@@ -221,6 +223,7 @@ def _describe_layer(layer: QuantLayer, input_of: str | None) -> LayerEntry:
         bias_shift=layer.bias_shift is not None,
         input_of=input_of,
         dynamic=isinstance(inputs, TokenQuantizer),
+        quantized_output=layer.output_quantizer is not None,
     )
 
 
@@ -276,4 +279,6 @@ def _frozen_layer(module: Any, entry: LayerEntry, groups: TimestepGroups, name: 
         layer.fold_shift()
     if entry.bias_shift:
         layer.allow_bias_shift()
+    if entry.quantized_output:
+        layer.quantize_output()
     return layer

@@ -25,7 +25,13 @@ from tcaq_lightning.quantized_layers import (
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import along, widened
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
-from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_log, search_symmetric
+from tcaq_lightning.quantizers.range_search import (
+    NORM,
+    search_affine,
+    search_common_zero,
+    search_log,
+    search_symmetric,
+)
 from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.quantizers.weight import column, scale_of_inputs
 from tcaq_lightning.statistics import RangeStatistics
@@ -135,7 +141,7 @@ def initialize(
                 continue
             if name not in inputs:  # of a layer that the unit does not use
                 for layer in layers_of.get(id(quantizer), []):
-                    layer.learned_weight.search(layer.input_quantizer.r)
+                    layer.search_weight()
                 continue
             if isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
@@ -150,7 +156,9 @@ def initialize(
             _set_range(quantizer, inputs[name], ranges)
             for layer in layers:
                 layer.set_shift()
-                layer.learned_weight.search(quantizer.r)
+                layer.search_weight()
+                if layer.output_quantizer is not None:
+                    layer.search_output(quantizer(inputs[name]))
     return _exchange(unit, layers_of, choices)
 
 
@@ -236,6 +244,8 @@ def _set_range(
     low, high = (limit.to(x.device) for limit in ranges.limits(r.cpu()))
     rows = _by_group(scaled, ranges.low.shape[0], values)
     delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high), norm)
+    if quantizer.constant_zero and bool((zero != zero[0]).any()):
+        delta, zero = search_common_zero(rows, quantizer.bits, zero, candidates, (low, high), norm)
     quantizer.delta.copy_(delta * quantizer.headroom)
     quantizer.zero_point.copy_(zero)
 

@@ -107,6 +107,7 @@ class TorchAOLinear(QuantLinear):
         QuantLayer.__init__(self, TorchAOWeight(weight), source.input_quantizer, source.bias, source.name)
         self.dtype, self.in_features = source.dtype, source.in_features
         self.bias_shift, self.shift_bias = source.bias_shift, source.shift_bias
+        self.output_quantizer = source.output_quantizer
         sums = _centred(weight).sum(dim=1).to(weight.scale.dtype) * weight.scale
         self.register_buffer("weight_sums", sums, persistent=False)
 

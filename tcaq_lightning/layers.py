@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight
-from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, OutputQuantizer
+from tcaq_lightning.quantizers.activation import along, per_sample
+from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.quantizers.uniform import keeping_type
 
 
@@ -21,9 +22,12 @@ class QuantLayer(nn.Module):
     has the model's type again.
 
     Attributes:
+        integer_output: whether some engine has no integer kernel of its kind that gives floats (ONNX Runtime for a
+            convolution; its matrix product gives floats, and is faster so).
         dtype: of the output, that of the full-precision layer.
         input_quantizer: quantizer of the input; q, k and v projections of one tensor share it.
         weight_quantizer: maps r to the dequantized weight.
+        output_quantizer: of the output before the bias, or None where that stays in floating point.
         bias: (O,) or None, in full precision.
         bias_shift: (G, O) correction of the output's mean error for each timestep group, or None.
         shift_bias: (O,) what the input's shift contributes to the output, W shift in full precision, or None. Once the
@@ -31,6 +35,7 @@ class QuantLayer(nn.Module):
     """
 
     channel_dim: int
+    integer_output: bool = False
     bias_shift: Tensor | None
     shift_bias: Tensor | None
 
@@ -46,6 +51,7 @@ class QuantLayer(nn.Module):
         self.dtype = torch.float32
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        self.output_quantizer: OutputQuantizer | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_buffer("bias_shift", None)
         self.register_buffer("shift_bias", None)
@@ -72,6 +78,40 @@ class QuantLayer(nn.Module):
         groups = self.input_quantizer.groups.num_groups
         scale = self.weight_quantizer.scale
         self.register_buffer("bias_shift", scale.new_zeros(groups, self.out_channels))
+
+    def quantize_output(self) -> None:
+        """Give the layer a quantizer of its output, neutral until it is set.
+
+        The input then gets one zero point for all timestep groups: it is a constant of the integer kernel, and its
+        codes in all groups must fit into 8 bits around it. Narrower ones do with zero points of their own.
+        """
+        self.input_quantizer.constant_zero = self.input_quantizer.bits == OUTPUT_BITS
+        quantizer = OutputQuantizer(self.out_channels, self.channel_dim)
+        self.output_quantizer = quantizer.to(self.weight_quantizer.scale.device).train(self.training)
+
+    @torch.no_grad()
+    def search_weight(self) -> None:
+        """Search the weight's grid for the input's r; the output keeps its range."""
+        before = self.learned_weight.scale.clone()
+        self.learned_weight.search(self.input_quantizer.r)
+        if self.output_quantizer is not None:
+            self.output_quantizer.rescale(before, self.learned_weight.scale)
+
+    @torch.no_grad()
+    def search_output(self, quantized: Tensor) -> None:
+        """Search the output's range, after those of the input and the weight.
+
+        Args:
+            quantized: input that is quantized already, (B, ...), each sample by its timestep group.
+        """
+        if self.output_quantizer is not None:
+            y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), None)
+            scale, headroom = self.weight_quantizer.scale, self.input_quantizer.headroom
+            self.output_quantizer.search(y / self._input_step(y), scale, headroom)
+
+    def _input_step(self, y: Tensor) -> Tensor:
+        """The input's step for each sample, beside an output."""
+        return per_sample(self.input_quantizer.steps(), self.input_quantizer.groups.of_rows(y.shape[0]), y.ndim)
 
     @property
     def pointwise(self) -> bool:
@@ -111,7 +151,13 @@ class QuantLayer(nn.Module):
         bias: Tensor | None = self.bias
         if self.shift_bias is not None:
             bias = self.shift_bias if bias is None else bias + self.shift_bias
-        y = self.product(quantized, bias)
+        if self.output_quantizer is None:
+            y = self.product(quantized, bias)
+        else:
+            y = self.product(quantized, None)
+            y = self.output_quantizer(y, self._input_step(y), self.weight_quantizer.scales())
+            if bias is not None:
+                y = y + along(bias, y.ndim, self.channel_dim)
         if self.bias_shift is not None:
             shift = self.bias_shift[self.input_quantizer.groups.of_rows(y.shape[0])]  # (B, O)
             shape = [shift.shape[0]] + [1] * (y.ndim - 1)
@@ -137,6 +183,7 @@ class QuantConv2d(QuantLayer):
     """Quantized `nn.Conv2d`."""
 
     channel_dim = 1
+    integer_output = True
 
     def __init__(self, source: nn.Conv2d, *args: Any) -> None:
         super().__init__(*args)

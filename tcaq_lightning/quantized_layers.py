@@ -18,7 +18,15 @@ from tcaq_lightning.attention import PROCESSORS, is_attention, processor_name, s
 from tcaq_lightning.config import QuantizationConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantConv2d, QuantLayer, QuantLinear
-from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, Rounding, SoftmaxQuantizer, TokenQuantizer
+from tcaq_lightning.quantizers import (
+    ActivationQuantizer,
+    AdaRoundWeight,
+    OutputQuantizer,
+    Rounding,
+    SoftmaxQuantizer,
+    TokenQuantizer,
+)
+from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.timesteps import TimestepGroups, TimestepHook
 from tcaq_lightning.units import find_units, output_layer
 
@@ -34,17 +42,24 @@ ELEMENTWISE = "added or multiplied elementwise"
 """Note of parameters that are no layer's: tables, gates, tokens."""
 UNKNOWN_ATTENTION = "unknown attention"
 """How the note begins of matmuls in full precision because no quantized processor is known."""
+PREDICTION = "conv_out"
+"""Convolution whose output is diffusers' UNets' prediction: 8 bits of it cost more error than those of all others, and
+its integer kernel saves next to nothing."""
 DYNAMIC = "dynamic per token"
 """Note of layers whose inputs are quantized with steps found at run time."""
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer or attention under the rules; None where that operand stays in full precision."""
+    """Bits of one layer or attention under the rules; None where that operand stays in full precision.
+
+    The output's are of the kinds of layers whose outputs are quantized.
+    """
 
     weight: int | None
     activation: int | None
     softmax: int | None
+    output: int | None = None
 
     @property
     def kept(self) -> bool:
@@ -59,7 +74,7 @@ class CoverageRow:
     Attributes:
         name: of the layer, or of the attention with the matmul, such as `mid_block.attentions.0 (q k^T)`.
         kind: module class, or `matmul`.
-        bits: such as `W4 A8`, or `float`.
+        bits: such as `W4 A8`, with a quantized output `W4 A8 O8`, or `float`.
         note: why it is in full precision, or empty.
         parameters: number of parameters that the row accounts for.
     """
@@ -76,11 +91,12 @@ def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
 
     >>> from tcaq_lightning.config import LayerRule
     >>> bits_of("conv_in", QuantizationConfig(rules=[LayerRule("conv_*", weight_bits=8)]))
-    LayerBits(weight=8, activation=8, softmax=8)
+    LayerBits(weight=8, activation=8, softmax=8, output=None)
     """
     weight: int | None = config.weight.bits
     activation: int | None = config.activation.bits
     softmax = config.softmax.bits or config.activation.bits
+    float_output = name == PREDICTION
     kept = False
     for rule in config.rules:
         if fnmatchcase(name, rule.pattern):
@@ -88,7 +104,9 @@ def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
             weight = rule.weight_bits or weight
             activation = rule.activation_bits or activation
             softmax = rule.softmax_bits or softmax
-    return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax)
+            float_output = float_output if rule.float_output is None else rule.float_output
+    output = OUTPUT_BITS if config.integer_ready and not float_output else None
+    return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax, output)
 
 
 def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGroups) -> list[CoverageRow]:
@@ -110,12 +128,14 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     _check_rules(denoiser, config)
     rows = _separate_projections(denoiser)
     sharing: list[list[str]] = []
+    integers: list[str] = []
     for name, module in list(denoiser.named_modules()):
         bits = bits_of(name, config)
         if type(module) in LAYERS:
             rows.append(_layer_row(name, module, bits, config))
             if not bits.kept:
                 set_submodule(denoiser, name, _quantized_layer(module, bits, groups, config, name))
+                integers += [name] * _quantizes_output(module, bits, config)
             continue
         if is_attention(module):
             sharing += _same_inputs(name, module)
@@ -128,6 +148,8 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
         )
     for names in sharing:
         _share_input_quantizer([denoiser.get_submodule(n) for n in names])
+    for name in integers:
+        cast("QuantLayer", denoiser.get_submodule(name)).quantize_output()
     _allow_shifts(denoiser)
     for unit in find_quantized_units(denoiser):
         shifted = output_layer(denoiser.get_submodule(unit), unit)
@@ -152,6 +174,11 @@ def quantizers(module: nn.Module) -> dict[str, ActivationQuantizer | SoftmaxQuan
     return {n: m for n, m in module.named_modules() if isinstance(m, (ActivationQuantizer, SoftmaxQuantizer))}
 
 
+def output_quantizers(module: nn.Module) -> list[OutputQuantizer]:
+    """Quantizers of the outputs of layers within a module."""
+    return [m for m in module.modules() if isinstance(m, OutputQuantizer)]
+
+
 def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
     names = [
         name
@@ -171,7 +198,20 @@ def _layer_row(name: str, module: nn.Module, bits: LayerBits, config: Quantizati
     if bits.kept:
         return CoverageRow(name, kind, "float", KEPT_BY_RULE, parameters)
     dynamic = config.activation.dynamic_per_token and isinstance(module, nn.Linear)
-    return CoverageRow(name, kind, f"W{bits.weight} A{bits.activation}", DYNAMIC if dynamic else "", parameters)
+    widths = f"W{bits.weight} A{bits.activation}"
+    if _quantizes_output(module, bits, config):
+        widths += f" O{bits.output}"
+    return CoverageRow(name, kind, widths, DYNAMIC if dynamic else "", parameters)
+
+
+def _quantizes_output(module: nn.Module, bits: LayerBits, config: QuantizationConfig) -> bool:
+    """Whether the output of a layer is quantized.
+
+    Integer kernels want signed weights of 8 bits around 0, and of the others the output stays in float: asymmetric
+    codes of 8 bits do not fit there.
+    """
+    fits = config.weight.symmetric or (bits.weight or 0) < OUTPUT_BITS
+    return LAYERS[type(module)].integer_output and bits.output is not None and fits
 
 
 def _own_parameters(module: nn.Module) -> int:
@@ -305,7 +345,8 @@ def uncovered(denoiser: nn.Module, rows: list[CoverageRow]) -> list[str]:
 @contextmanager
 def full_precision(unit: nn.Module) -> Iterator[None]:
     """Switch all quantizers of a unit off for a while: its layers then compute with the original weights."""
-    activations, layers = list(quantizers(unit).values()), list(quant_layers(unit).values())
+    layers = list(quant_layers(unit).values())
+    activations = [*quantizers(unit).values(), *output_quantizers(unit)]
     for quantizer in activations:
         quantizer.enabled = False
     for layer in layers:

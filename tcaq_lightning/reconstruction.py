@@ -17,7 +17,7 @@ from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantized_layers import quant_layers, quantizers
+from tcaq_lightning.quantized_layers import output_quantizers, quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
 from tcaq_lightning.sensitivity import beside_channels, channel_means, mean_squares
@@ -194,6 +194,11 @@ class BlockReconstruction(pl.LightningModule):
             layer.learned_weight.begin_learning(rounding, layer.input_quantizer.r)
             for layer in quant_layers(self.unit).values()
         ]
+        found += [
+            layer.output_quantizer.begin_learning()
+            for layer in quant_layers(self.unit).values()
+            if layer.output_quantizer is not None and layer.input_quantizer.headroom == 1
+        ]
         for parameters in found:
             for kind, values in parameters.items():
                 self.learned[kind] += values
@@ -204,10 +209,12 @@ class BlockReconstruction(pl.LightningModule):
             quantizer.end_learning()
             if isinstance(quantizer, ActivationQuantizer):
                 quantizer.drop_probability = 0.0
+        for outputs in output_quantizers(self.unit):
+            outputs.end_learning()
         for layer in quant_layers(self.unit).values():
             layer.learned_weight.end_learning()
             if self.phase == "r":
-                layer.learned_weight.search(layer.input_quantizer.r)
+                layer.search_weight()
         self.unit.eval()
 
     def train_dataloader(self) -> DataLoader[int]:

@@ -20,7 +20,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.frozen import Structure, describe, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.pipelines import sample
-from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
+from tcaq_lightning.quantized_layers import output_quantizers, quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, SoftmaxQuantizer
 from tcaq_lightning.timesteps import TimestepGroups
 
@@ -313,6 +313,30 @@ def test_contents(artifact: Path, frozen_pipeline: DDIMPipeline) -> None:
     assert artifact_sizes(artifact) == sum((artifact / "unet" / f).stat().st_size for f in ("config.json", WEIGHTS[5:]))
 
 
+def test_quantized_outputs_round_trip(tmp_path: Path) -> None:
+    config = config_of(4)
+    config.integer_ready = True
+    denoiser = calibrated(config, BOUNDARIES)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for outputs in output_quantizers(denoiser):
+            outputs.delta.copy_(20 + 5 * torch.rand(outputs.delta.shape, generator=generator))
+            outputs.offset.copy_(torch.randint(-(2**20), 2**20, outputs.offset.shape, generator=generator))
+    freeze(denoiser)
+    expected = mixed_prediction(denoiser)
+    save_artifact(as_pipeline(denoiser), "unet", denoiser, tmp_path / "quantized", {})
+    loaded = load_quantized(tmp_path / "quantized").unet
+    assert torch.equal(mixed_prediction(loaded), expected)
+    assert len(output_quantizers(loaded)) == len(output_quantizers(denoiser)) > 20
+    quantization = json.loads((tmp_path / "quantized/unet/config.json").read_text())["quantization_config"]
+    assert quantization["version"] == 2  # releases that know no quantized outputs must refuse it
+    assert quantization["layers"]["conv_in"]["quantized_output"] is True
+    assert "quantized_output" not in quantization["layers"]["time_embedding.linear_1"]
+    for outputs in output_quantizers(loaded):  # they take part
+        outputs.enabled = False
+    assert not torch.equal(mixed_prediction(loaded), expected)
+
+
 def flip(file: Path, position: float) -> None:
     data = bytearray(file.read_bytes())
     data[int(position * (len(data) - 1))] ^= 0x04
@@ -350,7 +374,7 @@ def edit(artifact: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("change", "message"),
     [
         (lambda c: c.pop("quantization_config"), "no quantization_config"),
-        (lambda c: c["quantization_config"].update(version=2), r"\('tcaq', 1\), got \('tcaq', 2\)"),
+        (lambda c: c["quantization_config"].update(version=3), r"version 1 or 2, got \('tcaq', 3\)"),
         (lambda c: c["quantization_config"].update(quant_method="gptq"), "got .'gptq', 1"),
         (lambda c: c["quantization_config"].pop("layers"), "tables do not fit a UNet2DModel"),
         (lambda c: c["quantization_config"]["layers"].update(conv_mid={"kind": "Conv2d"}), "conv_mid"),

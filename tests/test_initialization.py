@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tcaq_lightning.config import DAQConfig, TCRConfig
+from tcaq_lightning.config import DAQConfig, QuantizationConfig, TCRConfig
 from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
@@ -163,3 +163,29 @@ def test_without_daq_every_group_is_uniform(make_twins: Any, initialized: Any) -
     _, unit, _, choices = prepared(make_twins, initialized, ATTENTION, daq=DAQConfig(enabled=False))
     assert not choices.attention[SOFTMAX].logarithmic.any()
     assert not quantizers(unit)[SOFTMAX].tau.any()
+
+
+@pytest.mark.parametrize("name", [RESNET, "conv_in"])
+def test_outputs_are_set_from_quantized_operands(make_twins: Any, initialized: Any, name: str) -> None:
+    twins = make_twins(QuantizationConfig(integer_ready=True), samples=16)
+    unit, data, _ = initialized(twins, name)
+    layers = [layer for layer in quant_layers(unit).values() if layer.output_quantizer is not None]
+    assert layers
+    for layer in layers:
+        assert len(set(layer.input_quantizer.zero_point.tolist())) == 1
+        assert len(set(layer.input_quantizer.delta.tolist())) == 2
+        output = layer.output_quantizer
+        inputs: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        data.run(unit, twins.context, torch.arange(16), CPU)
+        handle.remove()
+        with twins.context.using(data.groups):
+            y = layer(inputs[0])
+            output.enabled = False
+            plain = layer(inputs[0])
+            output.enabled = True
+        # about as of 256 steps over each channel's range
+        step = (plain.amax((0, 2, 3)) - plain.amin((0, 2, 3))) / 255
+        error = (y - plain).square().mean((0, 2, 3)).sqrt()
+        assert bool((error > 0).all())
+        assert bool((error < step).all())

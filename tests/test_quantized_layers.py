@@ -69,8 +69,50 @@ def test_coverage_lists_every_layer_and_attention_matmul(make_unet: Any) -> None
     assert not [m for m in unet.modules() if type(m) in (nn.Conv2d, nn.Linear)]
 
 
-def test_quantized_unet_switched_to_full_precision_is_the_original(make_twins: Any) -> None:
-    twins = make_twins()
+def test_integer_ready_quantizes_the_outputs_of_convolutions(make_unet: Any) -> None:
+    unet = make_unet()
+    rows = {row.name: row.bits for row in quantize(unet, config(), groups())}
+    assert not any("O" in bits for bits in rows.values())
+    unet = make_unet()
+    ready = config(
+        LayerRule("conv_in", keep=True),
+        LayerRule("*.conv1", activation_bits=8),
+        LayerRule("mid_block.resnets.0.conv2", float_output=True),
+    )
+    ready.integer_ready = True
+    rows = {row.name: row.bits for row in quantize(unet, ready, groups())}
+    for name, layer in quant_layers(unet).items():
+        quantized = isinstance(layer, QuantConv2d) and name not in ("conv_out", "mid_block.resnets.0.conv2")
+        assert (layer.output_quantizer is not None) == quantized, name
+        assert rows[name].endswith(" O8") == quantized
+        # codes of 8 bits must lie around one zero point to fit into 8 bits, narrower ones need not
+        assert layer.input_quantizer.constant_zero == (quantized and name.endswith("conv1"))
+    assert rows["mid_block.resnets.0.conv1"] == "W4 A8 O8"
+    assert rows["conv_in"] == "float"
+
+
+def test_a_rule_quantizes_the_prediction_too() -> None:
+    ready = QuantizationConfig(integer_ready=True)
+    assert bits_of("conv_out", ready).output is None
+    assert bits_of("down.conv_out", ready).output == 8
+    ready.rules = [LayerRule("conv_*", float_output=False)]
+    assert bits_of("conv_out", ready).output == 8
+    assert bits_of("conv_out", QuantizationConfig(rules=ready.rules)).output is None
+
+
+def test_outputs_of_asymmetric_8_bit_weights_stay_in_float(make_unet: Any) -> None:
+    unet = make_unet()
+    weight = WeightConfig(bits=8, symmetric=False)
+    rows = quantize(
+        unet, QuantizationConfig(weight, rules=[LayerRule("conv_in", weight_bits=7)], integer_ready=True), groups()
+    )
+    assert [row.name for row in rows if "O8" in row.bits] == ["conv_in"]
+    assert [layer.name for layer in quant_layers(unet).values() if layer.output_quantizer is not None] == ["conv_in"]
+
+
+@pytest.mark.parametrize("integer_ready", [False, True])
+def test_quantized_unet_switched_to_full_precision_is_the_original(make_twins: Any, integer_ready: bool) -> None:
+    twins = make_twins(QuantizationConfig(integer_ready=integer_ready))
     with full_precision(twins.quantized):
         got = twins.quantized(twins.x, twins.timesteps).sample
     torch.testing.assert_close(got, twins.full(twins.x, twins.timesteps).sample, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -13,7 +13,14 @@ from torch import nn
 
 from tcaq_lightning import compilation
 from tcaq_lightning.activations import UnitData
-from tcaq_lightning.config import LayerRule, QuantizationConfig, ReconstructionConfig, TrainerConfig
+from tcaq_lightning.config import (
+    ActivationConfig,
+    LayerRule,
+    QuantizationConfig,
+    ReconstructionConfig,
+    TrainerConfig,
+    WeightConfig,
+)
 from tcaq_lightning.quantized_layers import quant_layers, quantization_state, quantizers
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.reconstruction import (
@@ -320,3 +327,30 @@ def test_bias_correction_settles_however_many_samples_a_group_has(prepare: Any, 
         module._follow_mean_error(residual.expand(-1, -1, 4, 4), groups)
     torch.testing.assert_close(layer.bias_shift[1], torch.ones(16), rtol=1e-2, atol=1e-2)
     assert not layer.bias_shift[0].any()
+
+
+def test_quantized_outputs_are_learned_around(make_twins: Any, initialized: Any) -> None:
+    twins = make_twins(QuantizationConfig(WeightConfig(4), ActivationConfig(6), integer_ready=True), samples=16)
+    unit, data, _ = initialized(twins, RESNET)
+    conv1, conv2 = (unit.get_submodule(n) for n in ("conv1", "conv2"))
+    conv2.input_quantizer.headroom = 1.2  # whose ranges are not to be learned
+    keys = quantization_state(unit).keys()
+    before = {n: layer.output_quantizer.delta.clone() for n, layer in (("conv1", conv1), ("conv2", conv2))}
+    samples = torch.arange(16)
+    nearest = squared_errors(unit, data, samples, twins.context, 5, CPU).sum()
+    calls: list[int] = []
+    handle = conv1.output_quantizer.register_forward_hook(lambda *_: calls.append(1))
+    for phase, steps in (("r", 10), ("v", 60)):
+        module = module_of((twins, unit, data), cast("Phase", phase), steps)
+        fit(module)
+        assert conv1.output_quantizer.log_delta.grad.abs().sum() > 0
+        assert conv2.output_quantizer.log_delta is None
+        assert len(calls) == steps
+        calls.clear()
+        module.finish()
+    handle.remove()
+    assert quantization_state(unit).keys() == keys
+    assert squared_errors(unit, data, samples, twins.context, 5, CPU).sum() < 0.9 * nearest
+    assert not torch.equal(conv1.output_quantizer.delta, before["conv1"])
+    assert torch.equal(conv2.output_quantizer.delta, before["conv2"])
+    assert torch.equal(conv1.output_quantizer.offset, conv1.output_quantizer.offset.round())

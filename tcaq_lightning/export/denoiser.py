@@ -17,7 +17,7 @@ from tcaq_lightning.export.operators import Constants
 from tcaq_lightning.export.quantizers import GraphQuantizer, graph_quantizer
 from tcaq_lightning.export.tables import Timesteps
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.quantized_layers import set_submodule
+from tcaq_lightning.quantized_layers import quant_layers, set_submodule
 from tcaq_lightning.timesteps import TimestepHook
 
 
@@ -51,6 +51,8 @@ class GraphDenoiser(nn.Module):
 
     def _replace(self) -> None:
         made: dict[int, GraphQuantizer] = {}
+        layers = quant_layers(self.denoiser).values()
+        centred = {id(layer.input_quantizer) for layer in layers if layer.output_quantizer is not None}
         for name, module in list(self.denoiser.named_modules()):
             if isinstance(module, QuantLayer):
                 replacement = GRAPH_LAYERS.get(type(module))
@@ -62,8 +64,9 @@ class GraphDenoiser(nn.Module):
                     )
                 source = module.input_quantizer
                 if id(source) not in made:
-                    made[id(source)] = graph_quantizer(source, self.times, self.constants)
-                set_submodule(self.denoiser, name, replacement(module, made[id(source)], self.times))
+                    made[id(source)] = graph_quantizer(source, self.times, self.constants, id(source) in centred)
+                layer = replacement(module, made[id(source)], self.times, self.constants)
+                set_submodule(self.denoiser, name, layer)
             elif is_attention(module) and isinstance(module.processor, QuantAttnProcessor):
                 known = GRAPH_PROCESSORS.get(type(module.processor))
                 if known is None:

@@ -136,7 +136,7 @@ def _openvino_info(model: Any, where: str) -> GraphInfo:
 
 
 class ONNXRuntimeEngine:
-    """ONNX Runtime on an ONNX graph. Its convolutions run in float, its matrix products on integers.
+    """ONNX Runtime on an ONNX graph. Convolutions whose outputs stay in float run in float, other products on integers.
 
     Attributes:
         in_float: whether all products were kept off integer kernels, since 16-bit sums could saturate here.
@@ -174,7 +174,7 @@ class ONNXRuntimeEngine:
             session = onnxruntime.InferenceSession(content, options, providers=[chosen])
             properties = session.get_modelmeta().custom_metadata_map
             self.info = info or GraphInfo.from_json(properties.get(METADATA_KEY, ""), str(source))
-            # There is no choice by layer, and only matrix products run on integers here: all of them in float.
+            # There is no choice by layer: all of them in float.
             risky = any(p.may_saturate for p in self.info.products)
             self.in_float = risky and (sums_saturate() if saturates is None else saturates)
             if self.in_float:

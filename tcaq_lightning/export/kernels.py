@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RUN = re.compile(r" \(\d+\)$")
 """What a later run of a layer appends to its name."""
+MOVED = re.compile(r"_token_\d+$")
+"""What ONNX Runtime appends to the name of a node that it rewrote for another layout."""
 LOWERED = "/DequantizationMultiply"
 """What OpenVINO appends to the name of a layer whose scale it moved behind it."""
 INTEGER_OPERATORS = frozenset(
@@ -74,19 +76,20 @@ def openvino_kernels(compiled: Any, products: Sequence[Product], in_float: Itera
 def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_float: bool = False) -> list[Kernel]:
     """Kernels of an ONNX Runtime session, from the graph that it optimised and wrote.
 
-    Its integer convolution gives integers: one whose output stays in float, as ours does, runs in float.
+    Its integer convolution gives integers: one whose output stays in float runs in float.
 
     Args:
         optimised: the graph.
         products: of the graph.
         in_float: whether all were kept off integer kernels.
     """
-    found = {node.name: node.op_type for node in optimised.graph.node}
+    found = {MOVED.sub("", node.name): node.op_type for node in optimised.graph.node}
     kernels = []
     for product in products:
         operator = _of(found, product.name, "not found")
         precision = "int8" if operator in INTEGER_OPERATORS else "float32"
-        reason = SATURATION if in_float else NO_CONVOLUTION if product.operator == "Conv" else ""
+        needs_float = product.operator == "Conv" and product.output_bits is None
+        reason = SATURATION if in_float else NO_CONVOLUTION if needs_float else ""
         kernels.append(_kernel(product, operator, precision, reason))
     return kernels
 
@@ -123,7 +126,8 @@ def table(kernels: Sequence[Kernel], engine: str) -> str:
     lines = []
     for k in kernels:
         weight = f"W{k.product.weight_bits}" if k.product.weight_bits else "  "
-        bits = f"{weight} A{k.product.activation_bits} {k.product.stored}"
+        output = f" O{k.product.output_bits}" if k.product.output_bits else ""
+        bits = f"{weight} A{k.product.activation_bits}{output} {k.product.stored}"
         lines.append(f"{k.product.name:{width}}  {bits:12}  {k.precision or '-':8} {k.kernel} {k.reason}".rstrip())
     count = sum(k.integer for k in kernels)
     lines.append(f"{engine}: {count} of {len(kernels)} quantized products on integer kernels")

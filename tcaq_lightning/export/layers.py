@@ -9,6 +9,14 @@ points; what depends on the timestep stands around it as cheap operations on flo
 W' u runs on uint8 x int8. W' 1 is a constant of each output channel, for a padded convolution of each pixel too: what
 is padded is u = 0 and not z_g, so the border sees less of it. Where all groups have one zero point it is the
 quantizer's own, and where they have one step too, step and zero point are constants of the graph.
+
+Where the output is quantized too (`OutputQuantizer`), the codes of the input lie around one zero point Z for all
+groups, u - z_g + Z, which is also what is padded, and
+
+    e = clip(round(W'' (u - z_g) + n scale / delta) + 128, 0, 255),  W'' = scale / delta (q - z)
+    W x^ + b = s_g delta (e - 128) + (b - s_g scale n)
+
+so that e is made of constants alone: an integer bias n, a scale for each channel, a step of 1.
 """
 
 from __future__ import annotations
@@ -20,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcaq_lightning.export.operators import dequantized
+from tcaq_lightning.export.operators import Constants, coded, dequantized
 from tcaq_lightning.export.quantizers import GraphQuantizer
 from tcaq_lightning.export.tables import Timesteps
 from tcaq_lightning.layers import QuantConv2d, QuantLayer, QuantLinear
-from tcaq_lightning.quantizers import IntegerWeight
+from tcaq_lightning.quantizers import IntegerWeight, OutputQuantizer
+from tcaq_lightning.quantizers.output import LOWEST
 from tcaq_lightning.quantizers.weight import column
 
 
@@ -33,17 +42,25 @@ class GraphLayer(nn.Module):
 
     Attributes:
         codes: int8 q - z beside a `zero_point` of 0; uint8 q beside z where a code does not fit (8 bits, asymmetric).
-        scale: (O,) of the codes.
+        scale: (O,) of the codes; where the output is quantized, in steps of its.
+        offset: (O,) integer bias n of a quantized output, or None.
+        output_step: (O,) delta of a quantized output. output_shift: (O,) scale n of it.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor | None
+    offset: Tensor | None
+    output_step: Tensor
+    output_shift: Tensor
+    code_scale: Tensor
+    output_zero: Tensor
+    offset_zero_point: Tensor
 
     axis: int  # of the output channels within the stored codes
 
-    def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps) -> None:
+    def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps, constants: Constants) -> None:
         super().__init__()
         weight = source.weight_quantizer
         if not isinstance(weight, IntegerWeight):
@@ -56,9 +73,23 @@ class GraphLayer(nn.Module):
         zero_point = weight.zero_point.to(torch.uint8)
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
         self.register_buffer("scale", weight.scale.clone())
+        self.register_buffer("offset", None)
+        if source.output_quantizer is not None:
+            self._quantize_output(source.output_quantizer, constants)
         self.code_sums = self.summed(codes.long()).numpy()
         self.register_buffer("bias", _whole_bias(source))
         self.correction = None if source.bias_shift is None else times.correction(source.bias_shift)
+
+    def _quantize_output(self, outputs: OutputQuantizer, constants: Constants) -> None:
+        assert self.inputs.centre is not None
+        step = outputs.steps().detach()
+        self.register_buffer("output_step", step)
+        self.register_buffer("output_shift", self.scale * outputs.offset)
+        self.register_buffer("scale", self.scale / step)
+        self.register_buffer("offset", outputs.offset.to(torch.int32))
+        self.register_buffer("offset_zero_point", torch.zeros_like(outputs.offset, dtype=torch.int32))
+        self.code_scale = constants.scalar(1.0, torch.float32)
+        self.output_zero = constants.scalar(-LOWEST, torch.uint8)
 
     def stored(self, codes: Tensor) -> Tensor:
         """Codes as the graph holds them."""
@@ -80,15 +111,27 @@ class GraphLayer(nn.Module):
         """The output for codes that the quantizer made."""
         y = self.product(codes)
         step = self.inputs.step(y.ndim)
-        return y * step + self.constant_term(y, step)
+        if self.offset is None:
+            return y * step + self.constant_term(y, step)
+        y = coded(y, self.code_scale, self.output_zero)
+        return y * (step * self.broadcast(self.output_step[None], y)) + self.constant_term(y, step)
+
+    def output_bias(self) -> Tensor | None:
+        """Dequantized integer bias of a quantized output, in the graph."""
+        return None if self.offset is None else dequantized(self.offset, self.scale, self.offset_zero_point, 0)
 
     def product(self, codes: Tensor) -> Tensor:
         """W' u."""
         raise NotImplementedError
 
     def constant_term(self, y: Tensor, step: Tensor) -> Tensor:
-        """What does not depend on the input: bias, its correction, and the zero point's share."""
-        total = -self.zero_share(y) * (self.inputs.zero(y.ndim) * step)
+        """What does not depend on the input: bias, its correction, and the zero point's share or the offset's."""
+        if self.offset is not None:
+            total = -self.broadcast(self.output_shift[None], y) * step
+        elif self.inputs.centre is not None:
+            total = torch.zeros_like(step)
+        else:
+            total = -self.zero_share(y) * (self.inputs.zero(y.ndim) * step)
         if self.correction is not None:
             total = total + self.broadcast(self.times.shift(self.correction, self.inputs.repeats), y)
         return total if self.bias is None else total + self.broadcast(self.bias[None], y)
@@ -149,7 +192,7 @@ class GraphConv2d(GraphLayer):
         """(B, O, H', W')."""
         self.size = [int(size) for size in codes.shape[2:]]
         padding: Any = self.padding if self.padding_mode == "zeros" else 0
-        return F.conv2d(codes, self.weight(), None, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(codes, self.weight(), self.output_bias(), self.stride, padding, self.dilation, self.groups)
 
     def zero_share(self, y: Tensor) -> Tensor:
         """(1, O, H', W'), or (1, O, 1, 1) where no border sees less of it."""
@@ -185,7 +228,9 @@ class GraphLinear(GraphLayer):
 
     def product(self, codes: Tensor) -> Tensor:
         """(B, ..., O)."""
-        return torch.matmul(codes, self.weight())
+        y = torch.matmul(codes, self.weight())
+        bias = self.output_bias()
+        return y if bias is None else y + bias
 
     def zero_share(self, y: Tensor) -> Tensor:
         """(1, ..., O)."""

@@ -20,6 +20,7 @@ from tcaq_lightning.export.layers import GraphConv2d, GraphLayer
 from tcaq_lightning.export.saturation import may_saturate, pair_may_saturate
 from tcaq_lightning.export.tracing import Rewriting, without_dump
 from tcaq_lightning.pipelines import one_line
+from tcaq_lightning.quantizers.output import OUTPUT_BITS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -47,6 +48,7 @@ class Product:
         integer: whether an integer kernel can take its codes.
         note: why not.
         may_saturate: whether 16-bit sums, on processors without VNNI, may be too narrow for it.
+        output_bits: code width of a quantized output, else None.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Product:
     integer: bool
     note: str = ""
     may_saturate: bool = False
+    output_bits: int | None = None
 
 
 def trace(denoiser: GraphDenoiser, inputs: dict[str, Tensor]) -> ModelProto:
@@ -176,6 +179,7 @@ def _layer_product(layer: GraphLayer, operator: str, narrow: bool) -> Product:
         integer,
         "" if integer else "asymmetric weight of 8 bits: its codes do not fit int8",
         integer and may_saturate(layer.codes if isinstance(layer, GraphConv2d) else layer.codes.t(), layer.inputs.bits),
+        None if layer.offset is None else OUTPUT_BITS,
     )
 
 

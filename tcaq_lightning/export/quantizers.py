@@ -17,6 +17,7 @@ class GraphQuantizer(nn.Module):
 
     Attributes:
         signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations.
+        centre: zero point Z of the operators, the same for all groups, or None where zero points stand beside them.
         repeats: rows of each sample in the last input.
     """
 
@@ -24,9 +25,15 @@ class GraphQuantizer(nn.Module):
     r: Tensor | None
 
     def __init__(
-        self, source: ActivationQuantizer, times: Timesteps, constants: Constants, signed: bool = False
+        self,
+        source: ActivationQuantizer,
+        times: Timesteps,
+        constants: Constants,
+        signed: bool = False,
+        centred: bool = False,
     ) -> None:
         super().__init__()
+        assert not (signed and centred)
         self.bits, self.channel_dim, self.times, self.signed = source.bits, source.channel_dim, times, signed
         self.levels, self.repeats = 2**source.bits - 1, 1
         steps, zeros = source.steps().detach(), source.zero_point
@@ -38,7 +45,11 @@ class GraphQuantizer(nn.Module):
         self.middle = 2 ** (source.bits - 1) if signed else 0
         self.upper = self.levels - self.middle
         self.code_scale = constants.scalar(1.0, torch.float32)
-        self.code_zero = constants.scalar(0, torch.int8 if signed else torch.uint8)
+        self.centre = int(zeros.max()) if centred else None
+        self.code_zero = constants.scalar(self.centre or 0, torch.int8 if signed else torch.uint8)
+        self.one_zero = bool((zeros == zeros[0]).all())
+        if self.centre is not None and self.centre - int(zeros.min()) + self.levels > 255:
+            raise ValueError("an output is quantized, and its input's zero points are too far apart")
 
     def step(self, dims: int) -> Tensor:
         """Step s_g of the running batch, (B, 1, ..., 1)."""
@@ -50,7 +61,7 @@ class GraphQuantizer(nn.Module):
         return zero - self.middle if self.middle else zero
 
     def forward(self, x: Tensor) -> Tensor:
-        """Codes as floats, of x's shape: u, or u - 2^(b-1)."""
+        """Codes as floats, of x's shape: u, or u - 2^(b-1), or u - z_g around one zero point."""
         return self.codes(self.centred(x))
 
     def centred(self, x: Tensor) -> Tensor:
@@ -63,12 +74,24 @@ class GraphQuantizer(nn.Module):
         step = self.step(x.ndim)
         if self.r is not None:
             step = step * along(self.r, x.ndim, self.channel_dim)
-        x = x / step + self.zero(x.ndim)
+        x = x / step
+        if self.centre is not None:
+            return coded(self._within(x, self.centre), self.code_scale, self.code_zero)
+        x = x + self.zero(x.ndim)
         if self.levels < 255:
             x = x.clamp(max=self.upper)
             if self.signed:
                 x = x.clamp(min=-self.middle)
         return coded(x, self.code_scale, self.code_zero)
+
+    def _within(self, x: Tensor, centre: int) -> Tensor:
+        """Keep x / step within the codes of its group, u - z_g."""
+        if self.levels == 255:
+            return x
+        if self.one_zero:
+            return x.clamp(-centre, self.levels - centre)
+        zero = self.zero(x.ndim)
+        return torch.minimum(torch.maximum(x, -zero), self.levels - zero)
 
 
 class GraphTokenQuantizer(GraphQuantizer):
@@ -100,10 +123,14 @@ class GraphTokenQuantizer(GraphQuantizer):
         return self.codes(x)
 
 
-def graph_quantizer(source: ActivationQuantizer, times: Timesteps, constants: Constants) -> GraphQuantizer:
-    """What the quantizer of a layer's input becomes in the graph."""
-    kind = GraphTokenQuantizer if isinstance(source, TokenQuantizer) else GraphQuantizer
-    return kind(source, times, constants)
+def graph_quantizer(
+    source: ActivationQuantizer, times: Timesteps, constants: Constants, centred: bool = False
+) -> GraphQuantizer:
+    """What the quantizer of a layer's input becomes in the graph; `centred` around one zero point for all groups."""
+    if isinstance(source, TokenQuantizer):
+        assert not centred
+        return GraphTokenQuantizer(source, times, constants)
+    return GraphQuantizer(source, times, constants, centred=centred)
 
 
 class GraphSoftmaxQuantizer(nn.Module):

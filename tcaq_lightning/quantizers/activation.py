@@ -44,6 +44,7 @@ class ActivationQuantizer(nn.Module):
         log_delta, log_r: relative changes that are being learned; None outside of a fit.
         enabled: off while statistics are taken.
         headroom: factor on searched ranges. Other than 1 nothing is learned, since learning would take it away.
+        constant_zero: whether all groups must have one zero point.
         drop_probability: QDrop's share of elements that stay in full precision during a fit (Wei et al. 2022).
     """
 
@@ -59,6 +60,7 @@ class ActivationQuantizer(nn.Module):
         self.channel_dim = channel_dim
         self.enabled = True
         self.headroom = 1.0
+        self.constant_zero = False
         self.drop_probability = 0.0
         self.register_buffer("delta", torch.ones(groups.num_groups))
         self.register_buffer("zero_point", torch.zeros(groups.num_groups))

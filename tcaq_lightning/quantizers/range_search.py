@@ -103,6 +103,47 @@ def search_affine(
     return step.squeeze(1), zero.squeeze(1)
 
 
+def search_common_zero(
+    rows: Tensor,
+    bits: int,
+    zeros: Tensor,
+    candidates: int = 16,
+    limits: tuple[Tensor, Tensor] | None = None,
+    norm: float = NORM,
+) -> tuple[Tensor, Tensor]:
+    """One zero point for all rows, and the best step of every row with it.
+
+    Args:
+        rows, bits, limits, norm: as in `search_affine`.
+        zeros: (R,) the rows' own zero points; the common one is one of five of their quantiles, that of the least sum
+            of the rows' relative errors.
+        candidates: shrink factors tried for a row's range, from 1 down to 0.25.
+
+    Returns:
+        (delta, zero_point), each (R,), zero_point the same everywhere.
+
+    >>> search_common_zero(torch.tensor([[-1.0, 2.0], [-2.0, 4.0]]), bits=2, zeros=torch.tensor([1.0, 1.0]))
+    (tensor([1., 2.]), tensor([1., 1.]))
+    """
+    factors = torch.linspace(1.0, 0.25, candidates, dtype=rows.dtype, device=rows.device)
+    low, high = (rows.amin(1), rows.amax(1)) if limits is None else limits
+    levels = 2**bits - 1
+    power = _power(rows.clone(), norm).sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
+    tried = torch.quantile(zeros, torch.linspace(0, 1, 5, dtype=zeros.dtype, device=zeros.device)).round()
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for zero in sorted(set(tried.tolist())):
+        below = -low / zero if zero > 0 else torch.zeros_like(low)
+        above = high / (levels - zero) if zero < levels else torch.zeros_like(high)
+        cover = torch.maximum(below, above)
+        step = torch.where(cover > 0, cover, torch.ones_like(cover))[:, None] * factors
+        bounds = torch.full_like(step, -zero), torch.full_like(step, levels - zero)
+        errors, best = _errors(rows, step, *bounds, norm).min(1)
+        common = torch.full_like(zeros, zero)
+        found.append((float((errors / power).sum()), step.gather(1, best[:, None]).squeeze(1), common))
+    _, delta, common = min(found, key=lambda choice: choice[0])
+    return delta, common
+
+
 def search_log(rows: Tensor, bits: int, taus: tuple[float, ...], candidates: int = 9) -> tuple[Tensor, Tensor]:
     """Best delta and exponent of the logarithmic quantizer for every row.
 

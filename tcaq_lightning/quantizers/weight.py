@@ -226,6 +226,10 @@ class IntegerWeight(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
 
+    def scales(self) -> Tensor:
+        """(O,) scale of the codes."""
+        return self.scale
+
     @classmethod
     def from_rounded(cls, weight: AdaRoundWeight, r: Tensor) -> IntegerWeight:
         """Harden a learned rounding."""

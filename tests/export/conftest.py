@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from tcaq_lightning.artifact import freeze, save_artifact
 from tcaq_lightning.config import LayerRule, QuantizationConfig, WeightConfig
@@ -47,6 +47,8 @@ def set_parameters(denoiser: nn.Module, softmax: str = "uniform") -> None:
             continue
         q.delta.copy_((4 + torch.rand(q.delta.shape, generator=generator)) / levels)
         q.zero_point.copy_(torch.randint(levels // 3, levels // 2 + 1, q.zero_point.shape, generator=generator))
+        if q.constant_zero:
+            q.zero_point.fill_(float(q.zero_point[0]))
         if q.r.numel() > 1:
             q.r.copy_(0.5 + torch.rand(q.r.shape, generator=generator))
     for layer in quant_layers(denoiser).values():
@@ -59,23 +61,41 @@ def set_parameters(denoiser: nn.Module, softmax: str = "uniform") -> None:
             layer.bias_shift.copy_((torch.randn(layer.bias_shift.shape, generator=generator) / 50).half())
 
 
+@torch.no_grad()
+def set_outputs(denoiser: nn.Module, *args: Any) -> None:
+    """Ranges of the quantized outputs, in order, from what the layers get in a call."""
+
+    def search(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        layer.search_output(layer.input_quantizer(inputs[0]))
+
+    handles = [layer.register_forward_pre_hook(search) for layer in quant_layers(denoiser).values()]
+    denoiser(*args)
+    for handle in handles:
+        handle.remove()
+
+
 def _frozen(
     bits: int = 4,
     boundaries: list[float] = BOUNDARIES,
     softmax: str = "uniform",
     symmetric: bool = True,
     rules: list[LayerRule] | None = None,
+    integer_ready: bool = False,
 ) -> Any:
     denoiser: Any = tiny_unet()
-    quantize(denoiser, QuantizationConfig(WeightConfig(bits, symmetric), rules=rules or []), TimestepGroups(boundaries))
+    config = QuantizationConfig(WeightConfig(bits, symmetric), rules=rules or [], integer_ready=integer_ready)
+    quantize(denoiser, config, TimestepGroups(boundaries))
     set_parameters(denoiser, softmax)
+    if integer_ready:
+        x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+        set_outputs(denoiser, x, torch.linspace(0, 99, 8))
     freeze(denoiser)
     return denoiser.requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
 def frozen() -> Callable[..., Any]:
-    """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax quantizers, symmetric, rules)."""
+    """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax quantizers, symmetric, rules, outputs)."""
     made: dict[str, Any] = {}  # equal calls share one
 
     def make(**case: Any) -> Any:

@@ -21,6 +21,10 @@ CASES = [
     {"bits": 4, "softmax": "log"},
     {"bits": 6, "softmax": "mixed", "rules": [LayerRule("*", activation_bits=6, softmax_bits=4)]},
     {"bits": 8, "symmetric": False},
+    {"bits": 4, "integer_ready": True},
+    {"bits": 8, "integer_ready": True, "boundaries": []},
+    {"bits": 4, "integer_ready": True, "rules": [LayerRule("*.conv2", activation_bits=7)]},
+    {"bits": 8, "integer_ready": True, "symmetric": False, "rules": [LayerRule("*1", weight_bits=6)]},
     {"bits": 4, "rules": [LayerRule("conv_in", keep=True), LayerRule("mid_block.attentions.0", keep=True)]},
     {"bits": 4, "rules": [LayerRule("down_blocks.1.attentions.0.to_k", activation_bits=5)]},
 ]
@@ -60,7 +64,7 @@ def test_the_graph_computes_what_is_simulated(case: dict[str, Any], frozen: Call
     assert torch.allclose(got[first], expected[first], rtol=1e-5, atol=1e-5)
     for name, values in expected.items():
         error = (got[name] - values).square().sum() / values.square().sum()
-        assert error < 1e-3, name
+        assert error < (3e-3 if case.get("integer_ready") else 1e-3), name
 
 
 def test_the_original_stays(frozen: Callable[..., Any]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS
-from tcaq_lightning.quantizers.range_search import search_affine, search_log, search_symmetric
+from tcaq_lightning.quantizers.range_search import search_affine, search_common_zero, search_log, search_symmetric
 from tcaq_lightning.quantizers.uniform import affine_range
 
 P = 2.4
@@ -119,3 +119,33 @@ def test_log_equals_a_loop(taus: tuple[float, ...]) -> None:
     for row, d, t in zip(as_rows(x), delta.tolist(), tau.tolist(), strict=True):
         tried = [error(row, row.max() * 2 ** (-k / 2), exponent) for exponent in taus for k in range(5)]
         assert error(row, d, t) == pytest.approx(min(tried), rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_zero_point_for_all_rows_is_the_best_of_those_tried(bits: int) -> None:
+    x = rows(4) + torch.tensor([0.0, 0.1, 3.0, 10.0])[:, None]
+    levels = 2**bits - 1
+    _, zeros = search_affine(x, bits)
+    assert len(zeros.unique()) > 2  # type: ignore[no-untyped-call]
+    delta, common = search_common_zero(x, bits, zeros, candidates=8)
+    assert len(common.unique()) == 1  # type: ignore[no-untyped-call]
+    found = [
+        objective(r, s, -z, levels - z) for r, s, z in zip(as_rows(x), delta.tolist(), common.tolist(), strict=True)
+    ]
+    power = [float((np.abs(row) ** P).sum()) for row in as_rows(x)]
+
+    def best(row: np.ndarray, zero: float) -> float:
+        cover = max(-row.min() / zero if zero else 0.0, row.max() / (levels - zero) if zero < levels else 0.0)
+        return min(objective(row, cover * (1 - 0.75 * k / 7), -zero, levels - zero) for k in range(8))
+
+    tried = np.rint(np.quantile(zeros.numpy(), np.linspace(0, 1, 5)))
+    sums = [sum(best(row, zero) / p for row, p in zip(as_rows(x), power, strict=True)) for zero in tried]
+    assert sum(f / p for f, p in zip(found, power, strict=True)) == pytest.approx(min(sums), rel=1e-3)
+
+
+def test_a_common_zero_point_leaves_rows_without_negative_values_their_whole_range() -> None:
+    x = rows().abs()
+    delta, zeros = search_affine(x, 8)
+    common = search_common_zero(x, 8, zeros)
+    torch.testing.assert_close(common[0], delta, rtol=1e-4, atol=0)
+    assert not common[1].any()

@@ -95,6 +95,15 @@ def test_two_ranks_do_what_one_does(undisturbed: Path, undisturbed_pair: Path) -
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
+def test_ranks_agree_on_quantized_outputs(command: Command, config: Path, tmp_path: Path) -> None:
+    args = ("--config", config, "--run_dir", tmp_path / "run", *QUICK, "--quantization.integer_ready", "true")
+    first, second = command.ranks(*args, script="tests/train/compared.py")
+    assert [(e.code, e.err) for e in (first, second)] == [(0, "")] * 2
+    state = load_tensors(next((tmp_path / "run/rounds/00/units").glob("*conv_in*")))[0]
+    assert state["output_quantizer.delta"].unique().numel() > 1  # set, and learned
+
+
 @pytest.mark.parametrize("moments", [MOMENTS[5::4], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_killed(command: Command, config: Path, undisturbed_pair: Path, tmp_path: Path, moments: list[Any]) -> None:
     args = ("--config", config, "--run_dir", tmp_path / "run", *QUICK)

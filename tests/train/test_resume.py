@@ -92,6 +92,20 @@ def test_killed_with_patience(command: Command, config: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_killed_with_quantized_outputs(command: Command, config: Path, tmp_path: Path) -> None:
+    """Their ranges are part of a unit's state."""
+    args = ("--config", config, "--quantization.integer_ready", "true", "--par.enabled", "false")
+    assert command(*args, "--run_dir", tmp_path / "undisturbed").code == 0
+    for number in (3, 12, 40):  # r phase, V phase, a later unit
+        assert command(*args, "--run_dir", tmp_path / "run", fault=(STEP, number, "SIGKILL")).code == -9
+    assert command(*args, "--run_dir", tmp_path / "run").code == 0
+    assert_same(tmp_path / "run", tmp_path / "undisturbed")
+    entries = json.loads((tmp_path / "run/quantized/unet/config.json").read_text())["quantization_config"]["layers"]
+    quantized = {name for name, entry in entries.items() if entry.get("quantized_output")}
+    assert quantized == {n for n, entry in entries.items() if entry["kind"] == "Conv2d"} - {"conv_out"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "number"), [*MOMENTS, (STEP, 90), (STEP, 130), (CHECKPOINT, 20), (SAVE, 12)])
 def test_killed_once(
     command: Command, config: Path, undisturbed: Path, tmp_path: Path, target: str, number: int
