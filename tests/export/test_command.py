@@ -109,7 +109,7 @@ def test_mistakes(
         (
             "unet/config.json",
             lambda b: b.replace(b'"version": 1', b'"version": 9'),
-            "expected quant_method and version",
+            "expected quant_method 'tcaq' and version 1 or 2",
         ),
         ("unet/config.json", lambda b: b[:-20], "is damaged"),
         ("unet/diffusion_pytorch_model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "is damaged"),
