@@ -21,7 +21,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.fitting import warn_of_damage
 from tcaq_lightning.hashing import weights_hash
-from tcaq_lightning.memory import freed_memory_reused
+from tcaq_lightning.memory import freed_memory_reused, release_freed_memory
 from tcaq_lightning.quantized_layers import (
     check_quantization_state,
     quant_layers,
@@ -101,6 +101,7 @@ def _weigh_errors(work: Calibration) -> None:
     work.sensitivities = unit_sensitivities(
         work.full, work.graph, work.context, work.trajectories, gain, work.batch_size, work.config.seed
     )
+    release_freed_memory()  # the pass through the whole denoiser leaves holes that nothing later fills
 
 
 def _leave_headroom(work: Calibration) -> None:

@@ -117,7 +117,7 @@ def test_what_the_graph_was_not_exported_for(frozen: Callable[..., Any]) -> None
 
 
 def test_wrong_options_are_named(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="backend: expected one of torch, torchao, openvino, onnxruntime, got 'tensorrt'"):
+    with pytest.raises(UserError, match="expected one of torch, torchao, openvino, onnxruntime, got 'tensorrt'"):
         load_quantized(artifact, backend="tensorrt")
     with pytest.raises(UserError, match="thread: backend 'openvino' has no such option"):
         load_quantized(artifact, backend="openvino", thread=2)

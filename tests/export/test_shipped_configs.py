@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ FEW: dict[str, Any] = {
 """All 20 timesteps and all units, with few samples and steps of each."""
 SAME_IMAGES = 40.0
 """dB of PSNR."""
-OF_ITSELF = 1.0
-"""dB by which an engine may stay below what the simulation in float64 reaches, where that is no 40 dB either: at 4 bits
-one value that falls to the other side of a code moves those behind it, whoever rounds."""
+SAME_STEPS = 1e-4
+"""Median relative error of a denoiser call."""
+ALIKE = 4.0
+"""Times what the simulation in float64 differs by from that in float32, in squared error, that an engine may differ by
+where that is more: at 4 bits one value that falls to the other side of a code moves those behind it, whoever rounds."""
 
 
 @pytest.mark.slow
@@ -41,8 +44,10 @@ def test_engines_compute_the_model_of_every_config(path: Path, tmp_path: Path) -
     watch([sys.executable, str(ROOT / "train.py"), "--config", str(path), f"--run_dir={tmp_path / 'run'}", *changes])
     guidance = yaml.safe_load(path.read_text())["conditioning"]["guidance_scale"]
     found = backends(tmp_path / "run" / "quantized", samples=8, guidance_scale=guidance)
-    lowest = min(SAME_IMAGES, found["float64"]["psnr"] - OF_ITSELF)
+    itself = found["float64"]
+    largest = max(SAME_STEPS, ALIKE * itself["median_error"])
+    lowest = min(SAME_IMAGES, itself["psnr"] - 10 * math.log10(ALIKE))
     for engine, row in found["engines"].items():
-        assert row["median_error"] <= 1e-4, (engine, found)
+        assert row["median_error"] <= largest, (engine, found)
         assert row["psnr"] >= lowest, (engine, found)
         assert row["integer_products"] > 10, (engine, found)
