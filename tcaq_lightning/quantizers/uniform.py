@@ -25,7 +25,7 @@ BLOCK = 1 << 17
 def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching blocks of rows of operands that broadcast to `x`; on a CPU small ones, elsewhere all rows at once."""
     size = BLOCK * torch.get_num_threads()
-    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.ndim < 2 or x.numel() < 2 * size
+    whole = x.device.type != "cpu" or x.ndim < 2 or x.numel() < 2 * size
     if whole or others[0].shape[:1] != x.shape[:1]:  # the first one's gradient is summed block by block
         yield (x, *others)
         return
@@ -65,6 +65,10 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, step, quantized = ctx.saved_tensors
         learned = ctx.needs_input_grad[1]
+        if torch.compiler.is_compiling():
+            grad_x = torch.where((quantized - x).abs() <= step * HALF, grads[0], 0.0)
+            slope = quantized * grads[0] - grad_x * x
+            return grad_x, slope.sum_to_size(step.shape) / step if learned else None, None, None
         grad_x, grad_step = torch.empty_like(x), torch.empty_like(step)
         for values, s, result, grad, to_x, to_step in _blocks(x, step, quantized, grads[0], grad_x, grad_step):
             work = torch.sub(result, values).abs_().le_(s * HALF)  # 1 where nothing was clipped, else 0
