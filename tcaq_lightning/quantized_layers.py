@@ -100,7 +100,8 @@ def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
     kept = False
     for rule in config.rules:
         if fnmatchcase(name, rule.pattern):
-            kept = rule.keep
+            about_bits = any((rule.weight_bits, rule.activation_bits, rule.softmax_bits))
+            kept = rule.keep or (kept and rule.float_output is not None and not about_bits)
             weight = rule.weight_bits or weight
             activation = rule.activation_bits or activation
             softmax = rule.softmax_bits or softmax
@@ -190,6 +191,11 @@ def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
             raise UserError(
                 f"quantization.rules: pattern {rule.pattern!r} matches no layer or attention of "
                 f"{type(denoiser).__name__}; expected shell-style patterns on names such as {names[-1]}"
+            )
+        if rule.float_output is not None and not config.integer_ready:
+            raise UserError(
+                f"quantization.rules: {rule.pattern!r} sets float_output, which is about quantized outputs; expected "
+                "quantization.integer_ready: true beside it"
             )
 
 

@@ -24,6 +24,7 @@ from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.initialization import PROBES, capture_inputs
 from tcaq_lightning.quantized_layers import (
+    output_quantizers,
     quant_layers,
     quantization_state,
     quantize,
@@ -279,7 +280,8 @@ class TrialWork:
             module.training_step(step, step).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         module.on_train_end()
-        for part in (*quantizers(unit).values(), *(layer.learned_weight for layer in quant_layers(unit).values())):
+        weights = (layer.learned_weight for layer in quant_layers(unit).values())
+        for part in (*quantizers(unit).values(), *output_quantizers(unit), *weights):
             part.end_learning()
 
 

@@ -100,6 +100,15 @@ def test_a_rule_quantizes_the_prediction_too() -> None:
     assert bits_of("conv_out", QuantizationConfig(rules=ready.rules)).output is None
 
 
+def test_a_rule_about_outputs_leaves_kept_layers_kept(make_unet: Any) -> None:
+    rules = [LayerRule("conv_in", keep=True), LayerRule("*", float_output=True)]
+    assert bits_of("conv_in", QuantizationConfig(rules=rules, integer_ready=True)).kept
+    quantized_again = [*rules, LayerRule("conv_in", weight_bits=8)]
+    assert bits_of("conv_in", QuantizationConfig(rules=quantized_again)).weight == 8
+    with pytest.raises(UserError, match="float_output, which is about quantized outputs"):
+        quantize(make_unet(), QuantizationConfig(rules=rules), groups())
+
+
 def test_outputs_of_asymmetric_8_bit_weights_stay_in_float(make_unet: Any) -> None:
     unet = make_unet()
     weight = WeightConfig(bits=8, symmetric=False)

@@ -153,7 +153,7 @@ def _check(
     if not error <= GROSS_ERROR:
         raise UserError(
             f"{name} predicts something else than the simulated model: relative error {error:.3g}, expected at most "
-            f"{GROSS_ERROR}; use another release of {name}"
+            f"{GROSS_ERROR}; use another release of {name}, or --four_bit false if codes are stored in 4 bits"
         )
     record = {"relative_error_on_noise": error, "kernels": describe_kernels(kernels)}
     return record, f"{table(kernels, name)}\n{name}: relative error to the simulated model on noise {error:.2g}"

@@ -1,4 +1,4 @@
-"""Engines that run the exported graph, and the denoiser that stands for it in a diffusers pipeline."""
+"""Engines that run the exported graph."""
 
 from __future__ import annotations
 

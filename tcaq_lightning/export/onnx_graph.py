@@ -137,7 +137,8 @@ def finish(model: ModelProto, denoiser: GraphDenoiser, metadata: dict[str, Any],
 
 
 def _is_narrow(layer: GraphLayer) -> bool:
-    return layer.bits <= NARROW_BITS and bool((layer.zero_point == 0).all()) and int(layer.codes.max()) <= 7
+    fits = int(layer.codes.min()) >= -8 and int(layer.codes.max()) <= 7  # asymmetric codes may not
+    return layer.bits <= NARROW_BITS and bool((layer.zero_point == 0).all()) and fits
 
 
 def _name_products(model: ModelProto, modules: dict[str, nn.Module], narrow: bool) -> list[Product]:
@@ -169,6 +170,7 @@ def _name_products(model: ModelProto, modules: dict[str, nn.Module], narrow: boo
 
 def _layer_product(layer: GraphLayer, operator: str, narrow: bool) -> Product:
     integer = bool((layer.zero_point == 0).all())
+    rows = layer.codes if isinstance(layer, GraphConv2d) else layer.codes.t()
     container = "int8" if layer.codes.dtype is torch.int8 else "uint8"
     return Product(
         layer.name,
@@ -178,7 +180,7 @@ def _layer_product(layer: GraphLayer, operator: str, narrow: bool) -> Product:
         "int4" if narrow and _is_narrow(layer) else container,
         integer,
         "" if integer else "asymmetric weight of 8 bits: its codes do not fit int8",
-        integer and may_saturate(layer.codes if isinstance(layer, GraphConv2d) else layer.codes.t(), layer.inputs.bits),
+        integer and may_saturate(rows, layer.inputs.code_bits),
         None if layer.offset is None else OUTPUT_BITS,
     )
 

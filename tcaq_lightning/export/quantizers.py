@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.export.operators import Constants, coded
 from tcaq_lightning.export.tables import Timesteps
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
@@ -17,6 +18,7 @@ class GraphQuantizer(nn.Module):
 
     Attributes:
         signed: codes are int8, 2^(b-1) below the unsigned ones, for the second operand of a matmul of two activations.
+        code_bits: of the largest code that an engine sees.
         centre: zero point Z of the operators, the same for all groups, or None where zero points stand beside them.
         repeats: rows of each sample in the last input.
     """
@@ -48,8 +50,13 @@ class GraphQuantizer(nn.Module):
         self.centre = int(zeros.max()) if centred else None
         self.code_zero = constants.scalar(self.centre or 0, torch.int8 if signed else torch.uint8)
         self.one_zero = bool((zeros == zeros[0]).all())
-        if self.centre is not None and self.centre - int(zeros.min()) + self.levels > 255:
-            raise ValueError("an output is quantized, and its input's zero points are too far apart")
+        reach = self.levels if self.centre is None else self.centre - int(zeros.min()) + self.levels
+        self.code_bits = reach.bit_length()
+        if reach > 255:
+            raise UserError(
+                f"the {self.bits}-bit input of a layer with a quantized output has codes up to {reach} around one zero "
+                "point; expected at most 255: calibrate it with one zero point for all timestep groups"
+            )
 
     def step(self, dims: int) -> Tensor:
         """Step s_g of the running batch, (B, 1, ..., 1)."""

@@ -11,7 +11,7 @@ class Timesteps(nn.Module):
 
     Attributes:
         edges: (G - 1,) boundaries. values: (G, N) float32 steps, zero points and exponents.
-        corrections: (G, M) float16 bias corrections.
+        shifts: (G, M) float16 bias corrections.
     """
 
     edges: Tensor

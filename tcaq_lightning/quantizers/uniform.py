@@ -69,7 +69,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad_x = torch.where((quantized - x).abs() <= step * HALF, grads[0], 0.0)
             slope = quantized * grads[0] - grad_x * x
             return grad_x, slope.sum_to_size(step.shape) / step if learned else None, None, None
-        grad_x, grad_step = torch.empty_like(x), torch.empty_like(step)
+        grad_x, grad_step = torch.empty_like(quantized), torch.empty_like(step)  # autograd narrows the former
         for values, s, result, grad, to_x, to_step in _blocks(x, step, quantized, grads[0], grad_x, grad_step):
             work = torch.sub(result, values).abs_().le_(s * HALF)  # 1 where nothing was clipped, else 0
             torch.mul(work, grad, out=to_x)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,19 @@ def engine_of(backend: str, denoiser: Any, **options: Any) -> EngineDenoiser:
     _, content, info = GRAPHS[id(denoiser)]
     engine = open_engine(backend, content, info, {"threads": 1, **options})
     return EngineDenoiser(engine, type(denoiser), denoiser.config)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_asymmetric_codes_below_four_signed_bits_are_stored_in_eight(backend: str, frozen: Callable[..., Any]) -> None:
+    denoiser = copy.deepcopy(frozen(bits=4, symmetric=False))
+    weight = denoiser.conv_out.weight_quantizer  # of a single output channel
+    weight.zero_point.fill_(13.0)
+    assert int(weight.codes.min()) < 5
+    content, info = build_graph(denoiser, "digest")
+    stand_in = EngineDenoiser(open_engine(backend, content, info, {"threads": 1}), type(denoiser), denoiser.config)
+    x, t = inputs(2)
+    assert relative_error(stand_in(x, t).sample, denoiser(x, t).sample) < ROUNDING
+    assert {p.name: p.stored for p in info.products}["conv_out"] == "int8"
 
 
 @pytest.mark.parametrize(

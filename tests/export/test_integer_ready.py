@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -210,3 +211,14 @@ def test_what_runs_in_float_says_why(name: str, reason: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     else:
         assert_same_codes(got, expected, step_of(layer, expected))
+
+
+def test_codes_around_one_zero_point_may_saturate_sooner(frozen: Callable[..., Any]) -> None:
+    rules = [LayerRule("mid_block.resnets.0.conv1", activation_bits=7)]
+    denoiser = copy.deepcopy(frozen(bits=8, integer_ready=True, rules=rules))
+    layer = denoiser.mid_block.resnets[0].conv1
+    layer.weight_quantizer.codes[:, :2] = 255  # 127 on both sides of a pair
+    for zeros, expected in (([60.0, 60.0, 60.0], False), ([0.0, 60.0, 120.0], True)):
+        layer.input_quantizer.zero_point.copy_(torch.tensor(zeros))
+        _, info = build_graph(denoiser, "digest")
+        assert {p.name: p.may_saturate for p in info.products}["mid_block.resnets.0.conv1"] == expected

@@ -60,6 +60,21 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(
     assert all(torch.equal(a, b) for a, b in zip(results(), whole, strict=True))
 
 
+def test_the_step_gradient_of_narrow_inputs_is_that_of_wide_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 30, generator=generator).bfloat16()
+    upstream = torch.randn(4, 30, generator=generator)
+    low, high = limits(4, 8)
+    gradients = []
+    for values in (x, x.float()):
+        step = torch.full((4, 1), 0.2, requires_grad=True)
+        fake_quantize(values.requires_grad_(), step, low, high).backward(upstream)
+        assert values.grad is not None
+        assert values.grad.dtype is values.dtype
+        gradients.append(step.grad)
+    assert torch.equal(*gradients)
+
+
 def learnable(bits: int, zero: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(bits)
     x = (torch.randn(4, 3, 5, generator=generator) * 2).requires_grad_()
