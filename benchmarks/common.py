@@ -76,8 +76,8 @@ def denoiser_config(name: str) -> dict[str, Any]:
     try:
         return denoiser_settings(find_architecture(name))
     except UserError as error:
-        known = ", ".join([SHIPPED, *sorted(p.stem for p in MODELS.glob("*.json")), *known_architectures()])
-        raise UserError(f"--model must be one of {known}, or a directory in diffusers layout, got {name!r}") from error
+        known = ", ".join([*sorted(p.stem for p in MODELS.glob("*.json")), *known_architectures()])
+        raise UserError(f"--model must be one of {known}, got {name!r}") from error
 
 
 def make_denoiser(config: Mapping[str, Any]) -> nn.Module:

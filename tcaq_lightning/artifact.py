@@ -83,7 +83,8 @@ def save_artifact(
         ValueError: the denoiser is not frozen, or holds NaN.
     """
     target = Path(directory).resolve()
-    if target.exists() and not (target / CHECKSUMS_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+    listed = any((folder / CHECKSUMS_FILE).is_file() for folder in (target, target / denoiser_name))
+    if target.exists() and not listed and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{directory} exists and is not an artifact; give another directory or remove it")
     incoming, outgoing = (target.with_name(f".{target.name}.{state}") for state in ("incoming", "outgoing"))
     shutil.rmtree(incoming, ignore_errors=True)

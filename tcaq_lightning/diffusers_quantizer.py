@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import json
+import sys
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import Tensor
 
@@ -28,6 +33,8 @@ QUANT_METHOD = "tcaq"
 PLAIN, QUANTIZED_OUTPUTS = FORMAT_VERSIONS = (1, 2)
 """Of files: the second one where outputs are quantized too, which releases that know the first alone must refuse."""
 CHECKSUMS_FILE = "checksums.json"
+_SAVING = threading.Lock()
+"""Held while a denoiser is saved: the tensors are handed to diffusers in its quantizer."""
 
 
 class Method(str, Enum):
@@ -148,8 +155,13 @@ class TCAQQuantizer(DiffusersQuantizer):
         from tcaq_lightning.fused import stored_tensors
 
         model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
-        structure = Structure.from_dict(self._values)
-        rebuild(model, structure, packed=True)
+        try:
+            structure = Structure.from_dict(self._values)
+            rebuild(model, structure, packed=True)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"quantization_config: its tables do not fit {type(model).__name__}: {error!r}; copy the artifact again"
+            ) from error
         self._stored = stored_tensors(model, structure.layers)
         # Not by `register_buffer`: a module has a method `bfloat16`, and there may be tensors of that name.
         model._buffers.update({item.blob: torch.empty(0, dtype=item.dtype) for item in self._stored})
@@ -170,21 +182,30 @@ class TCAQQuantizer(DiffusersQuantizer):
         """The fused tensors, which `save_pretrained` writes.
 
         Raises:
-            UserError: they would be written by pickle.
+            UserError: they would be written by pickle, or are not at hand.
         """
         if not safe_serialization:
             raise UserError("safe_serialization: expected True, got False; an artifact is written as safetensors alone")
+        if not self._fused:
+            raise UserError(
+                "save_pretrained: expected the method of a denoiser that was opened in this process, got that of its "
+                "class or of a pickled one"
+            )
         return self._fused, {}
 
     def save(self, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a denoiser as its class does, with the fused tensors of now, and list the files' checksums.
 
         Raises:
-            UserError: its type is another than that of the artifact.
+            UserError: its type is another than that of the artifact, or a variant is asked for.
         """
         from tcaq_lightning.frozen import describe
         from tcaq_lightning.fused import fuse, stored_tensors
 
+        call = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs)
+        if (variant := call.arguments.get("variant")) is not None:
+            raise UserError(f"variant: expected None, got {variant!r}; an artifact has one file of weights")
+        call.arguments["max_shard_size"] = sys.maxsize  # one file, whose checksum config.json holds
         structure = describe(model)
         if structure.dtypes != self._values.get("dtypes", {}):
             raise UserError("save_pretrained: expected the artifact's own type, got another; save it before .to(dtype)")
@@ -194,13 +215,13 @@ class TCAQQuantizer(DiffusersQuantizer):
             values["sha256"] = hashlib.sha256(save(self._fused, metadata={"format": "pt"})).hexdigest()
             self.quantization_config = TCAQConfig(**values)
             model.register_to_config(quantization_config=self.quantization_config)
-            type(model).save_pretrained(model, save_directory, *args, **kwargs)
+            type(model).save_pretrained(*call.args, **call.kwargs)
         finally:
             self._fused = {}
-        directory = Path(save_directory)
+        directory = Path(save_directory).resolve()
         text = config_text(model, self._values)
         write_bytes(directory / "config.json", text.encode())  # as the artifact has it: no path of this machine
-        write_checksums(directory)
+        write_checksums(directory, ["config.json", SAFETENSORS_WEIGHTS_NAME])
         _forget_checksums(directory)
 
 
@@ -211,15 +232,18 @@ def enable_saving(denoiser: Any, quantizer: TCAQQuantizer) -> None:
 
     @functools.wraps(type(denoiser).save_pretrained)  # pipelines look at its signature
     def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
-        model.hf_quantizer.save(model, *args, **kwargs)
+        with _SAVING:
+            model.hf_quantizer.save(model, *args, **kwargs)
 
     denoiser.save_pretrained = MethodType(save_pretrained, denoiser)  # bound, so that a copy of the model saves itself
 
 
-def write_checksums(directory: Path) -> None:
-    """Write checksums.json: the SHA-256 of every other file, and of this list itself."""
-    files = {f.relative_to(directory).as_posix(): sha256(f) for f in sorted(directory.rglob("*")) if f.is_file()}
-    files.pop(CHECKSUMS_FILE, None)
+def write_checksums(directory: Path, names: Sequence[str] | None = None) -> None:
+    """Write checksums.json: the SHA-256 of the named files, or of every other one, and of this list itself."""
+    if names is None:
+        found = (f.relative_to(directory).as_posix() for f in sorted(directory.rglob("*")) if f.is_file())
+        names = [name for name in found if name != CHECKSUMS_FILE]
+    files = {name: sha256(directory / name) for name in names}
     write_bytes(directory / CHECKSUMS_FILE, checksums_text(files).encode())
 
 

@@ -110,6 +110,8 @@ def _checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None
     try:
         checkpoint = read_checkpoint(path)
         state = {k.removeprefix("unit."): v for k, v in checkpoint["state_dict"].items()}
+        if not all(torch.equal(p.cpu(), state[name]) for name, p in unit.named_parameters()):
+            raise KeyError("of another full-precision model")  # whose weights a resumed fit would write into this one's
         state = {k: state[k] for k in quantization_state(unit)}
         check_quantization_state(unit, state)
         if (ranks := checkpoint["ranks"]) == world_size():

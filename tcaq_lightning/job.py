@@ -138,12 +138,26 @@ def run_job(
         dry_run: print the plan and the coverage, and stop.
         callbacks, inputs: as in `quantize`.
     """
+    run = Run(config)
+    try:
+        _work(config, run, open_model, dry_run, callbacks, inputs)
+    finally:
+        run.release()
+
+
+def _work(
+    config: Config,
+    run: Run,
+    open_model: Callable[[], Any],
+    dry_run: bool,
+    callbacks: Sequence[pl.Callback],
+    inputs: Inputs | None,
+) -> None:
     from callbacks import ActivationStatistics, DistributionFitting, LearningCurves, Progress
     from callbacks.progress import counting
     from callbacks.run_log import RunLog, log_results
 
     console = Console(log_path=False, quiet=not is_main())
-    run = Run(config)
     run.read()
     if run.finished and not dry_run:
         console.print(f"{run.directory} is finished; nothing to do. See {run.directory / 'report.md'}")

@@ -53,6 +53,12 @@ class _Calling(Loader):
     def __init__(self, loader: Loader, hook: Hook) -> None:
         self.loader, self.hook = loader, hook
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the loader can do, such as to give the source or a resource."""
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
@@ -72,7 +78,8 @@ class _Waiting(MetaPathFinder):
         if fullname not in HOOKS:
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Calling(spec.loader, HOOKS[fullname])

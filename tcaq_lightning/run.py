@@ -97,6 +97,12 @@ class Run:
         self._write()
         write_bytes(self.directory / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
 
+    def release(self) -> None:
+        """Let another command work in the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def finish(self, **facts: Any) -> None:
         """Note that everything is done."""
         self.manifest |= {"finished": True, **facts}

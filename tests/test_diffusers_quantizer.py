@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def frozen(denoiser: nn.Module, bits: int = 4) -> Any:
     return denoiser.requires_grad_(False).eval()
 
 
-def unet() -> UNet2DModel:
+def make_unet() -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=8,
@@ -62,7 +63,7 @@ def unet() -> UNet2DModel:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("artifact") / "quantized"
-    pipeline = DDIMPipeline(frozen(unet()), DDIMScheduler())
+    pipeline = DDIMPipeline(frozen(make_unet()), DDIMScheduler())
     save_artifact(pipeline, "unet", pipeline.unet, path, {"fid": 1.5, "name": "β"})
     return path
 
@@ -166,7 +167,7 @@ def test_every_family(name: str, make: Callable[[str, Path], Any], arguments: di
 
 
 def test_narrow_types(tmp_path: Path) -> None:
-    pipeline = DDIMPipeline(frozen(unet().to(torch.bfloat16)), DDIMScheduler())
+    pipeline = DDIMPipeline(frozen(make_unet().to(torch.bfloat16)), DDIMScheduler())
     save_artifact(pipeline, "unet", pipeline.unet, tmp_path / "a", {})
     x, t = torch.randn(2, 1, 8, 8).bfloat16(), torch.tensor([30, 900])
     expected = load_quantized(tmp_path / "a").unet(x, t).sample
@@ -233,14 +234,58 @@ def test_damage_and_other_versions_are_refused_by_from_pretrained(artifact: Path
     with pytest.raises(OSError, match=WEIGHTS):
         DDIMPipeline.from_pretrained(artifact, use_safetensors=True)
     weights.write_bytes(intact)
-    settings["quantization_config"]["version"] = 2
+    settings["quantization_config"]["version"] = 9
     config.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"\('tcaq', 1\), got \('tcaq', 2\)"):
+    with pytest.raises(UserError, match=r"version 1 or 2, got \('tcaq', 9\)"):
         DDIMPipeline.from_pretrained(artifact)
     settings["quantization_config"].update(version=1, timestep_boundaries=[1.0])
     config.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="elements"):
         DDIMPipeline.from_pretrained(artifact)
+
+
+def test_weights_are_one_file_whatever_is_asked_for(artifact: Path, tmp_path: Path) -> None:
+    unet = load_quantized(artifact).unet
+    unet.save_pretrained(tmp_path / "copy", max_shard_size="5KB")
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["checksums.json", "config.json", WEIGHTS]
+    with pytest.raises(UserError, match="variant: expected None, got 'fp16'"):
+        unet.save_pretrained(artifact / "unet", variant="fp16")
+    load_quantized(artifact)
+
+
+def test_the_method_of_the_class_cannot_save_a_frozen_denoiser(artifact: Path, tmp_path: Path) -> None:
+    unet = load_quantized(artifact).unet
+    with pytest.raises(UserError, match="expected the method of a denoiser that was opened in this process"):
+        type(unet).save_pretrained(unet, tmp_path / "copy")
+
+
+def test_threads_may_save_at_once(artifact: Path, tmp_path: Path) -> None:
+    unet = load_quantized(artifact).unet
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: unet.save_pretrained(tmp_path / str(number)), range(8)))
+    expected = (artifact / "unet" / WEIGHTS).read_bytes()
+    assert all((tmp_path / str(number) / WEIGHTS).read_bytes() == expected for number in range(8))
+
+
+def test_saved_from_within_its_own_folder(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = load_quantized(artifact).unet
+    (artifact / "unet" / "notes.txt").write_text("not of the artifact")
+    monkeypatch.chdir(artifact / "unet")
+    unet.save_pretrained(".")
+    assert not (artifact / "checksums.json").exists()
+    (artifact / "unet" / "notes.txt").write_text("changed")
+    load_quantized(artifact)
+    pipeline = DDIMPipeline(frozen(make_unet()), DDIMScheduler())
+    save_artifact(pipeline, "unet", pipeline.unet, artifact, {})  # takes it for the artifact that it is
+
+
+def test_tables_that_do_not_fit_are_one_line(artifact: Path) -> None:
+    file = artifact / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["attentions"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its tables do not fit UNet2DModel"):
+        UNet2DModel.from_pretrained(artifact / "unet")
 
 
 def test_never_pickles_and_never_quantizes(artifact: Path, tmp_path: Path) -> None:
@@ -249,7 +294,7 @@ def test_never_pickles_and_never_quantizes(artifact: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="safe_serialization"):
         load_quantized(artifact).save_pretrained(tmp_path / "b", safe_serialization=False)
     assert not list(tmp_path.rglob("*.bin"))
-    unet().save_pretrained(tmp_path / "full")
+    make_unet().save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match="pre-quantized"):
         UNet2DModel.from_pretrained(tmp_path / "full", quantization_config=TCAQConfig(quant_method="tcaq", version=1))
 

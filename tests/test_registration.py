@@ -8,6 +8,7 @@ import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import diffusers
 import pytest
@@ -74,6 +75,14 @@ def test_hooks_are_called_at_once_where_a_module_is_there(monkeypatch: pytest.Mo
     assert seen == [json]
     registration.register()
     assert len(seen) == 1
+
+
+def test_a_waiting_loader_can_what_its_own_can() -> None:
+    loader: Any = registration._Calling(SourceFileLoader("name", __file__), lambda _: None)
+    assert loader.get_filename("name") == __file__
+    assert b"a_waiting_loader" in loader.get_data(__file__)
+    with pytest.raises(AttributeError):
+        _ = loader.no_such_attribute
 
 
 def test_registers_once() -> None:

@@ -34,6 +34,14 @@ def test_manifest_and_config_come_back(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == again.config.to_dict()
 
 
+def test_one_command_at_a_time(tmp_path: Path) -> None:
+    first = started(tmp_path)
+    with pytest.raises(UserError, match="another command is at work"):
+        started(tmp_path)
+    first.release()
+    started(tmp_path)
+
+
 def test_leftovers_of_a_killed_start(tmp_path: Path) -> None:
     """A manifest that was being written makes no directory of something else."""
     (tmp_path / ".manifest.json.17.tmp").write_text("{")
