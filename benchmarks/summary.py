@@ -122,9 +122,9 @@ def _true_size(result: Result) -> Iterable[Row]:
         yield "minutes of a whole run", f"<= {result['minutes_limit']:g}", f"{result['minutes']:.1f}"
         yield "GB at most, of all memory", "", f"{result['run']['peak_rss_gb']:.1f}"
         return
-    learned = ", ".join(unit["unit"] for unit in result["units"])
+    last = result["units"][-1]["unit"]
     limit = f"<= {result['peak_rss_limit_gb']:g}"
-    yield f"GB at most, of all memory: plan, coverage, {learned}", limit, f"{result['peak_rss_gb']:.1f}"
+    yield f"GB at most, of all memory: plan, coverage, units up to {last}", limit, f"{result['peak_rss_gb']:.1f}"
     yield "share of the parameters that the coverage accounts for", "100 %", f"{result['coverage']['covered']:.0%}"
 
 
