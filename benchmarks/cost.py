@@ -23,8 +23,8 @@ from tcaq_lightning.architectures import example_samples, on_meta
 from tcaq_lightning.config import CalibrationConfig, Config, PARConfig, ReconstructionConfig
 from tcaq_lightning.cost import (
     DEVICE_TFLOPS,
-    ESTIMATED,
     EVALUATION,
+    FITTED,
     RANK_EFFICIENCY,
     Rates,
     calibration_passes,
@@ -146,7 +146,7 @@ def cost(
     ranks: int = 8,
     device_tflops: float = DEVICE_TFLOPS,
     rank_efficiency: float = RANK_EFFICIENCY,
-    rates: Rates = ESTIMATED,
+    rates: Rates = FITTED,
 ) -> dict[str, Any]:
     """Check the model of cost, and apply it.
 

@@ -28,23 +28,26 @@ class Rates:
     Attributes:
         quantized: a pass of the quantized denoiser. observe: a pass with ranges and histograms.
         learn_r, learn_v: an optimisation step. streams: a pass of the full-precision stream, and reading the inputs of
-        the quantized one. search: all searches of a unit, on one of its probes. sensitivity: forward and backward.
+        the quantized one. store: a pass of the quantized stream, and writing its outputs. gate: a pass that judges a
+        unit. search: all searches of a unit, on one of its probes. sensitivity: forward and backward.
     """
 
     quantized: float = 1.6
-    observe: float = 1.6
-    learn_r: float = 4.5
-    learn_v: float = 4.5
-    streams: float = 1.4
+    observe: float = 2.2
+    learn_r: float = 4.6
+    learn_v: float = 4.7
+    streams: float = 3.7
+    store: float = 2.5
+    gate: float = 2.8
     search: float = 60.0
     sensitivity: float = 3.0
 
 
-ESTIMATED = Rates()
-"""For CPUs, from single measurements; not fitted to whole runs."""
+FITTED = Rates()
+"""Fitted to one calibration of the shipped model at W4A4 on one thread of a CPU; the sensitivity is an estimate."""
 
 
-def passes(config: Config, calls: int, rates: Rates = ESTIMATED) -> dict[str, float]:
+def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float]:
     """Forward passes of one sample that each stage of a run costs.
 
     Args:
@@ -69,10 +72,10 @@ def passes(config: Config, calls: int, rates: Rates = ESTIMATED) -> dict[str, fl
         "trajectories": calls * len(data.indices) + rates.quantized * redrawn,
         "sensitivity": SENSITIVITY_PROBES * calls * rates.sensitivity,
         "streams": sum(samples) * rates.streams,
-        "store": sum(samples) * rates.quantized,
+        "store": sum(samples) * rates.store,
         "observe": min(OBSERVED_SAMPLES, calls * learned[0]) * rates.observe,
         "search": PROBES * rates.search,
-        "gate": judged * rates.quantized,
+        "gate": judged * rates.gate,
         "learn_r": steps["r"] * batch * rates.learn_r,
         "learn_v": steps["v"] * batch * rates.learn_v,
         "mismatch": calls * data.mismatch_trajectories * config.num_rounds * rates.quantized,
@@ -82,7 +85,7 @@ def passes(config: Config, calls: int, rates: Rates = ESTIMATED) -> dict[str, fl
     }
 
 
-def calibration_passes(config: Config, calls: int, rates: Rates = ESTIMATED) -> float:
+def calibration_passes(config: Config, calls: int, rates: Rates = FITTED) -> float:
     """Forward passes of one sample that the whole calibration costs, the evaluation after it left out."""
     return sum(count for stage, count in passes(config, calls, rates).items() if stage not in EVALUATION)
 

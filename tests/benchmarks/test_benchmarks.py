@@ -217,7 +217,7 @@ def test_summary_of_true_sizes() -> None:
     assert table(results).splitlines()[2:] == [
         "| true_size, a, 2 threads | minutes of a whole run | <= 30 | 7.3 |",
         "| true_size, a, 2 threads | GB at most, of all memory |  | 2.0 |",
-        "| true_size, b, 2 threads | GB at most, of all memory: plan, coverage, conv_in, mid_block | <= 12 | 9.9 |",
+        "| true_size, b, 2 threads | GB at most, of all memory: plan, coverage, units up to mid_block | <= 12 | 9.9 |",
         "| true_size, b, 2 threads | share of the parameters that the coverage accounts for | 100 % | 100% |",
     ]
 
