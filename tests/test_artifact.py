@@ -23,6 +23,7 @@ from tcaq_lightning.pipelines import sample
 from tcaq_lightning.quantized_layers import output_quantizers, quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, SoftmaxQuantizer
 from tcaq_lightning.timesteps import TimestepGroups
+from tests.tiny_models import tiny_unet
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SAMPLERS = [
@@ -30,21 +31,6 @@ SAMPLERS = [
     SamplerConfig("UniPCMultistepScheduler", 4),
     SamplerConfig("DDPMScheduler", 3),
 ]
-
-
-def tiny_unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import PackedWeight, SoftmaxQuantizer
 from tcaq_lightning.timesteps import TimestepGroups
 from tests.text_models import make_text_model
+from tests.tiny_models import tiny_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -45,25 +46,10 @@ def frozen(denoiser: nn.Module, bits: int = 4) -> Any:
     return denoiser.requires_grad_(False).eval()
 
 
-def make_unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    )
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("artifact") / "quantized"
-    pipeline = DDIMPipeline(frozen(make_unet()), DDIMScheduler())
+    pipeline = DDIMPipeline(frozen(tiny_unet()), DDIMScheduler())
     save_artifact(pipeline, "unet", pipeline.unet, path, {"fid": 1.5, "name": "β"})
     return path
 
@@ -167,7 +153,7 @@ def test_every_family(name: str, make: Callable[[str, Path], Any], arguments: di
 
 
 def test_narrow_types(tmp_path: Path) -> None:
-    pipeline = DDIMPipeline(frozen(make_unet().to(torch.bfloat16)), DDIMScheduler())
+    pipeline = DDIMPipeline(frozen(tiny_unet().to(torch.bfloat16)), DDIMScheduler())
     save_artifact(pipeline, "unet", pipeline.unet, tmp_path / "a", {})
     x, t = torch.randn(2, 1, 8, 8).bfloat16(), torch.tensor([30, 900])
     expected = load_quantized(tmp_path / "a").unet(x, t).sample
@@ -275,7 +261,7 @@ def test_saved_from_within_its_own_folder(artifact: Path, monkeypatch: pytest.Mo
     assert not (artifact / "checksums.json").exists()
     (artifact / "unet" / "notes.txt").write_text("changed")
     load_quantized(artifact)
-    pipeline = DDIMPipeline(frozen(make_unet()), DDIMScheduler())
+    pipeline = DDIMPipeline(frozen(tiny_unet()), DDIMScheduler())
     save_artifact(pipeline, "unet", pipeline.unet, artifact, {})  # takes it for the artifact that it is
 
 
@@ -294,7 +280,7 @@ def test_never_pickles_and_never_quantizes(artifact: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="safe_serialization"):
         load_quantized(artifact).save_pretrained(tmp_path / "b", safe_serialization=False)
     assert not list(tmp_path.rglob("*.bin"))
-    make_unet().save_pretrained(tmp_path / "full")
+    tiny_unet().save_pretrained(tmp_path / "full")
     with pytest.raises(ValueError, match="pre-quantized"):
         UNet2DModel.from_pretrained(tmp_path / "full", quantization_config=TCAQConfig(quant_method="tcaq", version=1))
 

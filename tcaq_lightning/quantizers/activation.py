@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
+from tcaq_lightning.quantizers.steps import LearnedSteps
 from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
 from tcaq_lightning.timesteps import TimestepGroups
 
@@ -155,7 +156,7 @@ _LOGARITHMIC: MutableMapping[Tensor, tuple[int | None, tuple[bool, ...]]] = Weak
 """By a quantizer's `tau`: its version, and which of its groups were logarithmic then."""
 
 
-class SoftmaxQuantizer(nn.Module):
+class SoftmaxQuantizer(LearnedSteps):
     """Quantizer of post-softmax values whose kind DAQ chooses for each timestep group (METHOD section 4).
 
     Attributes:
@@ -167,29 +168,11 @@ class SoftmaxQuantizer(nn.Module):
     tau: Tensor
 
     def __init__(self, bits: int, groups: TimestepGroups) -> None:
-        super().__init__()
+        super().__init__(torch.full((groups.num_groups,), 1.0 / (2**bits - 1)))
         self.bits = bits
         self.groups = groups
         self.enabled = True
-        self.register_buffer("delta", torch.full((groups.num_groups,), 1.0 / (2**bits - 1)))
         self.register_buffer("tau", torch.zeros(groups.num_groups))
-        self.log_delta: nn.Parameter | None = None
-
-    def begin_learning(self) -> dict[str, list[nn.Parameter]]:
-        """Make the steps learnable; only uniform groups receive a gradient (see `logarithmic`)."""
-        self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
-        return {"steps": [self.log_delta]}
-
-    @torch.no_grad()
-    def end_learning(self) -> None:
-        """Fold what was learned into `delta`."""
-        delta = self.steps()
-        self.log_delta = None
-        self.delta.copy_(delta)
-
-    def steps(self) -> Tensor:
-        """(G,) current steps, differentiable in what is learned."""
-        return self.delta if self.log_delta is None else self.delta * self.log_delta.exp()
 
     def forward(self, probabilities: Tensor) -> Tensor:
         """Quantize (B, ..., T) post-softmax values."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import NORM, search_affine
+from tcaq_lightning.quantizers.steps import LearnedSteps
 from tcaq_lightning.quantizers.uniform import fake_quantize
 
 OUTPUT_BITS = 8
@@ -17,7 +18,7 @@ VALUES = 4096
 """Values per channel that a range search looks at."""
 
 
-class OutputQuantizer(nn.Module):
+class OutputQuantizer(LearnedSteps):
     """Uniform quantizer of y = W^ x^, before the bias, by output channel and, without a table, by timestep group.
 
     The input's step s_g is a common factor of y = s_g t, t = scale_o a with an integer a that the engine sums up. What
@@ -38,28 +39,10 @@ class OutputQuantizer(nn.Module):
     offset: Tensor
 
     def __init__(self, channels: int, channel_dim: int) -> None:
-        super().__init__()
+        super().__init__(torch.ones(channels))
         self.channel_dim = channel_dim
         self.enabled = True
-        self.register_buffer("delta", torch.ones(channels))
         self.register_buffer("offset", torch.zeros(channels))
-        self.log_delta: nn.Parameter | None = None
-
-    def begin_learning(self) -> dict[str, list[nn.Parameter]]:
-        """Make the steps learnable; returns the new parameters by kind."""
-        self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
-        return {"steps": [self.log_delta]}
-
-    @torch.no_grad()
-    def end_learning(self) -> None:
-        """Fold what was learned into `delta`."""
-        delta = self.steps()
-        self.log_delta = None
-        self.delta.copy_(delta)
-
-    def steps(self) -> Tensor:
-        """(O,) current steps of t, differentiable in what is learned."""
-        return self.delta if self.log_delta is None else self.delta * self.log_delta.exp()
 
     @torch.no_grad()
     def search(self, values: Tensor, scale: Tensor, headroom: float = 1.0) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact import freeze, save_artifact
@@ -14,23 +14,9 @@ from tcaq_lightning.config import LayerRule, QuantizationConfig, WeightConfig
 from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.timesteps import TimestepGroups
+from tests.tiny_models import tiny_unet
 
 BOUNDARIES = [30.0, 60.0]
-
-
-def tiny_unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
 
 
 @torch.no_grad()
