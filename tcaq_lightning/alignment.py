@@ -310,17 +310,21 @@ def _reopen(work: Calibration, round_index: int, position: int) -> None:
     Raises:
         UserError: the unit's file is damaged.
     """
-    name = work.graph.names[position]
-    unit = work.quantized.get_submodule(name)
-    state = on_main(lambda: _stored_unit(work.run.unit_file(round_index, position, name), unit))
-    if state is None:
-        path = work.run.unit_file(round_index, position, name)
+    if _put_back(work, round_index, position) is None:
+        path = work.run.unit_file(round_index, position, work.graph.names[position])
         raise UserError(f"{path} was damaged while the run went on; the same command does the unit again")
-    restore_quantization_state(unit, state[0])
 
 
 def _restored(work: Calibration, round_index: int, position: int) -> dict[str, Any] | None:
-    """Put a finished unit's state back; None if it is not finished or its file is damaged."""
+    """Put a finished unit's state back, settled; None if it is not finished or its file is damaged."""
+    record = _put_back(work, round_index, position)
+    if record is not None:
+        settle(work.quantized.get_submodule(work.graph.names[position]))
+    return record
+
+
+def _put_back(work: Calibration, round_index: int, position: int) -> dict[str, Any] | None:
+    """Put a unit's state back as its file has it, and return its record; None without a file, or of a damaged one."""
     name = work.graph.names[position]
     unit = work.quantized.get_submodule(name)
     found = on_main(lambda: _stored_unit(work.run.unit_file(round_index, position, name), unit))
@@ -328,7 +332,6 @@ def _restored(work: Calibration, round_index: int, position: int) -> dict[str, A
         return None
     state, record = found
     restore_quantization_state(unit, state)
-    settle(unit)
     return record
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from tcaq_lightning.class_conditional import (
     ClassConditionalLatentPipeline,
@@ -15,6 +15,7 @@ from tcaq_lightning.class_conditional import (
     ClassEmbedder,
 )
 from tcaq_lightning.pipelines import open_pipeline
+from tests.toy_pipelines import latent_unet
 
 
 def make_vae() -> AutoencoderKL:
@@ -22,20 +23,8 @@ def make_vae() -> AutoencoderKL:
 
 
 def unet_pipeline() -> ClassConditionalLatentPipeline:
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=12,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
     embedder = ClassEmbedder(num_classes=5, embedding_dim=12)
-    return ClassConditionalLatentPipeline(make_vae(), unet, DDIMScheduler(), embedder, {0: "a", 4: "e"})
+    return ClassConditionalLatentPipeline(make_vae(), latent_unet(), DDIMScheduler(), embedder, {0: "a", 4: "e"})
 
 
 def make_transformer(num_classes: int) -> DiTTransformer2DModel:
