@@ -136,7 +136,8 @@ def _aligned_samples(work: Calibration, share: float, round_index: int, held_out
 
 def _quantized_trajectories(work: Calibration, path: Path, indices: Sequence[int]) -> Trajectories:
     """The quantized sampler's trajectories, kept on disk."""
-    return stored_trajectories(path, work.config, work.quantized, work.sampling, indices)
+    with freed_memory_reused(True):
+        return stored_trajectories(path, work.config, work.quantized, work.sampling, indices)
 
 
 def calibration_trajectories(
@@ -268,7 +269,8 @@ def _advance(
 ) -> dict[str, Any]:
     """Propagate both streams through a unit, which is reconstructed first if it has no record yet."""
     started = time.perf_counter()
-    data = streams.load(position)
+    with freed_memory_reused(True):
+        data = streams.load(position)
     loaded = time.perf_counter() - started
     if record is None:
         if start is not None:
@@ -280,7 +282,8 @@ def _advance(
         record["executions"] = dict(zip(executions, counts.tolist(), strict=True))
         record = _settle(work, round_index, position, record)
     started = time.perf_counter()
-    streams.store(position, data)
+    with freed_memory_reused(True):
+        streams.store(position, data)
     record["seconds"]["store"] = time.perf_counter() - started
     del data
     gc.collect()

@@ -22,13 +22,18 @@ def _call(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """One function for all units: what is compiled for a unit serves every other that it fits."""
+def raise_limits() -> None:
+    """Let torch compile as many variants as there are."""
     config: Any = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    total = f"accumulated_{limit}"
-    setattr(config, limit, max(VARIANTS, getattr(config, limit)))
-    setattr(config, total, max(VARIANTS, getattr(config, total)))
+    for name in (limit, f"accumulated_{limit}"):
+        setattr(config, name, max(VARIANTS, getattr(config, name)))
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """One function for all units: what is compiled for a unit serves every other that it fits."""
+    raise_limits()
     return torch.compile(_call, dynamic=False)
 
 

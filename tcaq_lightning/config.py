@@ -315,8 +315,12 @@ class ReconstructionConfig:
     patience: int | None = None
     """Stop a phase when its held-out error, looked at ten times in it, has not fallen for so many looks; null:
     never."""
-    autocast: bool = False
-    """Compute forward and backward passes of the optimisation in bfloat16; rounding and loss stay in float32."""
+    autocast: bool | Literal["auto"] = "auto"
+    """Multiply matrices in bfloat16 during the optimisation; rounding and loss stay in float32. auto: where the device
+    does it natively (AMX, tensor cores) and the model is in float32."""
+    compile_kernels: bool = True
+    """Compile the element-wise work of quantization with torch.compile, once for all shapes: half a minute once on a
+    machine, seconds in later runs. Without a compiler a warning says that it goes on without."""
     compile: bool = False
     """Compile the units with torch.compile, once for units of equal shape. That takes seconds to minutes for each
     shape, so it pays with thousands of iterations."""

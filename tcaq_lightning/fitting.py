@@ -18,7 +18,6 @@ from tcaq_lightning.distributed import on_main, world_size
 from tcaq_lightning.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.files import DamagedFileError, read_checkpoint
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.quantized_layers import (
     check_quantization_state,
     quant_layers,
@@ -80,7 +79,7 @@ def fit_unit(
     trainer = make_trainer(
         config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps, work.device
     )
-    with deterministic(work.device), freed_memory_reused(True):
+    with deterministic(work.device):
         trainer.fit(module, ckpt_path=str(path) if resumed else None, weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0
     module.finish()

@@ -23,6 +23,7 @@ from tcaq_lightning.distributed import is_main, on_main
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_samples
 from tcaq_lightning.evaluation.grid import save_grid
+from tcaq_lightning.kernels import compiled_kernels
 from tcaq_lightning.launch import launched
 from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, quiet_diffusers, to_images
 from tcaq_lightning.plan import coverage_table, make_plan, sketch_plan
@@ -214,7 +215,8 @@ def _work(
             observers=[ActivationStatistics(), DistributionFitting()],
             learners=[*curves, progress, *callbacks],
         )
-        rounds = calibrate(work)
+        with compiled_kernels(config.reconstruction.compile_kernels):
+            rounds = calibrate(work)
     if rounds is None:
         last = config.trainer.stop_after
         console.print(f"stopped after {last}; the same command without trainer.stop_after goes on", soft_wrap=True)
@@ -227,7 +229,8 @@ def _work(
     on_main(lambda: save_artifact(pipeline, name, quantized, artifact, metadata))
     console.print(f"artifact: {artifact}; measuring it", soft_wrap=True)
     cache = run.directory / "evaluation"
-    with counting(console, "evaluation", planned_samples(config.evaluation)) as advance:
+    kernels = compiled_kernels(config.reconstruction.compile_kernels)  # the same bits
+    with kernels, counting(console, "evaluation", planned_samples(config.evaluation)) as advance:
         metrics = evaluate(
             full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tcaq_lightning.precision import autocast_type
 from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, OutputQuantizer
 from tcaq_lightning.quantizers.activation import along, per_sample
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
@@ -162,7 +163,8 @@ class QuantLayer(nn.Module):
             shift = self.bias_shift[self.input_quantizer.groups.of_rows(y.shape[0])]  # (B, O)
             shape = [shift.shape[0]] + [1] * (y.ndim - 1)
             shape[self.channel_dim] = -1
-            y = y + shift.view(shape)
+            shift = shift.view(shape)
+            y = y.add_(shift) if y.dtype is shift.dtype else y + shift  # nothing else holds y
         return y if self.dtype is torch.float32 else y.to(self.dtype)
 
     def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:
@@ -170,7 +172,9 @@ class QuantLayer(nn.Module):
         return self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), bias)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The full-precision operation with a given weight, in the wider of both operands' types."""
+        """The full-precision operation with a given weight, in the wider of both operands' types, or autocast's."""
+        if autocast_type(x) is not None:
+            return self.operation(x, weight, bias)
         dtype = torch.promote_types(x.dtype, weight.dtype)
         return self.operation(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 

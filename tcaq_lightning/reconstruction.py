@@ -16,7 +16,9 @@ from tcaq_lightning.activations import Batch, Outputs, UnitData, channel_count, 
 from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
+from tcaq_lightning.kernels import Kernel
 from tcaq_lightning.layers import QuantLayer
+from tcaq_lightning.precision import autocasts
 from tcaq_lightning.quantized_layers import output_quantizers, quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.rounding import adaround_regularizer, annealed_beta, undecided_share
@@ -56,6 +58,18 @@ def weighted_error(squares: Tensor, weights: Tensor | None = None) -> Tensor:
     return (squares if weights is None else squares * weights).sum(1).mean()
 
 
+@Kernel
+def _errors(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """output - target, and the means of its squares and of itself by sample and channel."""
+    difference = output - target
+    return difference, mean_squares(difference), channel_means(difference)
+
+
+@Kernel
+def _scale_by_channel(difference: Tensor, factor: Tensor) -> Tensor:
+    return difference * beside_channels(factor, difference.ndim)
+
+
 class _ChannelErrors(torch.autograd.Function):
     """Means of (output - target)^2, with their gradient, and of output - target, by sample and channel.
 
@@ -64,17 +78,17 @@ class _ChannelErrors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        difference = output - target
+        difference, squares, means = _errors(output, target)
         ctx.save_for_backward(difference)
-        means = channel_means(difference)
         ctx.mark_non_differentiable(means)
-        return mean_squares(difference), means
+        return squares, means
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (difference,) = ctx.saved_tensors
         factor = grads[0] * (2 * grads[0].numel() / difference.numel())
-        return difference * beside_channels(factor, difference.ndim), None
+        grad: Tensor = _scale_by_channel(difference, factor)
+        return grad, None
 
 
 def channel_errors(output: Outputs, target: Outputs) -> tuple[Tensor, Tensor]:
@@ -272,7 +286,9 @@ class BlockReconstruction(pl.LightningModule):
             primes = (1, 7919, 104729, 31, 1299709, 15485863)
             torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
         samples = next(self._batches)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast else nullcontext():
+        narrow = autocasts(self.config.autocast, self.device, self.data.dtype)
+        autocast = torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext()
+        with autocast:
             output = self.data.run_batch(self._unit_forward, self.context, samples)
         squares, errors = channel_errors(output, samples.targets)  # in the targets' type, which is none too narrow
         error = weighted_error(squares, samples.weights)

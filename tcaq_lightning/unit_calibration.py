@@ -17,6 +17,7 @@ from tcaq_lightning.distributed import on_main
 from tcaq_lightning.files import save_tensors
 from tcaq_lightning.fitting import fit_unit, held_out_error, shifted_layer
 from tcaq_lightning.initialization import Observations, initialize, probe_indices
+from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.observation import UnitObservation
 from tcaq_lightning.quantized_layers import (
     full_precision,
@@ -87,7 +88,7 @@ def reconstruct_unit(
         undecided = 0.0
         for (phase_round, phase), iterations in config.phase_iterations().items():
             if phase_round == round_index:
-                with clock(f"learn_{phase}"):
+                with clock(f"learn_{phase}"), freed_memory_reused(True):
                     undecided = fit_unit(
                         work, unit, data, train, held_out, cast("Phase", phase), iterations, round_index, position
                     )

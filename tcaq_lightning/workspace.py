@@ -48,6 +48,8 @@ BATCHES_AT_HAND = 2
 """The batch that is computed on, and the next one, which is being read."""
 STEPS = 2
 """Optimisation steps that are traced: the first one makes the optimizer's state, the second one meets it."""
+COMPILER = 75_000_000
+"""Bytes that torch's compiler and its kernels take from their first use on (torch 2.13 on Linux)."""
 SAMPLE_COPIES = 2
 """Copies of the calibration samples: the trajectories, and those of the running round as the streams read them."""
 
@@ -148,7 +150,8 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
         found = measured(_trial_work(config, denoiser, graph, few))
         if config.reconstruction.enabled and config.reconstruction.weighting == "sensitivity":
             found.workspace["sensitivity"] = scaled_peak(weigh, min(data.batch_size, calls))
-    return Footprint(found.models, {kind: of_trajectories + nbytes for kind, nbytes in found.workspace.items()})
+    always = of_trajectories + (COMPILER if config.reconstruction.compile_kernels else 0)
+    return Footprint(found.models, {kind: always + nbytes for kind, nbytes in found.workspace.items()})
 
 
 def _trial_work(config: Config, denoiser: nn.Module, graph: UnitGraph, few: Samples) -> TrialWork:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tcaq_lightning.precision import autocast_type
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.quantizers.steps import LearnedSteps
 from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
@@ -27,8 +28,8 @@ def along(values: Tensor, dims: int, channel_dim: int) -> Tensor:
 
 
 def widened(x: Tensor) -> Tensor:
-    """In float32 where the type is narrower: what is searched or summed needs it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """In float32 where the type is narrower, unless autocast is to choose: what is searched or summed needs it."""
+    return x if autocast_type(x) is not None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ActivationQuantizer(nn.Module):

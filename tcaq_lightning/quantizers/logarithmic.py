@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcaq_lightning.kernels import Kernel, collapsed
+
 ADALOG_RESOLUTION = 37
 """Denominator of AdaLog's exponents (Wu et al. 2024, eq. 9)."""
 
@@ -46,6 +48,15 @@ def log_values(codes: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
     return torch.exp2(-tau * codes).mul_(delta).mul_(present)
 
 
+@Kernel
+def _quantize(x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Values, and 1 where the gradient passes, else 0."""
+    codes = log_codes(x, delta, tau, bits)
+    inside = (2**bits - 1 - codes).clamp_(max=1)
+    inside.mul_((x <= delta * torch.exp2(0.5 * tau)).to(x.dtype))
+    return log_values(codes, delta, tau, bits), inside
+
+
 class _LogFakeQuantize(torch.autograd.Function):
     """Straight-through where a value is neither clipped above nor sent to 0.
 
@@ -55,11 +66,10 @@ class _LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
-        codes = log_codes(x, delta, tau, bits)
-        inside = (2**bits - 1 - codes).clamp_(max=1)
-        inside.mul_((x <= delta * torch.exp2(0.5 * tau)).to(x.dtype))
-        ctx.save_for_backward(inside)
-        return log_values(codes, delta, tau, bits)
+        values: Tensor
+        values, inside = _quantize(*collapsed(x, delta, tau), bits)
+        ctx.save_for_backward(inside.view(x.shape))
+        return values.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

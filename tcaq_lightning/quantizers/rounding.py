@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcaq_lightning.kernels import Kernel, collapsed
+
 GAMMA = -0.1
 ZETA = 1.1
 
@@ -46,22 +48,40 @@ def _through_sigmoid(grad_h: Tensor, sigmoid: Tensor) -> Tensor:
     return grad
 
 
+@Kernel
+def _rounded(v: Tensor, base: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = torch.sigmoid(v)
+    return (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0, 1).add_(base).mul_(unit), sigmoid
+
+
+@Kernel
+def _logit_gradient(grad: Tensor, sigmoid: Tensor, unit: Tensor) -> Tensor:
+    return _through_sigmoid(grad * (unit * (ZETA - GAMMA)), sigmoid)
+
+
+@Kernel
+def _unit_gradient(grad: Tensor, rounded: Tensor, unit: Tensor) -> Tensor:
+    return (grad * rounded).sum_to_size(unit.shape) / unit
+
+
 class _SoftRound(torch.autograd.Function):
     """(base + h(V)) unit, in closed form: a chain of autograd's own operations would pass over V twice as often."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
-        sigmoid = torch.sigmoid(v)
-        rounded = (sigmoid * (ZETA - GAMMA)).add_(GAMMA).clamp_(0, 1).add_(base).mul_(unit)
-        ctx.save_for_backward(sigmoid, unit, rounded)
-        return rounded
+        rounded: Tensor
+        rounded, sigmoid = _rounded(*collapsed(v, base, unit))
+        ctx.save_for_backward(sigmoid.view(v.shape), unit, rounded.view(v.shape))
+        return rounded.view(v.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (grad,) = grads
         sigmoid, unit, rounded = ctx.saved_tensors
-        grad_v = _through_sigmoid(grad * (unit * (ZETA - GAMMA)), sigmoid) if ctx.needs_input_grad[0] else None
-        grad_unit = (grad * rounded).sum_to_size(unit.shape) / unit if ctx.needs_input_grad[2] else None
+        grad_v = grad_unit = None
+        if ctx.needs_input_grad[0]:
+            grad_v = _logit_gradient(*collapsed(grads[0], sigmoid, unit)).view(sigmoid.shape)
+        if ctx.needs_input_grad[2]:
+            grad_unit = _unit_gradient(*collapsed(grads[0], rounded, unit)).view(unit.shape)
         return grad_v, None, grad_unit
 
 
@@ -80,22 +100,29 @@ def soft_round(v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
     return rounded
 
 
+@Kernel
+def _penalty(v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The regulariser, and its gradient, since most of the work is the same."""
+    sigmoid = torch.sigmoid(v)
+    distance = (sigmoid * (2 * (ZETA - GAMMA))).add_(2 * GAMMA - 1).clamp_(-1, 1)  # 2h - 1
+    power = distance.abs().log_().mul_(beta - 1).exp_()  # |2h - 1|^(beta - 1); `pow` takes twice as long on a CPU
+    power.copysign_(distance)
+    penalty = v.numel() - (power * distance).sum()
+    return penalty, _through_sigmoid(power, sigmoid).mul_(beta * (-2 * (ZETA - GAMMA)))
+
+
 class _Regularizer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
-        sigmoid = torch.sigmoid(v)
-        distance = (sigmoid * (2 * (ZETA - GAMMA))).add_(2 * GAMMA - 1).clamp_(-1, 1)  # 2h - 1
-        power = distance.abs().log_().mul_(beta - 1).exp_()  # |2h - 1|^(beta - 1); `pow` takes twice as long on a CPU
-        power.copysign_(distance)
-        ctx.save_for_backward(sigmoid, power)
-        ctx.beta = beta
-        return v.numel() - torch.dot(power.flatten(), distance.flatten())
+        penalty: Tensor
+        penalty, slope = _penalty(v.flatten(), v.new_tensor(beta))
+        ctx.save_for_backward(slope.view(v.shape))
+        return penalty
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        sigmoid, power = ctx.saved_tensors
-        return _through_sigmoid(power, sigmoid).mul_(-2 * ctx.beta * (ZETA - GAMMA) * grad), None
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0], None
 
 
 def adaround_regularizer(v: Tensor, beta: float) -> Tensor:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcaq_lightning.kernels import Kernel, collapsed
+from tcaq_lightning.precision import autocast_type
+
 HALF = 0.5001
 """Of a step: what is rounded moves by no more than a half, and by what float32 loses of codes up to 255."""
 
@@ -35,10 +38,13 @@ def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x[part], *(o[part] if o.ndim == x.ndim and o.shape[0] == x.shape[0] else o for o in others))
 
 
-def _quantized(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """step * clip(round(x / step), low, high); `clamp` with tensor bounds is far slower on a CPU."""
-    if torch.compiler.is_compiling():  # it knows no `out`
-        return torch.minimum(torch.maximum((x / step).round(), low), high) * step
+def _quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """step * clip(round(x / step), low, high), computed in the wider of both types and given in `dtype`."""
+    return (torch.minimum(torch.maximum((x / step).round(), low), high) * step).to(dtype)
+
+
+def _quantize_by_hand(x: Tensor, step: Tensor, low: Tensor, high: Tensor, _: torch.dtype) -> Tensor:
+    """`clamp` with tensor bounds is far slower on a CPU. The result stays in the wider type, for the gradient."""
     quantized = torch.empty_like(x, dtype=torch.promote_types(x.dtype, step.dtype))
     for values, s, bottom, top, result in _blocks(x, step, low, high, quantized):
         torch.div(values, s, out=result).round_()
@@ -47,36 +53,67 @@ def _quantized(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return quantized
 
 
+def _gradients(
+    grad: Tensor, x: Tensor, _: Tensor, step: Tensor, low: Tensor, high: Tensor, learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Straight-through gradient to x, and, if it is learned, LSQ gradient to the step.
+
+    Args:
+        grad: to the result. x, step, low, high: what that was computed of.
+        learned: whether the step is.
+    """
+    scaled = x / step  # to compute it again takes less than to read the result
+    codes = scaled.round()
+    clipped = torch.minimum(torch.maximum(codes, low), high)
+    within = codes == clipped
+    grad_x = torch.where(within, grad, 0.0)
+    if not learned:
+        return grad_x, None
+    return grad_x, (torch.where(within, clipped - scaled, clipped) * grad).sum_to_size(step.shape)
+
+
+def _gradients_by_hand(
+    grad: Tensor, x: Tensor, quantized: Tensor, step: Tensor, _: Tensor, __: Tensor, learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """From the result, in place where it can be: arithmetic that mixes float and boolean tensors is slow on a CPU."""
+    grad_x, grad_step = torch.empty_like(quantized), torch.empty_like(step)  # autograd narrows the former
+    for values, s, result, upstream, to_x, to_step in _blocks(x, step, quantized, grad, grad_x, grad_step):
+        work = torch.sub(result, values).abs_().le_(s * HALF)  # 1 where nothing was clipped, else 0
+        torch.mul(work, upstream, out=to_x)
+        if learned:  # sum of g (q - x / s) inside, g q outside
+            torch.mul(result, upstream, out=work).addcmul_(to_x, values, value=-1)
+            to_step.copy_(work.sum_to_size(s.shape)).div_(s)
+    return grad_x, grad_step if learned else None
+
+
+_quantize_kernel = Kernel(_quantize, _quantize_by_hand)
+_gradients_kernel = Kernel(_gradients, _gradients_by_hand)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Round and clip with a straight-through gradient to `x` and an LSQ gradient to `step` (Esser et al. 2020).
 
-    Written with float operations, in place where they can be, because on a CPU torch's native learnable kernel is
-    scalar, about ten times slower than these, and arithmetic that mixes float and boolean tensors is slower still.
-    The gradient is computed from the result, which the operation that reads it keeps for its own gradient anyway.
+    On a CPU torch's native learnable kernel is scalar, about ten times slower than this.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        quantized = _quantized(x, step, low, high)
-        ctx.save_for_backward(x, step, quantized)
+        dtype = autocast_type(x) or torch.promote_types(x.dtype, step.dtype)  # narrow at once what a product reads
+        quantized: Tensor = _quantize_kernel(*collapsed(x, step, low, high), dtype).view(x.shape)
+        ctx.save_for_backward(x, quantized, step, low, high)
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, step, quantized = ctx.saved_tensors
-        learned = ctx.needs_input_grad[1]
-        if torch.compiler.is_compiling():
-            grad_x = torch.where((quantized - x).abs() <= step * HALF, grads[0], 0.0)
-            slope = quantized * grads[0] - grad_x * x
-            return grad_x, slope.sum_to_size(step.shape) / step if learned else None, None, None
-        grad_x, grad_step = torch.empty_like(quantized), torch.empty_like(step)  # autograd narrows the former
-        for values, s, result, grad, to_x, to_step in _blocks(x, step, quantized, grads[0], grad_x, grad_step):
-            work = torch.sub(result, values).abs_().le_(s * HALF)  # 1 where nothing was clipped, else 0
-            torch.mul(work, grad, out=to_x)
-            if learned:  # sum of g (q - x / s) inside, g q outside
-                torch.mul(result, grad, out=work).addcmul_(to_x, values, value=-1)
-                to_step.copy_(work.sum_to_size(s.shape)).div_(s)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_step if learned else None, None, None
+        x, _, step, *_ = ctx.saved_tensors
+        operands = collapsed(grads[0], *ctx.saved_tensors)
+        grad_x, grad_step = _gradients_kernel(*operands, ctx.needs_input_grad[1])
+        return (
+            grad_x.view(x.shape) if ctx.needs_input_grad[0] else None,
+            None if grad_step is None else grad_step.view(step.shape),
+            None,
+            None,
+        )
 
 
 def keeping_type(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,97 @@
+"""Element-wise work as single passes over memory: kernels that torch.compile makes of plain formulas.
+
+A fit does the same few formulas thousands of times, on tensors that no cache holds: one pass over them instead of one
+for each operation. A formula is compiled once for all sizes, in about a second, and kept by torch's own cache on disk,
+so that it pays within a minute where compiling whole units takes many.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tcaq_lightning.compilation import raise_limits
+
+log = logging.getLogger(__name__)
+
+LARGE = 1 << 17
+"""Values from which on a kernel is used on a CPU: the operands of several operations on fewer stay in its cache, and to
+find the compiled code takes as long as some of these operations."""
+
+
+class Kernel:
+    """A formula on tensors, compiled for all sizes when it is first called with large ones.
+
+    Args:
+        formula: pure; what is compiled. Its gradient is its caller's business.
+        by_hand: the same as a sequence of operations that suits small tensors, and large ones without a compiler; by
+            default the formula itself.
+
+    >>> Kernel(lambda x, y: x * y + 1)(torch.tensor([2.0]), torch.tensor([3.0]))
+    tensor([7.])
+    """
+
+    wanted, failed = False, False  # of all kernels; in every thread, since a GPU's backward pass has one of its own
+
+    def __init__(self, formula: Callable[..., Any], by_hand: Callable[..., Any] | None = None) -> None:
+        self.formula = formula
+        self.by_hand = by_hand or formula
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        raise_limits()
+        return torch.compile(self.formula, dynamic=True)
+
+    def __call__(self, *operands: Any) -> Any:
+        """The formula's result; the first operand's size decides whether it is worth a kernel."""
+        if torch.compiler.is_compiling():  # all around it
+            return self.formula(*operands)
+        if not Kernel.wanted or Kernel.failed or _small(operands[0]):
+            return self.by_hand(*operands)
+        try:
+            return self._compiled(*(x.detach() if isinstance(x, Tensor) else x for x in operands))
+        except (RuntimeError, OSError, ImportError) as error:  # a missing compiler shows in many ways
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            log.warning("torch cannot compile here (%s): reconstruction goes on without, slower", reason[0])
+            Kernel.failed = True
+            return self.formula(*operands)
+
+
+@contextmanager
+def compiled_kernels(wanted: bool = True) -> Iterator[None]:
+    """Use compiled kernels within, if they are wanted and torch can compile here."""
+    before, Kernel.wanted = Kernel.wanted, wanted
+    try:
+        yield
+    finally:
+        Kernel.wanted = before
+
+
+def _small(x: Tensor) -> bool:
+    return x.is_meta or (x.device.type == "cpu" and x.numel() < LARGE)
+
+
+def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Operands with those last axes as one along which none of the others varies: fewer shapes to compile for.
+
+    Args:
+        x: any shape. others: broadcastable to it.
+
+    >>> [tuple(t.shape) for t in collapsed(torch.ones(2, 3, 4, 5), torch.ones(2, 3, 1, 1), torch.ones(2, 3, 4, 5))]
+    [(2, 3, 20), (2, 3, 1), (2, 3, 20)]
+    """
+    small = [o for o in others if o.ndim and o.shape != x.shape]
+    if x.ndim < 3 or any(o.ndim != x.ndim for o in small) or not all(t.is_contiguous() for t in (x, *others)):
+        return x, *others
+    first = x.ndim
+    while first > 1 and all(o.shape[first - 1] == 1 for o in small):
+        first -= 1
+    if x.ndim - first < 2:
+        return x, *others
+    return tuple(t.flatten(first) if t.ndim else t for t in (x, *others))
