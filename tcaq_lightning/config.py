@@ -318,6 +318,9 @@ class ReconstructionConfig:
     autocast: bool | Literal["auto"] = "auto"
     """Multiply matrices in bfloat16 during the optimisation; rounding and loss stay in float32. auto: where the device
     does it natively (AMX, tensor cores) and the model is in float32."""
+    input_steps_every: int = 4
+    """Learn the activation steps and r of what a unit reads at every so many-th optimisation step only: nothing else
+    needs the backward pass through its first layers. 1 with `compile`."""
     compile_kernels: bool = True
     """Compile the element-wise work of quantization with torch.compile, once for all shapes: half a minute once on a
     machine, seconds in later runs. Without a compiler a warning says that it goes on without."""
@@ -344,6 +347,7 @@ class ReconstructionConfig:
             _require(
                 0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr
             )
+        _require(self.input_steps_every >= 1, "reconstruction.input_steps_every", "at least 1", self.input_steps_every)
         _require(self.patience is None or self.patience >= 1, "reconstruction.patience", "at least 1", self.patience)
         _require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)

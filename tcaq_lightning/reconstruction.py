@@ -16,6 +16,7 @@ from tcaq_lightning.activations import Batch, Outputs, UnitData, channel_count, 
 from tcaq_lightning.compilation import compiled
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.distributed import average_and_gather, total, world_size
+from tcaq_lightning.entry_steps import EntrySteps
 from tcaq_lightning.kernels import Kernel
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.precision import autocasts
@@ -189,6 +190,7 @@ class BlockReconstruction(pl.LightningModule):
         self.steps_before = steps_before
         self.learned: dict[str, list[nn.Parameter]] = {"v": [], "r": [], "steps": [], "weight_scales": []}
         self._begin()
+        self._entry = EntrySteps(unit, 1 if config.compile else config.input_steps_every)
         self._unit_forward = compiled(unit) if config.compile else unit.__call__
         self.losses: dict[str, Tensor] = {}
         self._gradient_scale: Tensor | None = None
@@ -288,7 +290,7 @@ class BlockReconstruction(pl.LightningModule):
         samples = next(self._batches)
         narrow = autocasts(self.config.autocast, self.device, self.data.dtype)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext()
-        with autocast:
+        with autocast, self._entry.forward(self.global_step):
             output = self.data.run_batch(self._unit_forward, self.context, samples)
         squares, errors = channel_errors(output, samples.targets)  # in the targets' type, which is none too narrow
         error = weighted_error(squares, samples.weights)
@@ -307,6 +309,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def on_after_backward(self) -> None:
         """Average gradients over the ranks, and follow the mean error of all their samples."""
+        self._entry.after_backward(self.global_step)
         if self._gradient_scale is not None:
             for gradient in (p.grad for values in self.learned.values() for p in values if p.grad is not None):
                 gradient /= self._gradient_scale
