@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytorch_lightning as pl
@@ -31,6 +31,8 @@ from tcaq_lightning import unit_calibration
 from tcaq_lightning.activations import Batch, UnitData
 from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.fitting import fit_unit
+from tcaq_lightning.memory import freed_memory_reused
+from tcaq_lightning.precision import autocasts
 from tcaq_lightning.quantized_layers import quantization_state, restore_quantization_state
 from tcaq_lightning.reconstruction import Phase, block_error
 
@@ -75,9 +77,10 @@ class PlainTraining:
     def seconds(self, steps: int) -> list[float]:
         """Of every step but the first."""
         ends = []
-        for _ in range(steps):
-            self.step()
-            ends.append(time.perf_counter())
+        with freed_memory_reused(True):  # as the tool does: to get large blocks from the system anew is no training
+            for _ in range(steps):
+                self.step()
+                ends.append(time.perf_counter())
         return [after - before for before, after in pairwise(ends)]
 
 
@@ -144,6 +147,7 @@ def step(
     batch_size: int = 32,
     trajectories: int = 4,
     sampler_steps: int = 20,
+    autocast: bool | Literal["auto"] = "auto",
     compiled: bool = False,
 ) -> dict[str, Any]:
     """Time an optimisation step of all units against their plain training step.
@@ -156,6 +160,7 @@ def step(
         batch_size: samples a step.
         trajectories: calibration trajectories.
         sampler_steps: samples of each, and timestep groups.
+        autocast: of the tool's steps; the limit is in float32.
         compiled: the units, with torch.compile; the limit stays as it is.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -163,12 +168,18 @@ def step(
         path = model_path(model, directory)
         settings = calibration(
             directory / "run", path, threads, trajectories, 1, sampler_steps, 2 * steps, batch_size
-        ) | {"par.enabled": False, "tcr.share": 0.5, "reconstruction.compile": compiled}
+        ) | {
+            "par.enabled": False,
+            "tcr.share": 0.5,
+            "reconstruction.autocast": autocast,
+            "reconstruction.compile": compiled,
+        }
         comparison = Comparison(fit_unit, batch_size, repetitions)
         with mock.patch.object(unit_calibration, "fit_unit", comparison):
             train_here(settings)
+    narrow = autocasts(autocast, torch.device("cpu"), torch.float32)
     settled = {"model": model, "threads": threads, "batch_size": batch_size, "compiled": compiled}
-    return settled | {"phases": comparison.summary()}
+    return settled | {"products": "bfloat16" if narrow else "float32"} | {"phases": comparison.summary()}
 
 
 if __name__ == "__main__":
