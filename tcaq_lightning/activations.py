@@ -1,8 +1,9 @@
 """The activation store: both streams, propagated from unit to unit and never re-run.
 
 To get a unit's inputs, the denoiser's own forward is replayed with every finished unit replaced by a stub that hands
-out its stored output, and stopped at the unit: only glue (concatenation, addition, interpolation) is computed, and no
-knowledge of the model is needed. Outputs that no later unit depends on are freed.
+out its stored output, and stopped at the unit: only glue (concatenation, addition, interpolation) is computed, that
+which the unit's inputs depend on, and no knowledge of the model is needed. Outputs that no later unit depends on are
+freed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from tcaq_lightning.absent import Absent, absent
 from tcaq_lightning.calls import Samples
 from tcaq_lightning.prefetch import read_ahead
 from tcaq_lightning.storage import ActivationStorage, Ledger, Tier
@@ -211,6 +213,7 @@ class Streams:
         self.device = next(full.parameters()).device
         self._full: dict[str, Tensor] = {}
         self._quantized: dict[str, Tensor] = {}
+        self._glue_reads_values = False
 
     def load(self, position: int) -> UnitData:
         """Inputs and targets of the unit at `position`; all units before it must be stored.
@@ -293,30 +296,51 @@ class Streams:
         self, denoiser: nn.Module, stored: dict[str, Tensor], position: int
     ) -> Iterator[tuple[slice, tuple[tuple[Any, ...], dict[str, Any]]]]:
         """The unit's arguments in one stream, batch by batch."""
-        finished, name = self.graph.names[:position], self.graph.names[position]
         for batch in self._batches():
-            forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored, batch) for n in finished}
-            forwards[name] = _stop
-            try:
-                with patched_forwards(denoiser, forwards):
-                    self.samples[batch].predict(denoiser)
-                raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
-            except Stop as reached:
-                arguments = reached.args_kwargs
+            if not self._glue_reads_values:
+                try:
+                    arguments = self._replayed(denoiser, stored, position, batch)
+                    self._glue_reads_values = any(isinstance(x, Absent) for x in tree_leaves(arguments))
+                except (RuntimeError, NotImplementedError):
+                    self._glue_reads_values = True
+            if self._glue_reads_values:
+                arguments = self._replayed(denoiser, stored, position, batch)
             yield batch, arguments
 
-    def _stub(self, name: str, stored: dict[str, Tensor], batch: slice) -> Callable[..., Outputs]:
+    def _replayed(
+        self, denoiser: nn.Module, stored: dict[str, Tensor], position: int, batch: slice
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the unit at `position` for a batch, in the stream whose outputs are given."""
+        finished, name = self.graph.names[:position], self.graph.names[position]
+        needed = self.graph.needs[name]
+        forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored, batch, needed) for n in finished}
+        forwards[name] = _stop
+        try:
+            with patched_forwards(denoiser, forwards):
+                self.samples[batch].predict(denoiser)
+        except Stop as reached:
+            return reached.args_kwargs
+        raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
+
+    def _stub(
+        self, name: str, stored: dict[str, Tensor], batch: slice, needed: frozenset[str]
+    ) -> Callable[..., Outputs]:
         def output(key: str) -> Tensor:
-            dtype, shape = self.graph.output_dtypes.get(key, self.dtype), self.graph.output_shapes[key]
-            if key in stored:  # a copy: glue may write in place
+            dtype = self.graph.output_dtypes.get(key, self.dtype)
+            if key in needed:  # a copy: glue may write in place
                 x = stored[key][batch].to(self.device, dtype, copy=True)
-            else:  # freed: NaN, so that a use of it would show at once
-                shape = (batch.stop - batch.start, *shape)
-                x = torch.full((), torch.nan, dtype=dtype, device=self.device).expand(shape)
+            else:
+                x = self._placeholder((batch.stop - batch.start, *self.graph.output_shapes[key]), dtype)
             return x.flatten(0, 1) if key in self.graph.folded else x
 
         tree = self.graph.outputs.get(name)
         return lambda *_, **__: output(name) if tree is None else tree.build(output)
+
+    def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """For what the unit's inputs do not depend on; NaN where glue looks at values all the same."""
+        if self._glue_reads_values:
+            return torch.full((), torch.nan, dtype=dtype, device=self.device).expand(shape)
+        return absent(shape, dtype, self.device)
 
 
 def _stop(*args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tcaq_lightning.absent import Absent
 from tcaq_lightning.activations import Streams, UnitData, store_peaks
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
 from tcaq_lightning.storage import ActivationStorage, Tier
@@ -191,7 +192,7 @@ def test_bfloat16_rounds_what_is_stored_and_nothing_else(make_twins: Any, tmp_pa
         assert 0 < float((got - expected).square().sum() / expected.square().sum()) < 1e-4
 
 
-def test_a_freed_output_is_nan_wherever_it_is_used(make_twins: Any) -> None:
+def test_an_output_that_was_freed_too_early_cannot_be_read(make_twins: Any) -> None:
     twins = make_twins()
     streams = twins.streams()
     for position in range(6):
@@ -199,7 +200,38 @@ def test_a_freed_output_is_nan_wherever_it_is_used(make_twins: Any) -> None:
     name = twins.graph.names[6]
     needed = next(iter(twins.graph.needs[name]))
     del streams._full[needed]
-    assert bool(streams.load(6).targets.isnan().any())
+    with pytest.raises(KeyError, match=needed):
+        streams.load(6)
+
+
+def test_glue_of_what_a_unit_does_not_depend_on_computes_nothing(make_twins: Any) -> None:
+    twins = make_twins()
+    seen: dict[bool, int] = {True: 0, False: 0}
+
+    def see(_module: Any, args: Any, kwargs: Any) -> None:
+        for x in tree_leaves((args, kwargs)):
+            seen[isinstance(x, Absent)] += isinstance(x, Tensor)
+
+    handle = twins.full.up_blocks[0].register_forward_pre_hook(see, with_kwargs=True)
+    walk(twins, twins.streams())
+    handle.remove()
+    assert seen[True] > 3 * seen[False] > 0
+
+
+def test_glue_that_looks_at_values_is_given_some(make_twins: Any) -> None:
+    twins = make_twins()
+    expected = walk(twins, twins.streams())
+
+    def look(_module: Any, _args: Any, kwargs: Any) -> None:
+        for x in tree_leaves(kwargs):
+            assert not isinstance(x, Tensor) or not bool(x.isinf().any())
+
+    for model in (twins.full, twins.quantized):
+        model.up_blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+    found = walk(twins, twins.streams())
+    for name, data in expected.items():
+        tensors = zip(data.tensors(), found[name].tensors(), strict=True)
+        assert all(torch.equal(x, y) for x, y in tensors), name
 
 
 def test_running_a_unit_on_chosen_samples_uses_their_groups(make_twins: Any) -> None:
