@@ -66,7 +66,7 @@ def ranks(
                     ended = train(settings)
                 outcomes[kind].append(_outcome(read_json(run_dir / "metrics.json"), ended.seconds))
     best = {kind: {k: min(o[k] for o in found) for k in found[0]} for kind, found in outcomes.items()}
-    one, many, shared = best.values()
+    one, many, shared = (best[kind] for kind in ("one", "many", "shared_batch"))
     efficiency = {
         "loop": one["loop_seconds"] / many["loop_seconds"],  # of devices times the samples
         "loop, one rank's batch shared": one["loop_seconds"] / shared["loop_seconds"] / devices,

@@ -89,11 +89,13 @@ class Comparison:
 
     Attributes:
         times: by phase and unit, seconds of the (tool's, limit's) steps.
+        every: not all steps are alike: so many in a row are a period.
     """
 
     def __init__(self, fit_unit: Callable[..., float], batch_size: int, repetitions: int) -> None:
         self.fit_unit, self.batch_size, self.repetitions = fit_unit, batch_size, repetitions
         self.times: dict[str, dict[str, tuple[list[float], list[float]]]] = defaultdict(dict)
+        self.every, self.counted = 1, 0
 
     def __call__(
         self,
@@ -118,14 +120,23 @@ class Comparison:
             restore_quantization_state(unit, before)
             undecided = self.fit_unit(work, unit, data, train, held_out, phase, iterations, *place)
             ours += times.seconds
+        self.every, self.counted = work.config.reconstruction.input_steps_every, iterations - 1
         work.learners = learners
         return undecided
+
+    def _typical(self, seconds: list[float]) -> float:
+        """Mean over a period of the medians at each of its places."""
+        places: dict[int, list[float]] = defaultdict(list)
+        for number, step in enumerate(seconds):
+            places[(number % self.counted + 1) % self.every].append(step)  # the first step of a fit is not counted
+        medians = [median(steps) for steps in places.values()]
+        return sum(medians) / len(medians)
 
     def summary(self) -> dict[str, Any]:
         """By phase: milliseconds of a step of all units, their ratio, and the unit with the largest one."""
         phases = {}
         for phase, units in self.times.items():
-            medians = {name: (median(ours), median(limit)) for name, (ours, limit) in units.items()}
+            medians = {name: (self._typical(ours), median(limit)) for name, (ours, limit) in units.items()}
             ours, limit = (sum(m[side] for m in medians.values()) for side in (0, 1))
             worst = max(medians, key=lambda name: medians[name][0] / medians[name][1])
             phases[phase] = {

@@ -362,7 +362,8 @@ def rotate_heads(x: Tensor, rotary: Any, heads: int) -> Tensor:
 def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T + mask), (B * heads, T, S), for q (B * heads, T, d) and k (B * heads, S, d)."""
     added = q.new_empty(1, 1, 1) if mask is None else mask.to(q.dtype)  # beta 0: it is not looked at
-    return torch.baddbmm(added, q, k.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale).softmax(-1)
+    scores = torch.baddbmm(added, q, k.transpose(1, 2), beta=0 if mask is None else 1, alpha=scale)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # to be rounded: in float32
 
 
 def mask_by_head(mask: Tensor | None, batch: int, heads: int, shape: tuple[int, int]) -> Tensor | None:

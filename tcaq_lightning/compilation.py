@@ -23,7 +23,7 @@ def _call(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 @functools.cache
 def raise_limits() -> None:
-    """Let torch compile as many variants as there are."""
+    """Let torch compile as many variants as there are, of any function of this process."""
     config: Any = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     for name in (limit, f"accumulated_{limit}"):

@@ -322,8 +322,8 @@ class ReconstructionConfig:
     """Learn the activation steps and r of what a unit reads at every so many-th optimisation step only: nothing else
     needs the backward pass through its first layers. 1 with `compile`."""
     compile_kernels: bool = True
-    """Compile the element-wise work of quantization with torch.compile, once for all shapes: half a minute once on a
-    machine, seconds in later runs. Without a compiler a warning says that it goes on without."""
+    """Compile the element-wise work of quantization with torch.compile, for all sizes at once: up to a minute once on
+    a machine, seconds in later runs. Without a compiler a warning says that it goes on without."""
     compile: bool = False
     """Compile the units with torch.compile, once for units of equal shape. That takes seconds to minutes for each
     shape, so it pays with thousands of iterations."""

@@ -16,7 +16,8 @@ class EntrySteps:
     """Parameters of those quantizers in a unit whose input needs no gradient.
 
     Their own gradient takes the backward pass through the first layers, up to a fifth of a step, for a few numbers.
-    They are learned at every `every`-th step, when they have a gradient; at the others they are constants.
+    They are learned at every `every`-th step, when they have a gradient; at the others they are constants. Where
+    nothing else is learned, they are learned at every step.
 
     Args:
         unit: quantized unit, learning.
@@ -52,19 +53,20 @@ class EntrySteps:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        self.parameters = found = []
+        needs_gradient: dict[str, bool] = {}
 
-        def see(_: nn.Module, args: tuple[Any, ...], *, own: list[nn.Parameter]) -> None:
-            if not any(isinstance(x, Tensor) and x.requires_grad for x in args):
-                found.extend(own)
+        def see(_: nn.Module, args: tuple[Any, ...], *, name: str) -> None:
+            needs = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+            needs_gradient[name] = needs or needs_gradient.get(name, False)
 
-        hooks = []
-        for quantizer in quantizers(self.unit).values():
-            own = [p for p in quantizer.parameters(recurse=False) if p.requires_grad]
-            if own:
-                hooks.append(quantizer.register_forward_pre_hook(partial(see, own=own)))
+        found = quantizers(self.unit)
+        hooks = [q.register_forward_pre_hook(partial(see, name=name)) for name, q in found.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+        entry = [found[name] for name, needs in needs_gradient.items() if not needs]
+        self.parameters = [p for q in entry for p in q.parameters(recurse=False) if p.requires_grad]
+        if len(self.parameters) == sum(p.requires_grad for p in self.unit.parameters()):
+            self.every = 1

@@ -229,8 +229,10 @@ def _work(
     on_main(lambda: save_artifact(pipeline, name, quantized, artifact, metadata))
     console.print(f"artifact: {artifact}; measuring it", soft_wrap=True)
     cache = run.directory / "evaluation"
-    kernels = compiled_kernels(config.reconstruction.compile_kernels)  # the same bits
-    with kernels, counting(console, "evaluation", planned_samples(config.evaluation)) as advance:
+    with (
+        compiled_kernels(config.reconstruction.compile_kernels),
+        counting(console, "evaluation", planned_samples(config.evaluation)) as advance,
+    ):
         metrics = evaluate(
             full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
         )

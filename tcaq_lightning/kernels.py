@@ -1,8 +1,8 @@
 """Element-wise work as single passes over memory: kernels that torch.compile makes of plain formulas.
 
 A fit does the same few formulas thousands of times, on tensors that no cache holds: one pass over them instead of one
-for each operation. A formula is compiled once for all sizes, in about a second, and kept by torch's own cache on disk,
-so that it pays within a minute where compiling whole units takes many.
+for each operation. A formula is compiled for all sizes at once, in a second or a few for each layout and type that it
+meets, and kept by torch's own cache on disk, so that it pays within a minute where compiling whole units takes many.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class Kernel:
     tensor([7.])
     """
 
-    wanted, failed = False, False  # of all kernels; in every thread, since a GPU's backward pass has one of its own
+    wanted = False
+    """Of all kernels: whether they are used now. In every thread, since a GPU's backward pass has one of its own."""
+    failed = False
+    """Of all kernels: whether torch could not compile one, in this process."""
 
     def __init__(self, formula: Callable[..., Any], by_hand: Callable[..., Any] | None = None) -> None:
         self.formula = formula
@@ -55,12 +58,16 @@ class Kernel:
         if not Kernel.wanted or Kernel.failed or _small(operands[0]):
             return self.by_hand(*operands)
         try:
-            return self._compiled(*(x.detach() if isinstance(x, Tensor) else x for x in operands))
+            with torch.autocast(operands[0].device.type, enabled=False):  # one code within it and without
+                return self._compiled(*(x.detach() if isinstance(x, Tensor) else x for x in operands))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, OSError, ImportError) as error:  # a missing compiler shows in many ways
+            result = self.formula(*operands)  # raises what has nothing to do with compiling
             reason = str(error).strip().splitlines() or [type(error).__name__]
             log.warning("torch cannot compile here (%s): reconstruction goes on without, slower", reason[0])
             Kernel.failed = True
-            return self.formula(*operands)
+            return result
 
 
 @contextmanager
@@ -78,7 +85,7 @@ def _small(x: Tensor) -> bool:
 
 
 def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Operands with those last axes as one along which none of the others varies: fewer shapes to compile for.
+    """Operands with those last axes merged along which every smaller one has size 1: fewer shapes to compile for.
 
     Args:
         x: any shape. others: broadcastable to it.
@@ -95,3 +102,9 @@ def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     if x.ndim - first < 2:
         return x, *others
     return tuple(t.flatten(first) if t.ndim else t for t in (x, *others))
+
+
+def uncollapsed(result: Tensor, shape: torch.Size) -> Tensor:
+    """What was computed of collapsed operands, in the shape of a whole one; no view, so that it may be written to."""
+    whole: Tensor = result if result.shape == shape else torch.ops.aten._unsafe_view(result, shape)
+    return whole

@@ -164,7 +164,8 @@ class QuantLayer(nn.Module):
             shape = [shift.shape[0]] + [1] * (y.ndim - 1)
             shape[self.channel_dim] = -1
             shift = shift.view(shape)
-            y = y.add_(shift) if y.dtype is shift.dtype else y + shift  # nothing else holds y
+            in_place = y.dtype is shift.dtype and len(y) == len(shift)  # nothing else holds y
+            y = y.add_(shift) if in_place else y + shift
         return y if self.dtype is torch.float32 else y.to(self.dtype)
 
     def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,9 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SMALL, _LARGE = 1 << 20, 1 << 30
 
+_kept = [_LARGE]
+"""Up to which size this process' C library keeps freed blocks now."""
+
 _CONTROL_GROUPS = [
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -30,21 +33,23 @@ def reuse_freed_memory() -> None:
 
 @contextmanager
 def freed_memory_reused(reuse: bool) -> Iterator[None]:
-    """Reuse freed memory within, or give it back to the system at once, and the other way round afterwards.
+    """Reuse freed memory within, or give it back to the system at once; afterwards all is as it was before.
 
     A loop over blocks of equal sizes is faster when it reuses them. Work on blocks of many sizes leaves holes between
     those that are still in use, and takes up to twice the memory.
     """
+    before = _kept[-1]
     _keep_blocks_up_to(_LARGE if reuse else _SMALL)
     release_freed_memory()
     try:
         yield
     finally:
-        _keep_blocks_up_to(_SMALL if reuse else _LARGE)
+        _keep_blocks_up_to(before)
         release_freed_memory()
 
 
 def _keep_blocks_up_to(nbytes: int) -> None:
+    _kept[-1] = nbytes
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, nbytes)

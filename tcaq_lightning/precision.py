@@ -22,9 +22,11 @@ def autocasts(setting: bool | Literal["auto"], device: torch.device, dtype: torc
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:
-    """What a product would narrow `x` to now; None outside of autocast."""
+    """What a product would narrow `x` to now; None outside of autocast, and of a type that it leaves alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+    if kind == "meta" or x.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

@@ -31,6 +31,7 @@ def quiet_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*GPU available but not used.*",
+        ".*Mismatch dtype between input and weight.*",  # a norm in float32 of what autocast has computed
     ):
         warnings.filterwarnings("ignore", pattern)
 

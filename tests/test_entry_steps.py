@@ -65,3 +65,18 @@ def test_what_is_not_learned_at_all_stays_so() -> None:
             unit(torch.randn(3, 2), torch.randn(3, 2))
     assert not unit.first.log_r.requires_grad
     assert unit.first.log_delta.requires_grad
+
+
+def test_where_nothing_else_is_learned_it_is_at_every_step() -> None:
+    unit = Unit()
+    unit.weight.requires_grad_(False)
+    for parameter in unit.second.parameters():
+        parameter.requires_grad_(False)
+    entry = EntrySteps(unit, 4)
+    for step in (1, 2, 3):
+        unit.zero_grad()
+        with entry.forward(step):
+            output = unit(torch.randn(3, 2), torch.randn(3, 2))
+        output.sum().backward()
+        entry.after_backward(step)
+        assert unit.learned() == ENTRY

@@ -129,16 +129,45 @@ def test_a_kernel_gives_the_bits_and_the_gradients_of_what_it_stands_for(case: s
 
 
 @needs_compiler
-def test_within_autocast_the_result_is_the_narrow_one_that_would_be_read() -> None:
+@pytest.mark.parametrize("wanted", [False, True])
+def test_within_autocast_the_result_is_the_narrow_one_that_would_be_read(wanted: bool) -> None:
     x, step = torch.randn(6, 5, 7) * 3, torch.rand(6, 5, 1) + 0.1
     exact = differentiated(fake_quantize, [x, step], [-ZERO, 15 - ZERO])
-    with torch.autocast("cpu", torch.bfloat16), compiled_kernels():
-        narrow = differentiated(fake_quantize, [x, step], [-ZERO, 15 - ZERO])
+    with torch.autocast("cpu", torch.bfloat16), compiled_kernels(wanted):
+        narrow = differentiated(fake_quantize, [x, step], [-ZERO, 15 - ZERO, True])
+        assert fake_quantize(x, step, -ZERO, 15 - ZERO).dtype is torch.float32
     assert narrow[0].dtype is torch.bfloat16
     assert torch.equal(narrow[0], exact[0].bfloat16())
     assert [g.dtype for g in narrow[1:]] == [torch.float32] * 2
     for ours, theirs in zip(narrow[1:], exact[1:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.1)
+
+
+def test_out_of_memory_is_no_missing_compiler() -> None:
+    with (
+        mock.patch.object(torch, "compile", side_effect=torch.OutOfMemoryError),
+        compiled_kernels(),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        Kernel(doubled)(torch.ones(2))
+    assert not Kernel.failed
+
+
+def test_an_error_of_the_formula_is_no_missing_compiler() -> None:
+    def wrong(x: Tensor) -> Tensor:
+        raise RuntimeError("wrong")
+
+    with mock.patch.object(torch, "compile", side_effect=lambda f, **_: f), compiled_kernels():
+        with pytest.raises(RuntimeError, match="wrong"):
+            Kernel(wrong)(torch.ones(2))
+        assert not Kernel.failed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_may_be_written_to(case: str) -> None:
+    function, learned, fixed = CASES[case]
+    result = function(*[x.clone().requires_grad_() for x in learned], *fixed)
+    assert torch.equal(result.clone().mul_(2), result.mul_(2))
 
 
 @needs_compiler

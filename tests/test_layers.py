@@ -200,3 +200,19 @@ def test_attention_quantizes_every_operand() -> None:
         quantizer.delta.mul_(3)
         assert not torch.equal(holder(x, 0), before)
         quantizer.delta.copy_(old)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_single_row_stands_for_all_samples(enabled: bool) -> None:
+    torch.manual_seed(0)
+    holder, groups = quantized(nn.Linear(4, 6))
+    layer = holder.layer
+    assert isinstance(layer, QuantLayer)
+    layer.allow_bias_shift()
+    assert layer.bias_shift is not None
+    layer.bias_shift.normal_()
+    layer.input_quantizer.delta.copy_(torch.tensor([0.1, 0.3]))
+    layer.input_quantizer.enabled = enabled
+    groups.set(torch.tensor([0, 1]))
+    row = torch.randn(1, 4)
+    assert torch.equal(layer(row), layer(row.expand(2, 4)))

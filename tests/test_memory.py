@@ -22,6 +22,8 @@ def kept():
 with freed_memory_reused(False):
     returned = kept()
 with freed_memory_reused(True):
+    with freed_memory_reused(False):
+        pass
     reused = kept()
 print(reused, returned)
 """

@@ -35,4 +35,5 @@ def test_the_type_that_a_product_would_narrow_to() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert autocast_type(x) is torch.bfloat16
         assert autocast_type(x.to("meta")) is None
+        assert autocast_type(x.double()) is None
     assert autocast_type(x) is None

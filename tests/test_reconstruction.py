@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from tcaq_lightning import compilation
 from tcaq_lightning.activations import UnitData
@@ -231,15 +231,30 @@ def test_autocast_computes_in_bfloat16_and_rounds_in_float32(prepare: Any) -> No
     prepared = prepare(RESNET)
     _, unit, data = prepared
     module = module_of(prepared, "v", 3, autocast=True)
-    seen: dict[str, list[torch.dtype]] = {"convolution": [], "rounded": []}
-    unit.conv2.input_quantizer.register_forward_hook(lambda _, __, y: seen["rounded"].append(y.dtype))
-    unit.conv1.register_forward_hook(lambda _, __, y: seen["convolution"].append(y.dtype))
+    convolved, rounded = set(), []
+
+    def compare(quantizer: Any, args: Any, y: Tensor) -> None:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            rounded.append(torch.equal(type(quantizer).forward(quantizer, *args).to(y.dtype), y))
+
+    unit.conv2.input_quantizer.register_forward_hook(compare)
+    unit.conv1.register_forward_hook(lambda _, __, y: convolved.add(y.dtype))
     fit(module)
-    assert set(seen["convolution"]) == {torch.bfloat16}
-    assert set(seen["rounded"]) == {torch.float32}
+    assert convolved == {torch.bfloat16}
+    assert rounded
+    assert all(rounded)
     assert module.losses["reconstruction"].dtype == torch.float32
     assert all(p.dtype == torch.float32 for kind in module.learned.values() for p in kind)
     assert data.targets.dtype == torch.float32
+
+
+def test_a_unit_that_only_reads_its_inputs_learns_at_every_step(prepare: Any) -> None:
+    prepared = prepare("conv_in")
+    module = module_of(prepared, "r", 6, scale_lr=0.0)
+    before = module.unit.input_quantizer.log_delta.detach().clone()
+    fit(module)
+    assert module._entry.every == 1
+    assert not torch.equal(module.unit.input_quantizer.log_delta, before)
 
 
 @pytest.mark.parametrize("phase", ["r", "v"])
@@ -248,7 +263,7 @@ def test_a_compiled_unit_learns_the_same(prepare: Any, name: str, phase: Phase) 
     states = []
     for compiles in (False, True):
         prepared = prepare(name)
-        module = module_of(prepared, phase, 3, compile=compiles)
+        module = module_of(prepared, phase, 3, compile=compiles, autocast=False, input_steps_every=1)
         with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)):
             compilation._compiled.cache_clear()
             fit(module)

@@ -20,6 +20,11 @@ def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
     return table[groups].reshape(-1, *[1] * (dims - 1))
 
 
+def for_all_samples(x: Tensor, rows: int) -> Tensor:
+    """A single row stands for all samples, such as one timestep's embedding: (1, ...) as (rows, ...)."""
+    return x.expand(rows, *x.shape[1:]) if x.shape[0] == 1 < rows else x
+
+
 def along(values: Tensor, dims: int, channel_dim: int) -> Tensor:
     """(C,) values beside a tensor of `dims` axes with its channels on `channel_dim`."""
     shape = [1] * dims
@@ -112,11 +117,12 @@ class ActivationQuantizer(nn.Module):
         if not self.enabled:
             return x
         current = self.groups.of_rows(x.shape[0])
+        x = for_all_samples(x, len(current))
         step = per_sample(self.steps(), current, x.ndim)
         if self.r.numel() > 1:
             step = step * along(self.scales(), x.ndim, self.channel_dim)
         zero = per_sample(self.zero_point, current, x.ndim)
-        return self._dropped(x, fake_quantize(x, step, -zero, 2**self.bits - 1 - zero))
+        return self._dropped(x, fake_quantize(x, step, -zero, 2**self.bits - 1 - zero, narrow=True))
 
     def _dropped(self, x: Tensor, quantized: Tensor) -> Tensor:
         """QDrop: a share of the elements as they were, while something is learned."""
@@ -150,7 +156,7 @@ class TokenQuantizer(ActivationQuantizer):
             scaled = x / r
             low, high = scaled.amin(self.channel_dim, keepdim=True), scaled.amax(self.channel_dim, keepdim=True)
             step, zero = affine_range(low, high, self.bits)  # (..., 1)
-        return self._dropped(x, fake_quantize(x, step * r, -zero, 2**self.bits - 1 - zero))
+        return self._dropped(x, fake_quantize(x, step * r, -zero, 2**self.bits - 1 - zero, narrow=True))
 
 
 _LOGARITHMIC: MutableMapping[Tensor, tuple[int | None, tuple[bool, ...]]] = WeakIdKeyDictionary()
@@ -216,4 +222,4 @@ class SoftmaxQuantizer(LearnedSteps):
         return torch.where(tau > 0, values, self._uniform(x, delta))
 
     def _uniform(self, x: Tensor, delta: Tensor) -> Tensor:
-        return fake_quantize(x, delta, delta.new_zeros(()), delta.new_full((), 2**self.bits - 1))
+        return fake_quantize(x, delta, delta.new_zeros(()), delta.new_full((), 2**self.bits - 1), narrow=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import Kernel, collapsed
+from tcaq_lightning.kernels import Kernel, collapsed, uncollapsed
 
 ADALOG_RESOLUTION = 37
 """Denominator of AdaLog's exponents (Wu et al. 2024, eq. 9)."""
@@ -66,10 +66,9 @@ class _LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
-        values: Tensor
-        values, inside = _quantize(*collapsed(x, delta, tau), bits)
-        ctx.save_for_backward(inside.view(x.shape))
-        return values.view(x.shape)
+        values, inside = (uncollapsed(found, x.shape) for found in _quantize(*collapsed(x, delta, tau), bits))
+        ctx.save_for_backward(inside)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import Kernel, collapsed
+from tcaq_lightning.kernels import Kernel, collapsed, uncollapsed
 
 GAMMA = -0.1
 ZETA = 1.1
@@ -69,10 +69,9 @@ class _SoftRound(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, base: Tensor, unit: Tensor) -> Tensor:
-        rounded: Tensor
-        rounded, sigmoid = _rounded(*collapsed(v, base, unit))
-        ctx.save_for_backward(sigmoid.view(v.shape), unit, rounded.view(v.shape))
-        return rounded.view(v.shape)
+        rounded, sigmoid = (uncollapsed(x, v.shape) for x in _rounded(*collapsed(v, base, unit)))
+        ctx.save_for_backward(sigmoid, unit, rounded)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:

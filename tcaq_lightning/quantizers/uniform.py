@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import Kernel, collapsed
+from tcaq_lightning.kernels import LARGE, Kernel, collapsed, uncollapsed
 from tcaq_lightning.precision import autocast_type
 
 HALF = 0.5001
 """Of a step: what is rounded moves by no more than a half, and by what float32 loses of codes up to 255."""
 
 
-BLOCK = 1 << 17
-"""Values that a CPU thread works on at once: what is between two operations on them then stays in its cache."""
-
-
 def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching blocks of rows of operands that broadcast to `x`; on a CPU small ones, elsewhere all rows at once."""
-    size = BLOCK * torch.get_num_threads()
+    size = LARGE * torch.get_num_threads()
     whole = x.device.type != "cpu" or x.ndim < 2 or x.numel() < 2 * size
     if whole or others[0].shape[:1] != x.shape[:1]:  # the first one's gradient is summed block by block
         yield (x, *others)
@@ -43,8 +39,8 @@ def _quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor, dtype: torch.d
     return (torch.minimum(torch.maximum((x / step).round(), low), high) * step).to(dtype)
 
 
-def _quantize_by_hand(x: Tensor, step: Tensor, low: Tensor, high: Tensor, _: torch.dtype) -> Tensor:
-    """`clamp` with tensor bounds is far slower on a CPU. The result stays in the wider type, for the gradient."""
+def _quantize_by_hand(x: Tensor, step: Tensor, low: Tensor, high: Tensor, _dtype: torch.dtype) -> Tensor:
+    """In the wider type, for the gradient's sake; `clamp` with tensor bounds is far slower on a CPU."""
     quantized = torch.empty_like(x, dtype=torch.promote_types(x.dtype, step.dtype))
     for values, s, bottom, top, result in _blocks(x, step, low, high, quantized):
         torch.div(values, s, out=result).round_()
@@ -54,7 +50,7 @@ def _quantize_by_hand(x: Tensor, step: Tensor, low: Tensor, high: Tensor, _: tor
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, _: Tensor, step: Tensor, low: Tensor, high: Tensor, learned: bool
+    grad: Tensor, x: Tensor, _quantized: Tensor, step: Tensor, low: Tensor, high: Tensor, learned: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Straight-through gradient to x, and, if it is learned, LSQ gradient to the step.
 
@@ -73,7 +69,7 @@ def _gradients(
 
 
 def _gradients_by_hand(
-    grad: Tensor, x: Tensor, quantized: Tensor, step: Tensor, _: Tensor, __: Tensor, learned: bool
+    grad: Tensor, x: Tensor, quantized: Tensor, step: Tensor, _low: Tensor, _high: Tensor, learned: bool
 ) -> tuple[Tensor, Tensor | None]:
     """From the result, in place where it can be: arithmetic that mixes float and boolean tensors is slow on a CPU."""
     grad_x, grad_step = torch.empty_like(quantized), torch.empty_like(step)  # autograd narrows the former
@@ -97,20 +93,20 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        dtype = autocast_type(x) or torch.promote_types(x.dtype, step.dtype)  # narrow at once what a product reads
-        quantized: Tensor = _quantize_kernel(*collapsed(x, step, low, high), dtype).view(x.shape)
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+        quantized = uncollapsed(_quantize_kernel(*collapsed(x, step, low, high), dtype), x.shape)
         ctx.save_for_backward(x, quantized, step, low, high)
-        return quantized
+        return quantized.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, _, step, *_ = ctx.saved_tensors
         operands = collapsed(grads[0], *ctx.saved_tensors)
         grad_x, grad_step = _gradients_kernel(*operands, ctx.needs_input_grad[1])
         return (
             grad_x.view(x.shape) if ctx.needs_input_grad[0] else None,
             None if grad_step is None else grad_step.view(step.shape),
+            None,
             None,
             None,
         )
@@ -126,15 +122,16 @@ def keeping_type(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return moved
 
 
-def fake_quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def fake_quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor, narrow: bool = False) -> Tensor:
     """Quantize and dequantize: step * clip(round(x / step), low, high), ties to even.
 
     Args:
-        x: any shape.
+        x: any shape, that of the result.
         step: positive, broadcastable to `x`. Receives the LSQ gradient sum(g (q - x/s)) inside the range and
             sum(g q) outside it.
         low: smallest code minus zero point, integer-valued, broadcastable to `x`.
         high: largest code minus zero point, likewise.
+        narrow: for a product to read: within autocast the result has the type that the product would give it.
 
     Returns:
         Tensor of `x`'s shape.
@@ -143,7 +140,8 @@ def fake_quantize(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     >>> fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), torch.tensor(15.0))
     tensor([-0.0000, 0.0000, 0.5000, 7.5000])
     """
-    quantized: Tensor = _FakeQuantize.apply(x, step, low, high)  # type: ignore[no-untyped-call]
+    dtype = (autocast_type(x) if narrow else None) or torch.promote_types(x.dtype, step.dtype)
+    quantized: Tensor = _FakeQuantize.apply(x, step, low, high, dtype)  # type: ignore[no-untyped-call]
     return quantized
 
 

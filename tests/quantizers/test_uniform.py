@@ -55,7 +55,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole(
         return [quantized.detach(), *(t.grad for t in operands if t.grad is not None)]
 
     whole = results()
-    monkeypatch.setattr(uniform, "BLOCK", 30 // torch.get_num_threads())  # two rows, and one in the last block
+    monkeypatch.setattr(uniform, "LARGE", 30 // torch.get_num_threads())  # two rows, and one in the last block
     assert len(whole) == 3
     assert all(torch.equal(a, b) for a, b in zip(results(), whole, strict=True))
 
