@@ -353,6 +353,10 @@ class ReconstructionConfig:
         _require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 
 
+SMALLEST_JUDGED = 32
+"""Samples of a pass through a unit that hardly any device is faster with more of."""
+
+
 @dataclass
 class EvaluationConfig:
     """What is measured at the end."""
@@ -563,6 +567,11 @@ class Config:
     def num_rounds(self) -> int:
         """Rounds of the alignment loop, round 0 included."""
         return 1 + (self.par.rounds if self.par.enabled and self.reconstruction.enabled else 0)
+
+    @property
+    def judged_batch_size(self) -> int:
+        """Samples of a pass through one unit outside of the optimisation: its memory is then no more than a step's."""
+        return min(self.calibration.batch_size, max(SMALLEST_JUDGED, self.reconstruction.batch_size))
 
     def phase_iterations(self) -> dict[tuple[int, str], int]:
         """Optimisation steps by (round, phase): the total is reconstruction.iterations whatever is switched on."""

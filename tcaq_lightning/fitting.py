@@ -89,7 +89,7 @@ def fit_unit(
 def held_out_error(work: Calibration, unit: nn.Module, data: UnitData, held_out: Tensor) -> float:
     """The unit's weighted error on held-out samples; while it learns, what it would be if the fit ended now."""
     with rounded_hard(unit):
-        squares = squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
+        squares = squared_errors(unit, data, held_out, work.context, work.config.judged_batch_size, work.device)
     return float((squares if data.weights is None else squares * data.weights).sum())
 
 

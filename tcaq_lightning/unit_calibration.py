@@ -79,7 +79,7 @@ def reconstruct_unit(
     incoming = quantization_state(unit)
     roundings = _roundings(unit)
     with clock("gate"):
-        squares = squared_errors(unit, data, held_out, work.context, work.batch_size, work.device)
+        squares = squared_errors(unit, data, held_out, work.context, config.judged_batch_size, work.device)
     data.weights = weights = normalized_weights(work.sensitivities.get(name, torch.ones_like(squares)), squares)
     record["before"] = record["after"] = float((squares * weights).sum())
     if config.reconstruction.enabled and quantizers(unit):
@@ -88,7 +88,7 @@ def reconstruct_unit(
         undecided = 0.0
         for (phase_round, phase), iterations in config.phase_iterations().items():
             if phase_round == round_index:
-                with clock(f"learn_{phase}"), freed_memory_reused(True):
+                with clock(f"learn_{phase}"):
                     undecided = fit_unit(
                         work, unit, data, train, held_out, cast("Phase", phase), iterations, round_index, position
                     )
@@ -112,7 +112,7 @@ def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -
     samples = shard.here(_some(shard.train, OBSERVED_SAMPLES))
     if not len(samples):  # every rank takes part in the reductions at the end
         samples = shard.here(shard.train)[:1]
-    module = UnitObservation(unit, data, samples, work.context, work.batch_size)
+    module = UnitObservation(unit, data, samples, work.context, work.config.judged_batch_size)
     trainer = make_trainer(work.config.trainer, work.observers, work.logger, device=work.device)
     with full_precision(unit):
         trainer.predict(module, return_predictions=False)
@@ -142,7 +142,7 @@ def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData,
     layer, factor = shifted
     assert layer.bias_shift is not None
     samples = shard.here(_some(shard.train, BIAS_SAMPLES))
-    errors = mean_errors(unit, data, samples, work.context, work.batch_size, work.device)
+    errors = mean_errors(unit, data, samples, work.context, work.config.judged_batch_size, work.device)
     corrected = layer.bias_shift + errors.to(layer.bias_shift) * factor
     layer.bias_shift.copy_(corrected.half())  # the artifact holds float16: nothing is left to round off there
 
@@ -163,6 +163,7 @@ class _Clock:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started, executed = time.perf_counter(), self.data.executed
-        yield
+        with freed_memory_reused(stage != "search"):  # which alone works on blocks of many sizes
+            yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
         self.executions[stage] = self.executions.get(stage, 0) + self.data.executed - executed

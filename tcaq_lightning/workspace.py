@@ -136,7 +136,7 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
         workspace = {
             "sampling": work.peak(work.sample, max(data.batch_size, config.evaluation.batch_size)),
             "search": max(work.scaled(name, work.search, probes) for name in distinct),
-            "gate": max(work.scaled(name, work.judge, data.batch_size) for name in distinct),
+            "gate": max(work.scaled(name, work.judge, config.judged_batch_size) for name in distinct),
         }
         if config.reconstruction.enabled:
             workspace["learn"] = work.learning_bytes()
