@@ -12,7 +12,7 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.initialization import PROBES
 from tcaq_lightning.sensitivity import PROBES as SENSITIVITY_PROBES
-from tcaq_lightning.unit_calibration import BIAS_SAMPLES, OBSERVED_SAMPLES
+from tcaq_lightning.unit_calibration import BIAS_SAMPLES, JUDGED_SAMPLES, OBSERVED_SAMPLES
 
 EVALUATION = ("noise_error", "full_images", "quantized_images", "fid")
 """Stages that come after the calibration."""
@@ -33,18 +33,19 @@ class Rates:
     """
 
     quantized: float = 1.6
-    observe: float = 2.2
-    learn_r: float = 4.6
-    learn_v: float = 4.7
-    streams: float = 3.7
-    store: float = 2.5
-    gate: float = 2.8
-    search: float = 60.0
+    observe: float = 2.4
+    learn_r: float = 3.8
+    learn_v: float = 3.4
+    streams: float = 2.0
+    store: float = 1.9
+    gate: float = 3.5
+    search: float = 80.0
     sensitivity: float = 3.0
 
 
 FITTED = Rates()
-"""Fitted to one calibration of the shipped model at W4A4 on one thread of a CPU; the sensitivity is an estimate."""
+"""Fitted to one calibration of the shipped model at W4A4 on one thread of a CPU with AMX, products in bfloat16; the
+sensitivity is an estimate."""
 
 
 def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float]:
@@ -64,7 +65,7 @@ def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float
     steps = dict.fromkeys(("r", "v"), 0)
     for (_, phase), iterations in config.phase_iterations().items():
         steps[phase] += iterations
-    judged = 2 * held_out * config.num_rounds + corrections * min(BIAS_SAMPLES, calls * learned[0])
+    judged = 2 * min(JUDGED_SAMPLES, held_out) * config.num_rounds + corrections * min(BIAS_SAMPLES, calls * learned[0])
     redrawn = sum(calls * n * config.par.final_share * (m + 1) / config.par.rounds for m, n in enumerate(learned[1:]))
     sampler = config.evaluation.sampler or data.sampler
     images = config.evaluation.num_images * calls * sampler.num_steps / data.sampler.num_steps

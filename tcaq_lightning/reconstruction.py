@@ -337,13 +337,17 @@ class BlockReconstruction(pl.LightningModule):
         return undecided_share(torch.cat(logits)) if logits else 0.0
 
 
+def _batches(samples: Tensor, size: int) -> Sequence[Tensor]:
+    return torch.split(samples, size) if len(samples) else ()  # a rank may hold none of those that are looked at
+
+
 @torch.no_grad()
 def squared_errors(
     unit: nn.Module, data: UnitData, samples: Tensor, context: TimestepGroups, batch_size: int, device: torch.device
 ) -> Tensor:
     """(G, C) squared error of the unit as it is now, over all ranks' given samples; its sum is the block error."""
     sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
-    for batch in data.batches(torch.split(samples, batch_size), device):
+    for batch in data.batches(_batches(samples, batch_size), device):
         output = data.run_batch(unit, context, batch)
         squares, _ = channel_errors(output, batch.targets)
         sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
@@ -365,7 +369,7 @@ def mean_errors(
     """
     sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
     counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
-    for batch in data.batches(torch.split(samples, batch_size), device):
+    for batch in data.batches(_batches(samples, batch_size), device):
         _, errors = channel_errors(data.run_batch(unit, context, batch), batch.targets)
         groups = batch.groups.cpu()
         sums.index_add_(0, groups, -errors.double().cpu())

@@ -37,6 +37,8 @@ OBSERVED_SAMPLES = 640
 """About as many samples give ranges and distributions: every image has many pixels."""
 BIAS_SAMPLES = 320
 """About as many samples give the mean errors of a unit's output channels."""
+JUDGED_SAMPLES = 320
+"""About as many held-out samples tell how good a unit is."""
 REFINE_LOGIT = 2.0
 """Logits of a later round start within [-2, 2]: close to the rounded weights, yet a rounding can still flip."""
 
@@ -55,7 +57,7 @@ def reconstruct_unit(
     config, name = work.config, work.graph.names[position]
     unit = work.quantized.get_submodule(name)
     tag = f"round{round_index}/{position:02d}-{name}"
-    train, held_out = shard.here(shard.train), shard.here(shard.held_out)
+    train, held_out = shard.here(shard.train), shard.here(_some(shard.held_out, JUDGED_SAMPLES))
     clock = _Clock(data)
     record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
 
@@ -88,7 +90,7 @@ def reconstruct_unit(
         undecided = 0.0
         for (phase_round, phase), iterations in config.phase_iterations().items():
             if phase_round == round_index:
-                with clock(f"learn_{phase}"):
+                with clock(f"learn_{phase}"), freed_memory_reused(True):
                     undecided = fit_unit(
                         work, unit, data, train, held_out, cast("Phase", phase), iterations, round_index, position
                     )
@@ -163,7 +165,6 @@ class _Clock:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started, executed = time.perf_counter(), self.data.executed
-        with freed_memory_reused(stage != "search"):  # which alone works on blocks of many sizes
-            yield
+        yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
         self.executions[stage] = self.executions.get(stage, 0) + self.data.executed - executed
