@@ -136,8 +136,7 @@ def _aligned_samples(work: Calibration, share: float, round_index: int, held_out
 
 def _quantized_trajectories(work: Calibration, path: Path, indices: Sequence[int]) -> Trajectories:
     """The quantized sampler's trajectories, kept on disk."""
-    with freed_memory_reused(True):
-        return stored_trajectories(path, work.config, work.quantized, work.sampling, indices)
+    return stored_trajectories(path, work.config, work.quantized, work.sampling, indices)
 
 
 def calibration_trajectories(
