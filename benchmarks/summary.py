@@ -217,7 +217,9 @@ def draw(results: list[Result], path: Path) -> None:
     rows = math.ceil(len(drawn) / 2)
     figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
     for place, result in enumerate(drawn, 1):
-        PANELS[result["benchmark"]](figure.add_subplot(rows, 2, place), result)
+        axes = figure.add_subplot(rows, 2, place)
+        PANELS[result["benchmark"]](axes, result)
+        axes.title.set_fontsize("medium")  # labels are long
     figure.savefig(path, dpi=80)
 
 
