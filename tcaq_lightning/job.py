@@ -17,6 +17,7 @@ from tcaq_lightning.alignment import calibrate, calibration_trajectories
 from tcaq_lightning.architectures import architecture_scheduler, example_samples, find_architecture, meta_denoiser
 from tcaq_lightning.artifact import artifact_sizes, freeze, load_quantized, save_artifact
 from tcaq_lightning.calibration import Calibration, seconds_by_stage
+from tcaq_lightning.call_stack import with_room_for_frames
 from tcaq_lightning.config import Config
 from tcaq_lightning.cost import DEVICE_TFLOPS
 from tcaq_lightning.distributed import is_main, on_main
@@ -216,7 +217,7 @@ def _work(
             learners=[*curves, progress, *callbacks],
         )
         with compiled_kernels(config.reconstruction.compile_kernels):
-            rounds = calibrate(work)
+            rounds = with_room_for_frames(lambda: calibrate(work))
     if rounds is None:
         last = config.trainer.stop_after
         console.print(f"stopped after {last}; the same command without trainer.stop_after goes on", soft_wrap=True)
@@ -233,8 +234,10 @@ def _work(
         compiled_kernels(config.reconstruction.compile_kernels),
         counting(console, "evaluation", planned_samples(config.evaluation)) as advance,
     ):
-        metrics = evaluate(
-            full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
+        metrics = with_room_for_frames(
+            lambda: evaluate(
+                full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
+            )
         )
 
     def show() -> None:
