@@ -83,6 +83,7 @@ class QuantAttnProcessor(nn.Module):
         mask = attn.prepare_attention_mask(attention_mask, source.shape[1], tokens.shape[0])
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        tokens = tokens.contiguous()  # once, not in each projection
         if encoder_hidden_states is None:
             q, k, v = self.project(attn, tokens, SELF)
         else:
@@ -127,7 +128,7 @@ class QuantAttnProcessor(nn.Module):
         """Output projection, residual connection and rescaling, in the input's shape."""
         out = attn.to_out[1](attn.to_out[0](out))
         if residual.ndim == 4:
-            out = out.transpose(1, 2).reshape(residual.shape[0], -1, *residual.shape[2:])
+            out = out.transpose(1, 2).contiguous().view(residual.shape[0], -1, *residual.shape[2:])
         if attn.residual_connection:
             out = out + residual
         output: Tensor = out / attn.rescale_output_factor
@@ -162,7 +163,7 @@ class QuantAddedKVAttnProcessor(QuantAttnProcessor):
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2).contiguous()
         k, v = self.project(attn, context, ADDED[1:])
         if attn.only_cross_attention:
             (q,) = self.project(attn, tokens, SELF[:1])

@@ -170,12 +170,8 @@ def channel_means(x: Tensor) -> Tensor:
 
 
 def mean_squares(x: Tensor) -> Tensor:
-    """Means of the squares of each sample's channels, without a tensor of the squares; shapes as in `channel_means`."""
-    axes = WITHIN_CHANNELS[x.ndim]
-    if not axes:
-        return x.square()
-    norms: Tensor = torch.linalg.vector_norm(x, dim=axes)
-    return norms.square() * (norms.numel() / x.numel())
+    """Means of the squares of each sample's channels; shapes as in `channel_means`."""
+    return channel_means(x.square())
 
 
 def beside_channels(values: Tensor, dims: int) -> Tensor:

@@ -101,7 +101,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, _, step, *_ = ctx.saved_tensors
-        operands = collapsed(grads[0], *ctx.saved_tensors)
+        grad = grads[0].contiguous() if x.is_contiguous() else grads[0]  # operands of one layout: one sweep over memory
+        operands = collapsed(grad, *ctx.saved_tensors)
         grad_x, grad_step = _gradients_kernel(*operands, ctx.needs_input_grad[1])
         return (
             grad_x.view(x.shape) if ctx.needs_input_grad[0] else None,

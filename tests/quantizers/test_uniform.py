@@ -75,6 +75,19 @@ def test_the_step_gradient_of_narrow_inputs_is_that_of_wide_ones() -> None:
     assert torch.equal(*gradients)
 
 
+def test_a_transposed_gradient_gives_what_a_contiguous_one_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 6, 5, generator=generator)
+    upstream = torch.randn(4, 5, 6, generator=generator).transpose(1, 2)
+    low, high = limits(4, 8)
+    gradients = []
+    for gradient in (upstream, upstream.contiguous()):
+        values, step = x.clone().requires_grad_(), torch.full((4, 1, 1), 0.2, requires_grad=True)
+        fake_quantize(values, step, low, high).backward(gradient)
+        gradients.append((values.grad, step.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def learnable(bits: int, zero: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(bits)
     x = (torch.randn(4, 3, 5, generator=generator) * 2).requires_grad_()
