@@ -44,7 +44,7 @@ def ranks(
         held_out: further ones.
         sampler_steps: samples of each, and timestep groups.
         batch_size: samples a step of one rank.
-        rounds: rounds after the first.
+        rounds: rounds after the first; 0 switches them off.
         images: same-noise images that the quality is measured on.
     """
     runs = {"one": (1, batch_size), "many": (devices, devices * batch_size), "shared_batch": (devices, batch_size)}
@@ -57,7 +57,8 @@ def ranks(
                 run_dir = directory / f"run-{kind}-{repetition}"
                 settings = calibration(run_dir, path, 1, trajectories, held_out, sampler_steps, iterations, samples) | {
                     "trainer.devices": count,
-                    "par.rounds": rounds,
+                    "par.enabled": rounds > 0,
+                    "par.rounds": max(1, rounds),
                     "evaluation.num_trajectories": held_out,
                     "evaluation.num_images": images,
                     "evaluation.batch_size": 64,
