@@ -28,6 +28,7 @@ from tcaq_lightning.architectures import denoiser_settings, find_architecture, k
 from tcaq_lightning.cli import run_cli
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.pipelines import quiet_diffusers
+from tcaq_lightning.precision import bfloat16_is_fast
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(__file__).with_name("models")
@@ -60,7 +61,15 @@ def run(benchmark: Callable[..., dict[str, Any]]) -> None:
 
 def machine() -> dict[str, Any]:
     """Where it was measured."""
-    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if bfloat16_is_fast(torch.device("cpu")):
+        instructions += " AMX"
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "instructions": instructions,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
 
 
 def denoiser_config(name: str) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def _label(result: Result) -> str:
     parts += [f"{result['threads']} thread{'s' * (result['threads'] > 1)}"] if result.get("threads") else []
     parts += [f"products in {result['products']}"] if "products" in result else []
     parts += ["compiled"] if result.get("compiled") else []
+    parts += [result["machine"]["instructions"]] if "instructions" in result.get("machine", {}) else []
     return ", ".join(str(part) for part in parts if part)
 
 
