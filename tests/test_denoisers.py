@@ -119,8 +119,8 @@ def reference(family: Family, model: Any, part: slice) -> tuple[dict[str, list[T
 
 def test_streams_give_the_inputs_and_outputs_of_plain_forward_passes(family: Family) -> None:
     set_parameters(family.quantized)
-    streams = family.streams(batch_size=3)
-    parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    streams = family.streams(batch_size=4)  # a product's bits may depend on whether its rows begin at 16 bytes
+    parts = [slice(0, 4), slice(4, 7)]
     inputs = [reference(family, family.quantized, part)[0] for part in parts]
     targets = [reference(family, family.full, part)[1] for part in parts]
     for position, name in enumerate(family.graph.names):
