@@ -113,7 +113,9 @@ class OpenVINOEngine:
         names = {p.name for p in self.info.products if p.may_saturate}
         operators = {op.get_friendly_name(): op for op in model.get_ops()}
         for name in names & operators.keys():
-            target = operators[name].input(0)
+            # an ONNX convolution with a bias is two operators here, and its name is the addition's
+            product = operators.get(f"{name}/WithoutBiases", operators[name])
+            target = product.input(0)
             bound = openvino.opset13.constant(NO_EFFECT, dtype="float32")
             barrier = openvino.opset13.minimum(target.get_source_output(), bound)
             target.replace_source_output(barrier.output(0))

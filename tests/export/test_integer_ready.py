@@ -20,6 +20,7 @@ from tcaq_lightning.export.denoiser import GraphDenoiser
 from tcaq_lightning.export.engines import GraphInfo, open_engine
 from tcaq_lightning.export.kernels import NO_CONVOLUTION, SATURATION, check_kernels
 from tcaq_lightning.export.onnx_graph import Product, finish, trace
+from tcaq_lightning.export.saturation import sums_saturate
 from tcaq_lightning.export.stand_in import EngineDenoiser
 from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantized_layers import output_quantizers, quant_layers, quantize
@@ -172,6 +173,9 @@ def test_engines_compute_the_layer_on_integers(name: str, backend: str) -> None:
     got = torch.from_numpy(engine({"sample": x.numpy(), "timestep": TIMESTEPS.numpy()}))
     assert_same_codes(got, expected, step_of(layer, expected))
     (kernel,) = engine.kernels()
+    if kernel.product.may_saturate and sums_saturate():
+        assert (kernel.integer, kernel.reason) == (False, SATURATION)
+        return
     assert kernel.integer, kernel
     if backend == "onnxruntime":
         assert kernel.kernel == ("QLinearConv" if x.ndim == 4 else "MatMulIntegerToFloat")
@@ -190,20 +194,32 @@ def test_every_convolution_of_a_model_is_integer(frozen: Callable[..., Any]) -> 
         assert (got - expected).square().sum() / expected.square().sum() < ROUNDING
         kernels = engine.kernels()
         check_kernels(kernels, backend)
-        in_float = {k.product.name for k in kernels if not k.integer}
-        assert in_float == ({"conv_out"} if backend == "onnxruntime" else set())  # whose output is not quantized
         convolutions = [k for k in kernels if k.product.output_bits]
         assert len(convolutions) == len(output_quantizers(denoiser)) > 20
-        if backend == "onnxruntime":
+        in_float = {k.product.name for k in kernels if not k.integer and k.reason != SATURATION}
+        if backend == "openvino":
+            assert not in_float
+        elif sums_saturate():
+            assert in_float <= {"conv_out"}
+        else:
+            assert in_float == {"conv_out"}  # whose output is not quantized
             assert {k.kernel for k in convolutions} == {"QLinearConv"}
 
 
-@pytest.mark.parametrize(("name", "reason"), [("float output", NO_CONVOLUTION), ("8-bit weights", SATURATION)])
-def test_what_runs_in_float_says_why(name: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name", "reason"),
+    [
+        ("onnxruntime", "float output", NO_CONVOLUTION),
+        ("onnxruntime", "8-bit weights", SATURATION),
+        ("openvino", "8-bit weights", SATURATION),
+    ],
+)
+def test_what_runs_in_float_says_why(backend: str, name: str, reason: str) -> None:
     holder, layer, x = made(name)
     content, products = exported(holder, x)
-    engine = open_engine("onnxruntime", content, GraphInfo("", {}, products), {"threads": 1, "saturates": True})
+    engine = open_engine(backend, content, GraphInfo("", {}, products), {"threads": 1, "saturates": True})
     (kernel,) = engine.kernels()
+    assert backend == "onnxruntime" or kernel.kernel.startswith("Convolution")
     assert (kernel.integer, kernel.reason) == (False, reason)
     expected = holder(x, TIMESTEPS)[0]
     got = torch.from_numpy(engine({"sample": x.numpy(), "timestep": TIMESTEPS.numpy()}))
