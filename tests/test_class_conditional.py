@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -90,7 +91,8 @@ def test_opens_from_its_files_and_samples_the_same(pipeline: ClassConditionalPip
     assert opened.labels == {"a": 0, "e": 4}
     assert opened.num_classes == 5
     expected = pipeline([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images
-    assert (opened([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images == expected).all()
+    images = opened([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    np.testing.assert_allclose(images, expected, atol=1e-5)  # bits depend on where in memory weights begin
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -70,4 +70,4 @@ def test_opens_from_its_files(tmp_path: Path) -> None:
     _, opened = find_denoiser(open_pipeline(str(tmp_path)))
     assert isinstance(opened, FixedHeadsUNet2DModel)
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(opened(x, 5).sample, unet(x, 5).sample)
+    torch.testing.assert_close(opened(x, 5).sample, unet(x, 5).sample)  # bits depend on where in memory weights begin

@@ -17,7 +17,8 @@ from tcaq_lightning.export.attention import GRAPH_PROCESSORS
 from tcaq_lightning.export.build import build_graph
 from tcaq_lightning.export.engines import GraphInfo, open_engine
 from tcaq_lightning.export.inputs import GraphInput, context_tokens, example_inputs
-from tcaq_lightning.export.kernels import check_kernels
+from tcaq_lightning.export.kernels import SATURATION, check_kernels
+from tcaq_lightning.export.saturation import sums_saturate
 from tcaq_lightning.export.stand_in import EngineDenoiser
 from tests.export.conftest import set_parameters
 from tests.families import FAMILIES, W4A8, Family, make_family
@@ -96,9 +97,11 @@ def test_engines_compute_every_family(family: str, backend: str) -> None:
         assert relative_error(stand_in(*args, **kwargs)[0], expected) < 1e-3
     kernels = stand_in.engine.kernels()
     check_kernels(kernels, backend)
-    assert sum(kernel.integer for kernel in kernels) > 10
+    suited = [kernel for kernel in kernels if kernel.reason != SATURATION or not sums_saturate()]
+    if not sums_saturate():
+        assert sum(kernel.integer for kernel in kernels) > 10
     if backend == "openvino":
-        assert all(kernel.integer for kernel in kernels), [k for k in kernels if not k.integer]
+        assert all(kernel.integer for kernel in suited), [k for k in suited if not k.integer]
     assert sum(k.product.name.endswith("(P v)") for k in kernels) > 1
 
 
@@ -157,7 +160,7 @@ def test_steps_of_every_token(family: str, backend: str) -> None:
     assert relative_error(made.predict(stand_in), made.predict(made.quantized)) < 1e-3
     kernels = stand_in.engine.kernels()
     check_kernels(kernels, backend)
-    assert sum(kernel.integer for kernel in kernels) > 10
+    assert sums_saturate() or sum(kernel.integer for kernel in kernels) > 10
 
 
 @pytest.mark.slow

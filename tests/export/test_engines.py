@@ -16,6 +16,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.export.build import build_graph
 from tcaq_lightning.export.engines import GraphInfo, open_engine
 from tcaq_lightning.export.kernels import NO_CONVOLUTION, SATURATION, check_kernels
+from tcaq_lightning.export.saturation import sums_saturate
 from tcaq_lightning.export.stand_in import EngineDenoiser
 from tcaq_lightning.pipelines import sample
 
@@ -83,7 +84,10 @@ def test_engines_compute_the_simulated_model_on_integers(
     expected = {("Conv", NO_CONVOLUTION)} if backend == "onnxruntime" else set()
     if case.get("softmax") == "mixed":
         expected |= {("MatMul", "logarithmic codes of the probabilities: no integer kernel takes them")}
-    assert in_float == expected
+    if sums_saturate():
+        assert in_float <= expected | {("MatMul", SATURATION), ("Conv", SATURATION)}
+    else:
+        assert in_float == expected
     assert len(kernels) > 30
 
 
