@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,11 @@ def _label(result: Result) -> str:
     parts += ["compiled"] if result.get("compiled") else []
     parts += [result["machine"]["instructions"]] if "instructions" in result.get("machine", {}) else []
     return ", ".join(str(part) for part in parts if part)
+
+
+def _title(result: Result, more: str = "") -> str:
+    """The label over a panel, in lines that fit."""
+    return textwrap.fill(_label(result) + more, 40)
 
 
 def _step(result: Result) -> Iterable[Row]:
@@ -156,7 +162,7 @@ def _draw_step(axes: Axes, result: Result) -> None:
     for phase, measured in result["phases"].items():
         axes.plot(sorted(measured["units"].values()), marker=".", label=f"phase {phase}")
     axes.axhline(STEP_LIMIT, color="gray", linestyle=":")
-    axes.set(title=_label(result), xlabel="units, sorted", ylabel="step / plain training's", yscale="log")
+    axes.set(title=_title(result), xlabel="units, sorted", ylabel="step / plain training's", yscale="log")
     axes.legend()
 
 
@@ -168,7 +174,7 @@ def _draw_memory(axes: Axes, result: Result) -> None:
         axes.bar(names, heights, bottom=below, label=part)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     axes.plot(names, [run["peak"] / GIGABYTE for run in result["runs"]], "k_", markersize=60, label="measured peak")
-    axes.set(title=_label(result), xlabel="calibration samples", ylabel="GB")
+    axes.set(title=_title(result), xlabel="calibration samples", ylabel="GB")
     axes.legend()
 
 
@@ -179,7 +185,7 @@ def _draw_depth(axes: Axes, result: Result) -> None:
         axes.plot(blocks, [run[key] / runs[0][key] for run in runs], marker="o", label=label)
     beside = [run["peak"] - run["models"] for run in runs]
     axes.plot(blocks, [b / beside[0] for b in beside], marker="o", label="memory beside the models")
-    axes.set(title=_label(result), xlabel="residual blocks", ylabel=f"against {blocks[0]} blocks")
+    axes.set(title=_title(result), xlabel="residual blocks", ylabel=f"against {blocks[0]} blocks")
     axes.legend()
 
 
@@ -188,7 +194,7 @@ def _draw_stages(axes: Axes, result: Result) -> None:
     names = sorted(shares, key=lambda name: float(shares[name]))
     colors = ["tab:blue" if name in LOOP else "tab:orange" for name in names]
     axes.barh(names, [100 * shares[name] for name in names], color=colors)
-    axes.set(title=f"{_label(result)}, {result['iterations']} iterations", xlabel="% of the time (loop: blue)")
+    axes.set(title=_title(result, f", {result['iterations']} iterations"), xlabel="% of the time (loop: blue)")
 
 
 PANELS: dict[str, Callable[[Axes, Result], None]] = {
