@@ -142,7 +142,7 @@ def run_job(
     """
     run = Run(config)
     try:
-        _work(config, run, open_model, dry_run, callbacks, inputs)
+        with_room_for_frames(lambda: _work(config, run, open_model, dry_run, callbacks, inputs))
     finally:
         run.release()
 
@@ -217,7 +217,7 @@ def _work(
             learners=[*curves, progress, *callbacks],
         )
         with compiled_kernels(config.reconstruction.compile_kernels):
-            rounds = with_room_for_frames(lambda: calibrate(work))
+            rounds = calibrate(work)
     if rounds is None:
         last = config.trainer.stop_after
         console.print(f"stopped after {last}; the same command without trainer.stop_after goes on", soft_wrap=True)
@@ -234,10 +234,8 @@ def _work(
         compiled_kernels(config.reconstruction.compile_kernels),
         counting(console, "evaluation", planned_samples(config.evaluation)) as advance,
     ):
-        metrics = with_room_for_frames(
-            lambda: evaluate(
-                full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
-            )
+        metrics = evaluate(
+            full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
         )
 
     def show() -> None:
