@@ -90,6 +90,9 @@ def test_opens_from_its_files_and_samples_the_same(pipeline: ClassConditionalPip
     assert type(opened) is type(pipeline)
     assert opened.labels == {"a": 0, "e": 4}
     assert opened.num_classes == 5
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            torch.testing.assert_close(opened.components[name].state_dict(), module.state_dict(), rtol=0, atol=0)
     expected = pipeline([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images
     images = opened([0], 2, generator=torch.Generator().manual_seed(0), output_type="np").images
     np.testing.assert_allclose(images, expected, atol=1e-5)  # bits depend on where in memory weights begin

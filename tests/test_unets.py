@@ -69,5 +69,6 @@ def test_opens_from_its_files(tmp_path: Path) -> None:
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
     _, opened = find_denoiser(open_pipeline(str(tmp_path)))
     assert isinstance(opened, FixedHeadsUNet2DModel)
+    torch.testing.assert_close(opened.state_dict(), unet.state_dict(), rtol=0, atol=0)
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(opened(x, 5).sample, unet(x, 5).sample)  # bits depend on where in memory weights begin

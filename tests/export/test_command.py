@@ -32,7 +32,8 @@ def test_onnx_holds_the_artifacts_integers(artifact: Path, tmp_path: Path, capsy
     assert run(artifact, "--format", "onnx", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     every = len(quant_layers(load_quantized(artifact).unet)) + 2 * 4  # and two matmuls of each attention
-    rows = json.loads((tmp_path / "out" / "denoiser.json").read_text())["engines"]["openvino"]["kernels"]
+    record = json.loads((tmp_path / "out" / "denoiser.json").read_text())
+    rows = record["engines"]["openvino"]["kernels"]
     assert len(rows) == every
     assert all(row["integer"] or (sums_saturate() and row["reason"] == SATURATION) for row in rows)
     count = sum(row["integer"] for row in rows)
@@ -48,7 +49,6 @@ def test_onnx_holds_the_artifacts_integers(artifact: Path, tmp_path: Path, capsy
         codes = onnx.numpy_helper.to_array(tensor).astype("int8")
         stored = torch.from_numpy(codes if codes.ndim == 4 else codes.T.copy())
         assert torch.equal(stored, (layer.weight_quantizer.codes.int() - 8).to(torch.int8))
-    record = json.loads((tmp_path / "out" / "denoiser.json").read_text())
     assert set(record["engines"]) == {"onnxruntime", "openvino"}
     assert record["inputs"] == {"sample": ["B", 1, 8, 8], "timestep": ["B"]}
 
