@@ -72,6 +72,7 @@ def unit_sensitivities(
     gain: Tensor,
     batch_size: int,
     seed: int,
+    probes: int = PROBES,
 ) -> dict[str, Tensor]:
     """Weight of every unit's squared output error, by timestep group and channel.
 
@@ -86,6 +87,7 @@ def unit_sensitivities(
         gain: (S,) from `sampler_gain`.
         batch_size: samples per pass.
         seed: of the sign vectors.
+        probes: samples of each denoiser call.
 
     Returns:
         By unit name, (G, C), non-negative, the channels of a unit's outputs in sequence; its scale is that of the
@@ -94,14 +96,14 @@ def unit_sensitivities(
     generator = torch.Generator().manual_seed(seed)
     groups = context.of(trajectories.timesteps)  # (S,)
     calls_of_group = torch.bincount(groups, minlength=context.num_groups).clamp(min=1)
-    weight = gain / calls_of_group[groups] / PROBES  # of each call in its group's mean
+    weight = gain / calls_of_group[groups] / probes  # of each call in its group's mean
     sums = {
         name: torch.zeros(context.num_groups, sum(channel_count(graph.output_shapes[key]) for key in graph.keys(name)))
         for name in graph.names
     }
     batches = [
         (probe % trajectories.num_trajectories, calls)
-        for probe in range(PROBES)
+        for probe in range(probes)
         for calls in torch.split(torch.arange(trajectories.num_steps), batch_size)
     ]
     for number, (trajectory, calls) in enumerate(batches):

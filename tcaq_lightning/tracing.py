@@ -56,9 +56,12 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._copying = ("cpu", "meta") if stood_for == "cpu" else ("cpu",)
         self.trace = AllocationTrace()
         self._numbers: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if getattr(func, "is_view", False) or (args and result is args[0]):  # nothing new, quickly seen
+            return result
         made = [x for x in _storages((result,)) if id(x) not in self._numbers]
         if made:  # else it was here before: a view, or what was written in place
             given = {id(x) for x in _storages((args, tuple((kwargs or {}).values())))}
@@ -74,7 +77,7 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers[key] = number
         self.trace.sizes.append(storage.nbytes())
         self.trace.events.append(number)
-        weakref.finalize(storage, self._remove, key).atexit = False
+        self._references[key] = weakref.ref(storage, lambda _: self._remove(key))
 
     def _pass_by(self, nbytes: int) -> None:
         """Bytes that an operation took beside its operands and results, and has freed."""
@@ -83,6 +86,7 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.events += [number, ~number]
 
     def _remove(self, key: int) -> None:
+        del self._references[key]
         self.trace.events.append(~self._numbers.pop(key))
 
 

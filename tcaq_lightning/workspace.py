@@ -46,8 +46,6 @@ LARGE = 50_000_000
 """Bytes of a model's parameters from which on trial work is quicker on the meta device than on a CPU."""
 BATCHES_AT_HAND = 2
 """The batch that is computed on, and the next one, which is being read."""
-STEPS = 2
-"""Optimisation steps that are traced: the first one makes the optimizer's state, the second one meets it."""
 COMPILER = 110_000_000
 """Bytes that torch's compiler and all kernels of a run take in the end (torch 2.13 on Linux)."""
 SAMPLE_COPIES = 2
@@ -144,7 +142,8 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
 
     def weigh(count: int) -> None:  # not on the meta device, where full-precision attention allocates more
         context, trajectories = TimestepGroups([]), Trajectories.of_samples(few[:count])
-        unit_sensitivities(denoiser, graph, context, trajectories, torch.ones(count), count, seed=0)
+        # the second probe meets what is left of the first
+        unit_sensitivities(denoiser, graph, context, trajectories, torch.ones(count), count, seed=0, probes=2)
 
     with torch.random.fork_rng(enabled=config.reconstruction.qdrop > 0):
         found = measured(_trial_work(config, denoiser, graph, few))
@@ -270,18 +269,20 @@ class TrialWork:
             block_error(data.run_batch(unit, self.context, batch), batch.targets)
 
     def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
-        """A few optimisation steps, with the regulariser."""
+        """An optimisation step that meets the optimizer's state, with the regulariser."""
         count = len(data)
         settings: dict[str, Any] = {"batch_size": count * world_size(), "warmup": 0.0}
         config = dataclasses.replace(self.config.reconstruction, **settings, compile=False)  # as it is, it takes more
-        module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, STEPS, (0, 0, 0))
+        module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, 1, (0, 0, 0))
         module.to(self.device)  # as a Trainer would
         optimizer = module.configure_optimizers()
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes its state, and moves nothing
         module.on_train_start()
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            module.training_step(step, step).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        optimizer.zero_grad()
+        module.training_step(0, 0).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
         module.on_train_end()
         weights = (layer.learned_weight for layer in quant_layers(unit).values())
         for part in (*quantizers(unit).values(), *output_quantizers(unit), *weights):
