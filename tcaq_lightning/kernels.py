@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ class Kernel:
         formula: pure; what is compiled. Its gradient is its caller's business.
         by_hand: the same as a sequence of operations that suits small tensors, and large ones without a compiler; by
             default the formula itself.
+        like: of an element-wise formula, for each of its results the number of the operand that it has the shape of.
+            The kernel is then compiled for `collapsed` operands.
 
     >>> Kernel(lambda x, y: x * y + 1)(torch.tensor([2.0]), torch.tensor([3.0]))
     tensor([7.])
@@ -42,9 +44,12 @@ class Kernel:
     failed = False
     """Of all kernels: whether torch could not compile one, in this process."""
 
-    def __init__(self, formula: Callable[..., Any], by_hand: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, formula: Callable[..., Any], by_hand: Callable[..., Any] | None = None, like: Sequence[int] = ()
+    ) -> None:
         self.formula = formula
         self.by_hand = by_hand or formula
+        self.like = like
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
@@ -59,7 +64,7 @@ class Kernel:
             return self.by_hand(*operands)
         try:
             with torch.autocast(operands[0].device.type, enabled=False):  # one code within it and without
-                return self._compiled(*(x.detach() if isinstance(x, Tensor) else x for x in operands))
+                return self._run([x.detach() if isinstance(x, Tensor) else x for x in operands])
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, OSError, ImportError) as error:  # a missing compiler shows in many ways
@@ -68,6 +73,17 @@ class Kernel:
             log.warning("torch cannot compile here (%s): reconstruction goes on without, slower", reason[0])
             Kernel.failed = True
             return result
+
+    def _run(self, operands: list[Any]) -> Any:
+        if not self.like:
+            return self._compiled(*operands)
+        count = sum(isinstance(x, Tensor) for x in operands)  # tensors come first
+        results = self._compiled(*collapsed(*operands[:count]), *operands[count:])
+        if isinstance(results, Tensor):
+            return _uncollapsed(results, operands[self.like[0]].shape)
+        return tuple(
+            x if x is None else _uncollapsed(x, operands[i].shape) for x, i in zip(results, self.like, strict=True)
+        )
 
 
 @contextmanager
@@ -104,7 +120,7 @@ def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.flatten(first) if t.ndim else t for t in (x, *others))
 
 
-def uncollapsed(result: Tensor, shape: torch.Size) -> Tensor:
+def _uncollapsed(result: Tensor, shape: torch.Size) -> Tensor:
     """What was computed of collapsed operands, in the shape of a whole one; no view, so that it may be written to."""
     whole: Tensor = result if result.shape == shape else torch.ops.aten._unsafe_view(result, shape)
     return whole

@@ -297,18 +297,10 @@ class BlockReconstruction(pl.LightningModule):
         self._residuals = errors.neg(), samples.groups
         self._gradient_scale = gradient_scale(output, error, samples.weights)
         self.losses = {"reconstruction": error.detach()}
-        beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
-        if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
-            return self._scaled(error)
-        penalty = self.config.rounding_weight * sum(adaround_regularizer(v, beta) for v in self.learned["v"])
-        self.losses["rounding"] = torch.as_tensor(penalty).detach()
-        return self._scaled(error + penalty)
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss if self._gradient_scale is None else loss * self._gradient_scale
+        return error if self._gradient_scale is None else error * self._gradient_scale
 
     def on_after_backward(self) -> None:
-        """Average gradients over the ranks, and follow the mean error of all their samples."""
+        """Average gradients over the ranks, add the regulariser's, and follow the mean error of all samples."""
         self._entry.after_backward(self.global_step)
         if self._gradient_scale is not None:
             for gradient in (p.grad for values in self.learned.values() for p in values if p.grad is not None):
@@ -319,7 +311,22 @@ class BlockReconstruction(pl.LightningModule):
             rows = torch.cat([groups[:, None].to(residuals), residuals], dim=1)  # (B, 1 + C)
             rows = average_and_gather([*averaged, self.losses["reconstruction"]], rows)
             groups, residuals = rows[:, 0].long(), rows[:, 1:]
+        self.regularize()
         self._follow_mean_error(residuals, groups)
+
+    def regularize(self) -> None:
+        """Add the gradient of the rounding regulariser, which is the same on all ranks."""
+        beta = annealed_beta(self.global_step / self.iterations, warmup=self.config.warmup)
+        if self.phase == "r" or math.isinf(beta) or not self.config.rounding_weight:
+            return
+        settings = torch.tensor([beta, self.config.rounding_weight], device=self.device).unbind()
+        penalties = []
+        for v in self.learned["v"]:
+            if v.grad is not None:
+                penalty, v.grad = adaround_regularizer(v, v.grad, *settings)
+                penalties.append(penalty)
+        if penalties:
+            self.losses["rounding"] = settings[1] * torch.stack(penalties).sum()
 
     @torch.no_grad()
     def _follow_mean_error(self, residual: Tensor, groups: Tensor) -> None:

@@ -282,6 +282,7 @@ class TrialWork:
         module.on_train_start()
         optimizer.zero_grad()
         module.training_step(0, 0).backward()  # type: ignore[no-untyped-call]
+        module.regularize()
         optimizer.step()
         module.on_train_end()
         weights = (layer.learned_weight for layer in quant_layers(unit).values())

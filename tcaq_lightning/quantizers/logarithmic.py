@@ -8,12 +8,13 @@ searched integer k is AdaLog (Wu et al. 2024): one signature for the whole famil
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import Kernel, collapsed, uncollapsed
+from tcaq_lightning.kernels import Kernel
 
 ADALOG_RESOLUTION = 37
 """Denominator of AdaLog's exponents (Wu et al. 2024, eq. 9)."""
@@ -48,7 +49,7 @@ def log_values(codes: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
     return torch.exp2(-tau * codes).mul_(delta).mul_(present)
 
 
-@Kernel
+@partial(Kernel, like=[0, 0])
 def _quantize(x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Values, and 1 where the gradient passes, else 0."""
     codes = log_codes(x, delta, tau, bits)
@@ -66,7 +67,8 @@ class _LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
-        values, inside = (uncollapsed(found, x.shape) for found in _quantize(*collapsed(x, delta, tau), bits))
+        values: Tensor
+        values, inside = _quantize(x, delta, tau, bits)
         ctx.save_for_backward(inside)
         return values
 

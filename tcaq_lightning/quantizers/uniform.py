@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import LARGE, Kernel, collapsed, uncollapsed
+from tcaq_lightning.kernels import LARGE, Kernel
 from tcaq_lightning.precision import autocast_type
 
 HALF = 0.5001
@@ -82,8 +82,8 @@ def _gradients_by_hand(
     return grad_x, grad_step if learned else None
 
 
-_quantize_kernel = Kernel(_quantize, _quantize_by_hand)
-_gradients_kernel = Kernel(_gradients, _gradients_by_hand)
+_quantize_kernel = Kernel(_quantize, _quantize_by_hand, like=[0])
+_gradients_kernel = Kernel(_gradients, _gradients_by_hand, like=[1, 3])
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -94,23 +94,16 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-        quantized = uncollapsed(_quantize_kernel(*collapsed(x, step, low, high), dtype), x.shape)
+        quantized: Tensor = _quantize_kernel(x, step, low, high, dtype)
         ctx.save_for_backward(x, quantized, step, low, high)
         return quantized.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, _, step, *_ = ctx.saved_tensors
+        x, *others = ctx.saved_tensors
         grad = grads[0].contiguous() if x.is_contiguous() else grads[0]  # operands of one layout: one sweep over memory
-        operands = collapsed(grad, *ctx.saved_tensors)
-        grad_x, grad_step = _gradients_kernel(*operands, ctx.needs_input_grad[1])
-        return (
-            grad_x.view(x.shape) if ctx.needs_input_grad[0] else None,
-            None if grad_step is None else grad_step.view(step.shape),
-            None,
-            None,
-            None,
-        )
+        grad_x, grad_step = _gradients_kernel(grad, x, *others, ctx.needs_input_grad[1])
+        return grad_x if ctx.needs_input_grad[0] else None, grad_step, None, None, None
 
 
 def keeping_type(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
