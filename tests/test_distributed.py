@@ -37,6 +37,27 @@ def _raise() -> None:
     raise UserError("mine")
 
 
+@pytest.mark.parametrize("looks", [3, None])
+def test_waiting_without_sleep_ends_when_the_work_does_or_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, looks: int | None
+) -> None:
+    class Work:
+        seen, waited = 0, 0
+
+        def is_completed(self) -> bool:
+            self.seen += 1
+            return self.seen == looks
+
+        def wait(self) -> None:
+            self.waited += 1
+
+    monkeypatch.setattr(distributed, "AWAKE", 0.01)
+    work = Work()
+    distributed._wait_awake(work, torch.device("cpu"))
+    assert work.waited == 1
+    assert work.seen == looks if looks else work.seen > 0
+
+
 def test_two_ranks(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = [
