@@ -164,7 +164,7 @@ def average_and_gather(averaged: Sequence[Tensor], rows: Tensor) -> Tensor:
     spread[rank()] = rows
     flat = torch.cat([x.flatten() for x in (*averaged, spread)])
     _wait_awake(dist.all_reduce(flat, async_op=True), flat.device)
-    flat[: -spread.numel()].div_(world_size())
+    flat[: flat.numel() - spread.numel()].div_(world_size())
     *means, gathered = torch.split(flat, [x.numel() for x in (*averaged, spread)])
     for x, mean in zip(averaged, means, strict=True):
         x.copy_(mean.view_as(x))
@@ -174,8 +174,8 @@ def average_and_gather(averaged: Sequence[Tensor], rows: Tensor) -> Tensor:
 def _wait_awake(work: Any, device: torch.device) -> None:
     """Wait for an exchange between CPUs without sleeping, but for a while at most.
 
-    To be woken takes longer than the exchange of a step's few gradients does: each of the sleeping and waking threads
-    would lose about a millisecond where each rank has one core. Others that can use the core are let before.
+    To be woken takes longer than to exchange a step's few gradients where each rank has one core. Threads that could
+    use the core, such as those of the exchange, go first.
     """
     if device.type == "cpu" and hasattr(os, "sched_yield"):
         end = time.monotonic() + AWAKE

@@ -257,8 +257,15 @@ def test_a_unit_that_only_reads_its_inputs_learns_at_every_step(prepare: Any) ->
     assert not torch.equal(module.unit.input_quantizer.log_delta, before)
 
 
-@pytest.mark.parametrize("phase", ["r", "v"])
-@pytest.mark.parametrize("name", [RESNET, ATTENTION])
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        (RESNET, "r"),
+        (ATTENTION, "v"),
+        pytest.param(RESNET, "v", marks=pytest.mark.slow),
+        pytest.param(ATTENTION, "r", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_unit_learns_the_same(prepare: Any, name: str, phase: Phase) -> None:
     states = []
     for compiles in (False, True):
