@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from tcaq_lightning.cli import EXIT_RANK_LOST, EXIT_USER_ERROR, ending
 from tcaq_lightning.config import Config, TrainerConfig
+from tcaq_lightning.cores import held_to, own_cores
 from tcaq_lightning.environment import Place, find_place
 from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.trainers import choose_device
@@ -72,12 +73,12 @@ def connected(trainer: TrainerConfig, check: Callable[[], None] = lambda: None) 
     place = find_place(trainer.devices, trainer.num_nodes)
     trainer.devices, trainer.num_nodes = place.devices, place.num_nodes
     check()
-    if trainer.threads is not None or place.ranks > 1:
-        torch.set_num_threads(trainer.threads or max(1, (os.cpu_count() or 1) // place.devices))
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
     if place.ranks == 1:
         yield
         return
-    backend = _claim_device(trainer, place)
+    kind = _claim_device(trainer, place)
     if place.rank:
         logging.getLogger("tcaq_lightning").setLevel(logging.ERROR)  # rank 0 warns for all
     timeout = timedelta(minutes=trainer.timeout)
@@ -87,8 +88,12 @@ def connected(trainer: TrainerConfig, check: Callable[[], None] = lambda: None) 
     try:
         _meet(store, place, children, timeout)
         group = PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.ranks, timeout=timeout)
-        yield
+        dist.init_process_group(BACKENDS[kind], store=group, rank=place.rank, world_size=place.ranks, timeout=timeout)
+        cores = own_cores(place)
+        if trainer.threads is None:
+            torch.set_num_threads(len(cores))
+        with held_to(cores) if kind == "cpu" else nullcontext():
+            yield
         failed = False
     except BaseException as error:
         common = _common_end(error, store, place, children)
@@ -102,7 +107,7 @@ def connected(trainer: TrainerConfig, check: Callable[[], None] = lambda: None) 
 
 
 def _claim_device(trainer: TrainerConfig, place: Place) -> str:
-    """Make the rank's own device the current one; returns the backends of the process group.
+    """Make the rank's own device the current one; returns its type.
 
     Raises:
         UserError: there are fewer devices than ranks on this node.
@@ -117,7 +122,7 @@ def _claim_device(trainer: TrainerConfig, place: Place) -> str:
                 f"{place.devices}"
             )
         torch.cuda.set_device(place.local_rank)
-    return BACKENDS[kind]
+    return kind
 
 
 def _open_store(place: Place, timeout: timedelta) -> tuple[Store, int]:
