@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class UnitData:
         executed: on how many samples the quantized unit has run so far.
         folded: numbers of the inputs with several rows a sample.
         dtypes: of each input, where they are not all `dtype`.
+        in_files: whether some of the tensors are in memory-mapped files.
     """
 
     inputs: list[Tensor]
@@ -80,6 +82,7 @@ class UnitData:
     executed: int = 0
     folded: frozenset[int] = frozenset()
     dtypes: list[torch.dtype] | None = None
+    in_files: bool = False
 
     def __len__(self) -> int:
         return self.groups.shape[0]
@@ -106,8 +109,12 @@ class UnitData:
         return Batch(args, kwargs, targets, groups.to(device), weights)
 
     def batches(self, indices: Iterable[Tensor | slice], device: torch.device) -> Generator[Batch, None, None]:
-        """Batch after batch, the next one read while the present one is computed."""
-        return read_ahead(lambda index: self.read(index, device), indices)
+        """Batch after batch, the next one read while the present one is computed, where reading means waiting.
+
+        From memory to the CPU it does not, and a thread would take its time from the same cores.
+        """
+        read = partial(self.read, device=device)
+        return read_ahead(read, indices) if self.in_files or device.type != "cpu" else (read(i) for i in indices)
 
     def run(
         self, unit: Callable[..., Outputs], context: TimestepGroups, index: Tensor | slice, device: torch.device
@@ -251,6 +258,7 @@ class Streams:
             dtype=self.dtype,
             folded=split.folded,
             dtypes=split.dtypes,
+            in_files=any(self.storage.in_file(x) for x in (*inputs, *targets.values())),
         )
 
     @torch.no_grad()

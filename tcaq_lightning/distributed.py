@@ -145,7 +145,9 @@ def _gather_equal(x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def average_and_gather(averaged: Sequence[Tensor], rows: Tensor) -> Tensor:
+def average_and_gather(
+    averaged: Sequence[Tensor], rows: Tensor, meanwhile: Callable[[], None] = lambda: None
+) -> Tensor:
     """Average tensors over the ranks in place and gather rows beside them, all in one all-reduce.
 
     The order within the reduction is that of the arguments, always: torch's DistributedDataParallel arranges its
@@ -154,6 +156,8 @@ def average_and_gather(averaged: Sequence[Tensor], rows: Tensor) -> Tensor:
     Args:
         averaged: floating-point tensors on one device, the same shapes on each rank.
         rows: (B, C) on the same device, the same shape on each rank.
+        meanwhile: other work for the time until all ranks have come. It also lets a rank that was late at one step be
+            early at the next one, instead of holding up the others at both.
 
     Returns:
         (R*B, C) rows of all R ranks in rank order, exact: all but one summand of each is 0.
@@ -163,7 +167,9 @@ def average_and_gather(averaged: Sequence[Tensor], rows: Tensor) -> Tensor:
     spread = rows.new_zeros(world_size(), *rows.shape)
     spread[rank()] = rows
     flat = torch.cat([x.flatten() for x in (*averaged, spread)])
-    _wait_awake(dist.all_reduce(flat, async_op=True), flat.device)
+    reduction = dist.all_reduce(flat, async_op=True)
+    meanwhile()
+    _wait_awake(reduction, flat.device)
     flat[: flat.numel() - spread.numel()].div_(world_size())
     *means, gathered = torch.split(flat, [x.numel() for x in (*averaged, spread)])
     for x, mean in zip(averaged, means, strict=True):

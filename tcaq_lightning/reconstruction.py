@@ -195,6 +195,7 @@ class BlockReconstruction(pl.LightningModule):
         self.losses: dict[str, Tensor] = {}
         self._gradient_scale: Tensor | None = None
         self._batches: Generator[Batch, None, None]
+        self._coming: Batch | None = None
         self._residuals = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
 
     def _begin(self) -> None:
@@ -261,13 +262,18 @@ class BlockReconstruction(pl.LightningModule):
         return torch.optim.Adam(groups, fused=fused, foreach=not fused)
 
     def on_train_start(self) -> None:
-        """Read the batches of all steps that are left, one ahead."""
+        """Read the batches of all steps that are left."""
         steps = range(self.global_step, self.iterations)
         self._batches = self.data.batches(map(self._draw, steps), self.device)
 
     def on_train_end(self) -> None:
         """Stop reading."""
         self._batches.close()
+
+    def _read(self) -> None:
+        """Have the next step's samples at hand, if there is a next step."""
+        if self._coming is None:
+            self._coming = next(self._batches, None)
 
     def _seeds(self, step: int) -> tuple[int, ...]:
         return (*self.seeds, ord(self.phase), step, self.global_rank)
@@ -287,7 +293,9 @@ class BlockReconstruction(pl.LightningModule):
         if self.config.qdrop:
             primes = (1, 7919, 104729, 31, 1299709, 15485863)
             torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
-        samples = next(self._batches)
+        self._read()
+        samples, self._coming = self._coming, None
+        assert samples is not None  # there is a batch for every step
         narrow = autocasts(self.config.autocast, self.device, self.data.dtype)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext()
         with autocast, self._entry.forward(self.global_step):
@@ -309,7 +317,7 @@ class BlockReconstruction(pl.LightningModule):
         if world_size() > 1:
             averaged = [p.grad for kind in self.learned.values() for p in kind if p.grad is not None]
             rows = torch.cat([groups[:, None].to(residuals), residuals], dim=1)  # (B, 1 + C)
-            rows = average_and_gather([*averaged, self.losses["reconstruction"]], rows)
+            rows = average_and_gather([*averaged, self.losses["reconstruction"]], rows, self._read)
             groups, residuals = rows[:, 0].long(), rows[:, 1:]
         self.regularize()
         self._follow_mean_error(residuals, groups)

@@ -149,6 +149,10 @@ class ActivationStorage:
         """Give a tensor's bytes back to the budget; its memory goes with the last reference to it."""
         self.ledger.free(self._tiers.pop(id(tensor)), tensor.nbytes)
 
+    def in_file(self, tensor: Tensor) -> bool:
+        """Whether a tensor of this storage is a memory-mapped file."""
+        return self._tiers[id(tensor)] == "disk"
+
     def _make(self, tier: Tier, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
         if tier == "device" or nbytes == 0:
             return torch.empty(shape, dtype=dtype, device=self.device)

@@ -77,8 +77,12 @@ def gradients(rank: int) -> None:
         return reduce(*args, **kwargs)
 
     dist.all_reduce = counting
-    rows = distributed.average_and_gather([first, second], torch.tensor([[rank + 0.1, -1.0]]))
+    moments = []
+    rows = distributed.average_and_gather(
+        [first, second], torch.tensor([[rank + 0.1, -1.0]]), lambda: moments.append(calls)
+    )
     assert calls == 1
+    assert moments == [1]  # once, when the exchange has begun
     assert torch.equal(first, torch.full((2, 3), 0.5))
     assert second == 1.5
     assert torch.equal(rows, torch.tensor([[0.1, -1.0], [1.1, -1.0]]))

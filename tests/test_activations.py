@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,31 @@ def test_where_it_is_stored_changes_nothing(make_twins: Any, tmp_path: Path) -> 
         streams, values = twins.streams(), []
         for position in range(len(twins.graph.names)):
             data = streams.load(position)
+            assert data.in_files == (host == 0) or host == 60_000
             values += [v.clone() for v in (*data.inputs, data.targets)]
             streams.store(position, data)
         stored.append(values)
     for other in stored[1:]:
         assert all(torch.equal(a, b) for a, b in zip(stored[0], other, strict=True))
+
+
+def test_a_thread_reads_ahead_from_files_alone(make_twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_twins().streams().load(0)
+    readers, read = [], UnitData.read
+
+    def noting(self: UnitData, *args: Any, **kwargs: Any) -> Any:
+        readers.append(threading.current_thread())
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnitData, "read", noting)
+    batches = [torch.tensor([2, 0]), slice(1, 2)]
+    found = {}
+    for data.in_files in (False, True):
+        found[data.in_files] = list(data.batches(batches, CPU))
+    assert [thread is threading.main_thread() for thread in readers] == [True, True, False, False]
+    for here, there in zip(found[False], found[True], strict=True):
+        assert torch.equal(here.targets, there.targets)
+        assert all(torch.equal(a, b) for a, b in zip(here.args, there.args, strict=True))
 
 
 def test_bfloat16_rounds_what_is_stored_and_nothing_else(make_twins: Any, tmp_path: Path) -> None:
