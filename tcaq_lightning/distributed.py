@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tcaq_lightning.shared_memory import AWAKE, SharedSums, make_file
+
 T = TypeVar("T")
 
-AWAKE = 0.1
-"""Seconds for which a rank waits for the others without sleeping: a slower one has more than a step to do."""
+_sums: list[SharedSums] = []
+"""This rank's end of the memory that the ranks share, if they do."""
 
 
 def world_size() -> int:
@@ -144,6 +147,41 @@ def _gather_equal(x: Tensor) -> list[Tensor]:
     return parts
 
 
+@contextmanager
+def memory_shared(timeout: float) -> Iterator[None]:
+    """Within, average CPU tensors in memory that the ranks share, where the system lets them, and not through sockets.
+
+    Args:
+        timeout: seconds after which waiting for another rank is an error.
+    """
+    sums = _shared_sums(timeout)
+    _sums.extend(sums)
+    try:
+        yield
+    finally:
+        for end in sums:
+            _sums.remove(end)
+            end.close()
+
+
+def _shared_sums(timeout: float) -> list[SharedSums]:
+    """This rank's end, or none on any rank."""
+    descriptor, file, sums = -1, None, []
+    if is_main():
+        with suppress(OSError):
+            descriptor, file = make_file(SharedSums.size(world_size()))
+    file = broadcast(file)
+    if file is not None:
+        with suppress(OSError):
+            descriptor = descriptor if is_main() else file.open()
+            sums.append(SharedSums(descriptor, rank(), world_size(), timeout))
+    if all(gather(bool(sums))):
+        return sums
+    if descriptor >= 0:
+        os.close(descriptor)
+    return []
+
+
 @torch.no_grad()
 def average_and_gather(
     averaged: Sequence[Tensor], rows: Tensor, meanwhile: Callable[[], None] = lambda: None
@@ -167,9 +205,12 @@ def average_and_gather(
     spread = rows.new_zeros(world_size(), *rows.shape)
     spread[rank()] = rows
     flat = torch.cat([x.flatten() for x in (*averaged, spread)])
-    reduction = dist.all_reduce(flat, async_op=True)
-    meanwhile()
-    _wait_awake(reduction, flat.device)
+    if _sums and flat.device.type == "cpu":
+        _sums[0].add_up(flat, meanwhile)
+    else:
+        reduction = dist.all_reduce(flat, async_op=True)
+        meanwhile()
+        _wait_awake(reduction, flat.device)
     flat[: flat.numel() - spread.numel()].div_(world_size())
     *means, gathered = torch.split(flat, [x.numel() for x in (*averaged, spread)])
     for x, mean in zip(averaged, means, strict=True):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
@@ -22,6 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from tcaq_lightning.cli import EXIT_RANK_LOST, EXIT_USER_ERROR, ending
 from tcaq_lightning.config import Config, TrainerConfig
 from tcaq_lightning.cores import held_to, own_cores
+from tcaq_lightning.distributed import memory_shared
 from tcaq_lightning.environment import Place, find_place
 from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.trainers import choose_device
@@ -92,7 +93,11 @@ def connected(trainer: TrainerConfig, check: Callable[[], None] = lambda: None) 
         cores = own_cores(place)
         if trainer.threads is None:
             torch.set_num_threads(len(cores))
-        with held_to(cores) if kind == "cpu" else nullcontext():
+        with ExitStack() as stack:
+            if kind == "cpu":
+                stack.enter_context(held_to(cores))
+            if kind == "cpu" and place.num_nodes == 1:
+                stack.enter_context(memory_shared(timeout.total_seconds()))
             yield
         failed = False
     except BaseException as error:

@@ -6,6 +6,7 @@ python rank.py RANK FILE: a new file that both find each other by.
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from tcaq_lightning import distributed
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.histogram import LogHistogram
+from tcaq_lightning.shared_memory import SLOT, MemoryFile
 from tcaq_lightning.statistics import RangeStatistics
 
 
@@ -88,10 +90,40 @@ def gradients(rank: int) -> None:
     assert torch.equal(rows, torch.tensor([[0.1, -1.0], [1.1, -1.0]]))
 
 
+def sums_in_shared_memory(rank: int) -> None:
+    """The same as through the process group, of tensors smaller and larger than what is exchanged at once."""
+    sizes = [1, 5, SLOT // 4 - 8, SLOT // 2 + 3, 3, SLOT]
+    generator = torch.Generator().manual_seed(rank)
+    summands = [torch.randn(size, generator=generator) for size in sizes]
+    rows = torch.tensor([[rank + 0.1, -1.0]])
+    expected = [x.clone() for x in summands]
+    for x in expected:
+        gathered = distributed.average_and_gather([x], rows)
+    done = []
+    reduce, dist.all_reduce = dist.all_reduce, None
+    with distributed.memory_shared(60.0):
+        for x, mean in zip(summands, expected, strict=True):
+            if rank == x.numel() % 2:
+                time.sleep(0.15)  # longer than the other one stays awake
+            assert torch.equal(distributed.average_and_gather([x], rows, lambda: done.append(True)), gathered)
+            assert torch.equal(x, mean)
+    dist.all_reduce = reduce
+    assert len(done) == len(sizes)
+    gradients(rank)
+
+
+def memory_that_one_rank_cannot_reach(rank: int) -> None:
+    opened, MemoryFile.open = MemoryFile.open, lambda _: (_ for _ in ()).throw(FileNotFoundError())
+    with distributed.memory_shared(60.0):
+        gradients(rank)
+    MemoryFile.open = opened
+
+
 def main() -> None:
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-    for check in (broadcasts, rank_zero_decides, shares, reductions_equal_one_process, gradients):
+    checks = (broadcasts, rank_zero_decides, shares, reductions_equal_one_process, gradients)
+    for check in (*checks, sums_in_shared_memory, memory_that_one_rank_cannot_reach):
         check(rank)
     dist.destroy_process_group()
 
