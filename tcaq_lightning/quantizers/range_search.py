@@ -12,8 +12,8 @@ from tcaq_lightning.quantizers.logarithmic import log_codes, log_values
 from tcaq_lightning.quantizers.uniform import affine_range
 
 NORM = 2.4
-CPU_CHUNK, DEVICE_CHUNK = 1 << 17, 1 << 24
-"""Elements of the largest intermediate tensor: within a core's cache on a CPU, bounded memory elsewhere."""
+CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 24
+"""Elements of the largest intermediate tensor: near a core on a CPU, bounded memory elsewhere."""
 
 
 def _power(error: Tensor, norm: float) -> Tensor:
@@ -23,15 +23,20 @@ def _power(error: Tensor, norm: float) -> Tensor:
 
 def _errors(rows: Tensor, step: Tensor, low: Tensor, high: Tensor, norm: float) -> Tensor:
     """sum |x - x^|^p of every row under every candidate: rows (R, N), others (R, K) -> (R, K)."""
-    count, size = rows.shape
+    size, candidates = max(1, rows.shape[1]), step.shape[1]
     errors = torch.empty(step.shape, dtype=rows.dtype, device=rows.device)
-    per_chunk = max(1, (CPU_CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK) // max(1, size * count))
-    for start in range(0, step.shape[1], per_chunk):
-        part = slice(start, start + per_chunk)
-        s, lo, hi = (t[:, part].unsqueeze(-1) for t in (step, low, high))  # (R, k, 1)
-        x = rows.unsqueeze(1)  # (R, 1, N)
-        quantized = torch.round(x / s).clamp_(lo, hi).mul_(s)
-        errors[:, part] = _power(quantized.sub_(x), norm).sum(-1)
+    chunk = CPU_CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK
+    width = min(candidates, max(1, chunk // size))
+    height = max(1, chunk // (size * width))
+    for top in range(0, rows.shape[0], height):
+        for left in range(0, candidates, width):
+            part = slice(top, top + height), slice(left, left + width)
+            s, lo, hi = (t[part].unsqueeze(-1) for t in (step, low, high))  # (r, k, 1)
+            x = rows[part[0]].unsqueeze(1)  # (r, 1, N)
+            work = (x / s).round_()
+            torch.maximum(work, lo, out=work)  # `clamp` with tensor bounds is far slower on a CPU
+            torch.minimum(work, hi, out=work).mul_(s)
+            errors[part] = _power(work.sub_(x), norm).sum(-1)
     return errors
 
 
