@@ -113,8 +113,8 @@ class UnitData:
 
         From memory to the CPU it does not, and a thread would take its time from the same cores.
         """
-        read = partial(self.read, device=device)
-        return read_ahead(read, indices) if self.in_files or device.type != "cpu" else (read(i) for i in indices)
+        read, waits = partial(self.read, device=device), self.in_files or device.type not in {"cpu", "meta"}
+        return read_ahead(read, indices) if waits else (read(index) for index in indices)
 
     def run(
         self, unit: Callable[..., Outputs], context: TimestepGroups, index: Tensor | slice, device: torch.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,6 +43,8 @@ PROBES = 40
 """Samples that the searches look at, spread evenly over the timestep groups."""
 VALUES = 4096
 """Values per timestep group in the final range search."""
+QUERIES = 256
+"""About so many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
 QUICK_VALUES = 1024
 """Values per timestep group while candidates of r are compared."""
 
@@ -116,6 +120,7 @@ def initialize(
     tcr_config: TCRConfig,
     daq_config: DAQConfig,
     device: torch.device,
+    batch_size: int = PROBES,
 ) -> Choices:
     """Set every quantizer of a unit from its quantized-stream inputs.
 
@@ -129,11 +134,12 @@ def initialize(
         observed: ranges and histograms over all calibration samples.
         tcr_config, daq_config: settings.
         device: where to compute.
+        batch_size: samples per pass.
     """
     choices = Choices()
     probe = train[probe_indices(data.groups[train], context.num_groups)]
     groups = data.groups[probe].to(device)
-    inputs = capture_inputs(unit, data, context, probe, device)
+    inputs = capture_inputs(unit, data, context, probe, device, batch_size)
     layers_of = readers(unit)
     with context.using(groups):
         for number, (name, quantizer) in enumerate(quantizers(unit).items()):
@@ -194,22 +200,66 @@ def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tenso
 
 
 def capture_inputs(
-    unit: nn.Module, data: UnitData, context: TimestepGroups, probe: Tensor, device: torch.device
+    unit: nn.Module,
+    data: UnitData,
+    context: TimestepGroups,
+    probe: Tensor,
+    device: torch.device,
+    batch_size: int = PROBES,
 ) -> dict[str, Tensor]:
-    """Inputs of every quantizer while the unit runs in full precision on the probes, none narrower than float32."""
-    captured: dict[str, Tensor] = {}
+    """Inputs of every quantizer while the unit runs in full precision on the probes, none narrower than float32.
 
-    def hook(name: str) -> Any:
-        return lambda _module, args: captured.__setitem__(name, widened(args[0]))
+    Of probabilities, (B, heads, T, S), about `QUERIES` of the T queries are kept, spread evenly.
 
-    handles = [q.register_forward_pre_hook(hook(n)) for n, q in quantizers(unit).items()]
+    Args:
+        unit, data, context, device: as in `initialize`.
+        probe: numbers of the samples. batch_size: so many of them in one pass.
+    """
+    captured: dict[str, list[Tensor]] = defaultdict(list)
+
+    def hook(name: str, quantizer: nn.Module) -> Any:
+        of_probabilities = isinstance(quantizer, SoftmaxQuantizer)
+
+        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = widened(args[0])
+            captured[name].append(_some_queries(x) if of_probabilities else x)
+
+        return receive
+
+    handles = [q.register_forward_pre_hook(hook(n, q)) for n, q in quantizers(unit).items()]
+    batches = probe.tensor_split(math.ceil(len(probe) / batch_size))
     try:
         with full_precision(unit):
-            data.run(unit, context, probe, device)
+            for batch in batches:
+                data.run(unit, context, batch, device)
     finally:
         for handle in handles:
             handle.remove()
-    return captured
+    shared = {name for name, parts in captured.items() if parts[0].shape[0] == 1 < len(batches[0])}
+    # a single row is every sample's
+    return {name: parts[0] if name in shared else _joined(parts) for name, parts in captured.items()}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor; each is freed when it has been copied."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
+    start = len(whole)
+    while parts:
+        part = parts.pop()
+        start -= len(part)
+        whole[start : start + len(part)] = part
+    return whole
+
+
+def _some_queries(probabilities: Tensor) -> Tensor:
+    """Every so many-th row of (..., T, S) probabilities, in memory of its own if it is not all of them.
+
+    >>> _some_queries(torch.zeros(1, 2, 4 * QUERIES, 3)).shape
+    torch.Size([1, 2, 256, 3])
+    """
+    return probabilities[..., :: max(1, probabilities.shape[-2] // QUERIES), :].contiguous()
 
 
 def _sibling(name: str, other: str) -> str:

@@ -68,7 +68,8 @@ def reconstruct_unit(
             probes = shard.train[probe_indices(shard.groups[shard.train], work.context.num_groups)]
             seen = shard.collected(data, probes)
             everything = torch.arange(len(seen))
-            choices = initialize(unit, seen, everything, work.context, observed, config.tcr, config.daq, work.device)
+            settings = observed, config.tcr, config.daq, work.device, config.judged_batch_size
+            choices = initialize(unit, seen, everything, work.context, *settings)
             data.executed += seen.executed
         path = work.run.statistics_file(round_index, position, name)
         on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))

@@ -32,7 +32,7 @@ from tcaq_lightning.quantized_layers import (
     readers,
     shared_copy,
 )
-from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.reconstruction import BlockReconstruction, Phase, block_error
 from tcaq_lightning.sensitivity import unit_sensitivities
@@ -44,8 +44,6 @@ from tcaq_lightning.units import UnitGraph
 META = torch.device("meta")
 LARGE = 50_000_000
 """Bytes of a model's parameters from which on trial work is quicker on the meta device than on a CPU."""
-BATCHES_AT_HAND = 2
-"""The batch that is computed on, and the next one, which is being read."""
 COMPILER = 110_000_000
 """Bytes that torch's compiler and all kernels of a run take in the end (torch 2.13 on Linux)."""
 SAMPLE_COPIES = 2
@@ -133,7 +131,7 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
         distinct = work.distinct()
         workspace = {
             "sampling": work.peak(work.sample, max(data.batch_size, config.evaluation.batch_size)),
-            "search": max(work.scaled(name, work.search, probes) for name in distinct),
+            "search": max(work.search_bytes(name, probes) for name in distinct),
             "gate": max(work.scaled(name, work.judge, config.judged_batch_size) for name in distinct),
         }
         if config.reconstruction.enabled:
@@ -194,6 +192,9 @@ class TrialWork:
         self.stood_for = stood_for
         self.twin, self.context = shared_copy(denoiser), TimestepGroups([])
         quantize(self.twin, config.quantization, self.context)
+        for quantizer in quantizers(self.twin).values():
+            if isinstance(quantizer, SoftmaxQuantizer):
+                quantizer.logarithmic()  # which it remembers: to find it out is no part of the work
 
     def model_bytes(self) -> int:
         """As in `Footprint`."""
@@ -215,9 +216,9 @@ class TrialWork:
         return list(found.values())
 
     def scaled(self, name: str, work: Callable[[nn.Module, UnitData], Any], samples: int) -> int:
-        """Bytes that work on a unit takes for `samples` samples, with the batches that are at hand."""
+        """Bytes that work on a unit takes for `samples` samples, the next batch included."""
         unit, data = self.twin.get_submodule(name), self.data[name]
-        batch = sum(tensor[:samples].nbytes for tensor in data.tensors()) * samples // len(data)
+        next_batch = sum(tensor.nbytes for tensor in data.tensors()) * samples // len(data)  # may be read meanwhile
         weights = [layer.learned_weight for layer in quant_layers(unit).values()]
         for weight in weights:
             weight.open()
@@ -226,7 +227,7 @@ class TrialWork:
         taken = self.peak(lambda count: work(unit, _part(data, count)), samples)
         for weight in weights:
             weight.discard_logits()
-        return kept + BATCHES_AT_HAND * batch + taken
+        return kept + next_batch + taken
 
     def learning_bytes(self) -> int:
         """Bytes that the optimisation of a unit takes at most."""
@@ -244,23 +245,33 @@ class TrialWork:
         return self.samples[:count].predict(self.twin)
 
     @torch.no_grad()
-    def search(self, unit: nn.Module, data: UnitData) -> None:
-        """One candidate of every quantizer's search, the inputs of all of them at hand."""
-        everything = torch.arange(len(data))
-        inputs = capture_inputs(unit, data, self.context, everything, self.device)
-        layers_of = readers(unit)
-        with self.context.using(data.groups):
-            for name, quantizer in quantizers(unit).items():
-                x = inputs[name]
-                if isinstance(quantizer, SoftmaxQuantizer):
-                    tau, one = quantizer.tau.new_ones(()), x[:1]  # sample by sample
-                    torch.matmul(log_fake_quantize(one, quantizer.delta[0], tau, quantizer.bits) - one, one.mT[..., :1])
-                    continue
-                layers, centred = layers_of.get(id(quantizer), []), quantizer.centred(x)
-                targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
-                quantized = quantizer(x)
-                for layer, target in zip(layers, targets, strict=True):
-                    (layer.linear_map(quantized, layer.learned_weight.weight, None) - target).square().sum()
+    def search_bytes(self, name: str, probes: int) -> int:
+        """Bytes that setting a unit's quantizers takes: all their inputs, and a pass or a search beside them."""
+        unit, data = self.twin.get_submodule(name), self.data[name]
+        inputs = capture_inputs(unit, data, self.context, torch.arange(len(data)), self.device)
+        held = sum(x.nbytes for x in inputs.values()) * probes // len(data)
+
+        def search(unit: nn.Module, part: UnitData) -> None:
+            with self.context.using(part.groups):
+                for key, quantizer in quantizers(unit).items():
+                    rows = max(1, len(inputs[key]) * len(part) // len(data))  # a single one is every sample's
+                    self._search(unit, quantizer, inputs[key][:rows])
+
+        batch = min(probes, self.config.judged_batch_size)
+        return held + max(self.scaled(name, search, probes), self.scaled(name, self.judge, batch))
+
+    def _search(self, unit: nn.Module, quantizer: nn.Module, x: Tensor) -> None:
+        """One candidate of a quantizer's search."""
+        if isinstance(quantizer, SoftmaxQuantizer):
+            tau, one = quantizer.tau.new_ones(()), x[:1]  # sample by sample
+            torch.matmul(log_fake_quantize(one, quantizer.delta[0], tau, quantizer.bits) - one, one.mT[..., :1])
+            return
+        assert isinstance(quantizer, ActivationQuantizer)
+        layers, centred = readers(unit).get(id(quantizer), []), quantizer.centred(x)
+        targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
+        quantized = quantizer(x)
+        for layer, target in zip(layers, targets, strict=True):
+            (layer.linear_map(quantized, layer.learned_weight.weight, None) - target).square().sum()
 
     def judge(self, unit: nn.Module, data: UnitData) -> None:
         """The error of a unit's output."""

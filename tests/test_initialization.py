@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tcaq_lightning import initialization
 from tcaq_lightning.config import DAQConfig, QuantizationConfig, TCRConfig
 from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
@@ -50,6 +51,29 @@ def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
     full.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     data.run(full, twins.context, probe, CPU)
     torch.testing.assert_close(captured["conv2.input_quantizer"], seen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [RESNET, ATTENTION, "time_embedding"])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_inputs_are_captured_batch_by_batch(make_twins: Any, name: str, batch_size: int) -> None:
+    twins = make_twins()
+    arguments = twins.unit(name), twins.data_of(name), twins.context, torch.tensor([5, 0, 3, 2]), CPU
+    whole, parts = capture_inputs(*arguments), capture_inputs(*arguments, batch_size)
+    assert whole.keys() == parts.keys()
+    for key, x in whole.items():
+        torch.testing.assert_close(parts[key], x)
+
+
+def test_queries_of_captured_probabilities_are_spread_evenly(make_twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = make_twins()
+    arguments = twins.unit(ATTENTION), twins.data_of(ATTENTION), twins.context, torch.arange(4), CPU, 3
+    everything = capture_inputs(*arguments)
+    queries = everything[SOFTMAX].shape[2]
+    monkeypatch.setattr(initialization, "QUERIES", queries // 3)
+    some = capture_inputs(*arguments)
+    torch.testing.assert_close(some[SOFTMAX], everything[SOFTMAX][:, :, ::3])
+    assert some[SOFTMAX].untyped_storage().nbytes() == some[SOFTMAX].nbytes
+    assert all(torch.equal(some[key], x) for key, x in everything.items() if key != SOFTMAX)
 
 
 @pytest.mark.parametrize("name", [RESNET, ATTENTION, "conv_in", "time_embedding"])
