@@ -47,6 +47,8 @@ QUERIES = 256
 """About so many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
 QUICK_VALUES = 1024
 """Values per timestep group while candidates of r are compared."""
+QUICK_PLACES = 3000
+"""Pixels or tokens that candidates of r are compared on, if half of the probes have as many."""
 
 LOG_FAMILIES: dict[str, tuple[float, ...]] = {"log2": (1.0,), "log_sqrt2": (0.5,), "adalog": ADALOG_TAUS}
 """Exponents tau that each member of the logarithmic family may take."""
@@ -267,13 +269,33 @@ def _sibling(name: str, other: str) -> str:
     return f"{parent}.{other}" if parent else other
 
 
+def _some_positions(count: int, values: int) -> Tensor | slice:
+    """At most `values` of `count` positions, drawn with replacement."""
+    if count <= values:
+        return slice(None)
+    return torch.randint(count, (values,), generator=torch.Generator().manual_seed(count))
+
+
 def _by_group(x: Tensor, num_groups: int, values: int) -> Tensor:
     """(G, n) values of each group, at most `values`, from probes sorted by group with equal counts."""
     rows = x.reshape(num_groups, -1)
-    if rows.shape[1] <= values:
+    return rows[:, _some_positions(rows.shape[1], values)]
+
+
+def _scaled_by_group(quantizer: ActivationQuantizer, x: Tensor, num_groups: int, values: int) -> Tensor:
+    """`_by_group` of (x - shift) / r, computed for those values alone."""
+    rows = x.reshape(num_groups, -1)
+    positions = _some_positions(rows.shape[1], values)
+    rows = rows[:, positions]
+    if quantizer.shift is None and quantizer.r.numel() == 1:
         return rows
-    generator = torch.Generator().manual_seed(rows.shape[1])
-    return rows[:, torch.randint(rows.shape[1], (values,), generator=generator).to(rows.device)]
+    if isinstance(positions, slice):
+        positions = torch.arange(rows.shape[1])
+    inner = math.prod(x.shape[quantizer.channel_dim % x.ndim + 1 :])
+    channels = (positions // inner % quantizer.r.numel()).to(x.device)
+    if quantizer.shift is not None:
+        rows = rows - quantizer.shift[channels]
+    return rows / quantizer.r[channels]
 
 
 def _set_range(
@@ -287,12 +309,10 @@ def _set_range(
     """Search step and zero point of (x - shift) / r for every group, unless they are found at run time."""
     if isinstance(quantizer, TokenQuantizer):
         return
-    r = quantizer.r
     if quantizer.shift is not None:
-        x, ranges = quantizer.centred(x), ranges.shifted(quantizer.shift.cpu())
-    scaled = x if r.numel() == 1 else x / along(r, x.ndim, quantizer.channel_dim)
-    low, high = (limit.to(x.device) for limit in ranges.limits(r.cpu()))
-    rows = _by_group(scaled, ranges.low.shape[0], values)
+        ranges = ranges.shifted(quantizer.shift.cpu())
+    low, high = (limit.to(x.device) for limit in ranges.limits(quantizer.r.cpu()))
+    rows = _scaled_by_group(quantizer, x, ranges.low.shape[0], values)
     delta, zero = search_affine(rows, quantizer.bits, candidates, (low, high), norm)
     if quantizer.constant_zero and bool((zero != zero[0]).any()):
         delta, zero = search_common_zero(rows, quantizer.bits, zero, candidates, (low, high), norm)
@@ -312,6 +332,8 @@ def _set_r(
     Returns:
         The errors of r = 1 without a shift and of the choice, relative to the output's power.
     """
+    places = x.numel() // x.shape[quantizer.channel_dim]
+    x, groups = _fewer_probes(x, quantizer.groups.current, ranges.low.shape[0], places)
     weights = _weight_magnitude(layers, quantizer.r.numel())
     shifts = [torch.zeros_like(quantizer.r)]
     if config.formula == "profile":
@@ -332,16 +354,32 @@ def _set_r(
             if quantizer.shift is not None:
                 quantizer.shift.copy_(shift)
             _set_range(quantizer, x, ranges, QUICK_VALUES, candidates=8, norm=2)
-            quantized = quantizer(x)
+            with quantizer.groups.using(groups):
+                quantized = quantizer(x)
             error = 0.0
             for layer, target in zip(layers, targets, strict=True):
-                error += float((layer.linear_map(quantized, _nearest(layer, r), None) - target).square().sum())
+                output = layer.linear_map(quantized, _nearest(layer, r), None)
+                error += float(output.sub_(target).square_().sum())
             found.append((error / max(sum(powers), 1e-30), r, shift))
     best = found[1] if config.formula == "profile" else min(found, key=lambda candidate: candidate[0])
     quantizer.r.copy_(best[1])
     if quantizer.shift is not None:
         quantizer.shift.copy_(best[2])
     return found[0][0], best[0]
+
+
+def _fewer_probes(x: Tensor, groups: Tensor, num_groups: int, places: int) -> tuple[Tensor, Tensor]:
+    """Half of each group's probes where those are enough, else all of them, and their timestep groups.
+
+    Args:
+        x: (B, ...) one row a probe, sorted by group with equal counts; any other number of rows is kept.
+        groups: (B,). num_groups: G. places: pixels or tokens of x.
+    """
+    each = len(groups) // num_groups
+    if len(x) != len(groups) or each == 1 or places < 2 * QUICK_PLACES:
+        return x, groups
+    chosen = torch.arange(len(groups), device=x.device).view(num_groups, each)[:, ::2].flatten()
+    return x[chosen], groups[chosen]
 
 
 def _nearest(layer: QuantLayer, r: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from tcaq_lightning import initialization
 from tcaq_lightning.config import DAQConfig, QuantizationConfig, TCRConfig
 from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
-from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import search_symmetric
+from tcaq_lightning.timesteps import TimestepGroups
 
 CPU = torch.device("cpu")
 ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"
@@ -62,6 +64,37 @@ def test_inputs_are_captured_batch_by_batch(make_twins: Any, name: str, batch_si
     assert whole.keys() == parts.keys()
     for key, x in whole.items():
         torch.testing.assert_close(parts[key], x)
+
+
+@pytest.mark.parametrize(("each", "kept"), [(1, [0]), (2, [0]), (5, [0, 2, 4])])
+def test_half_of_the_probes_compare_candidates_where_they_are_enough(each: int, kept: list[int]) -> None:
+    groups = torch.arange(3).repeat_interleave(each)
+    x = torch.randn(3 * each, 2, 4, 5)
+    enough, few = 2 * initialization.QUICK_PLACES, 2 * initialization.QUICK_PLACES - 1
+    for whole, places in ((x, few), (x[:1], enough), (torch.cat([x, x]), enough)):
+        some, of_them = initialization._fewer_probes(whole, groups, 3, places)
+        assert some is whole
+        assert of_them is groups
+    some, of_them = initialization._fewer_probes(x, groups, 3, enough)
+    assert torch.equal(some, x.unflatten(0, (3, each))[:, kept].flatten(0, 1))
+    assert of_them.tolist() == [g for g in range(3) for _ in kept]
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), [((6, 4, 3, 5), 1), ((6, 7, 4), -1), ((6, 4), -1)])
+@pytest.mark.parametrize("values", [8, 10_000])
+def test_few_values_are_scaled_as_all_of_them_would_be(shape: tuple[int, ...], channel_dim: int, values: int) -> None:
+    quantizer = ActivationQuantizer(4, TimestepGroups([400.0, 800.0]), 4, channel_dim)
+    quantizer.r.copy_(torch.tensor([0.5, 1.0, 2.0, 3.0]))
+    x = torch.randn(shape)
+    expected = x / along(quantizer.r, x.ndim, channel_dim)
+    found = initialization._scaled_by_group(quantizer, x, 3, values)
+    assert torch.equal(found, initialization._by_group(expected, 3, values))
+    quantizer.allow_shift()
+    assert quantizer.shift is not None
+    quantizer.shift.copy_(torch.tensor([0.0, 1.0, -2.0, 0.5]))
+    expected = quantizer.centred(x) / along(quantizer.r, x.ndim, channel_dim)
+    found = initialization._scaled_by_group(quantizer, x, 3, values)
+    assert torch.equal(found, initialization._by_group(expected, 3, values))
 
 
 def test_queries_of_captured_probabilities_are_spread_evenly(make_twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
