@@ -12,7 +12,8 @@ LOCK_TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK_VENV := build/lock-venv
-PIP_INSTALL := -m pip install --disable-pip-version-check --no-input $(if $(CI),--quiet)
+# Python compiles what is imported when it is; to compile all packages takes a third of the installation.
+PIP_INSTALL := -m pip install --disable-pip-version-check --no-input --no-compile $(if $(CI),--quiet)
 # Each pytest process computes on one thread: two thread pools on the same cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 
