@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tcaq_lightning.distributed import gather
-from tcaq_lightning.environment import Place
+from tcaq_lightning.distributed import gather, rank
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 THREADS = Path("/proc/self/task")
 """Linux' directories of the logical cores, and of this process' threads."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""What tells one running system from another, whatever they are called."""
 
 
 def available_cores() -> list[int]:
@@ -23,27 +25,37 @@ def available_cores() -> list[int]:
 
 
 def _position(core: int) -> tuple[int, int]:
-    """Package and physical core of a logical core, zeros where the system does not tell."""
+    """Package of a logical core, and the first of its core's threads; zeros where the system does not tell."""
     directory = TOPOLOGY / f"cpu{core}" / "topology"
     try:
-        return int((directory / "physical_package_id").read_text()), int((directory / "core_id").read_text())
+        package = int((directory / "physical_package_id").read_text())
+        siblings = (directory / "thread_siblings_list").read_text()  # such as 0,4 or 0-1
+        return package, int(siblings.replace("-", ",").split(",")[0])
     except (OSError, ValueError):
         return 0, 0
 
 
-def own_cores(place: Place) -> list[int]:
-    """This rank's cores: its part of those that all ranks of its node may use.
+def _system() -> str:
+    try:
+        return BOOT.read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
-    Where whatever started the ranks has given each its own already, as SLURM may, they keep them, and so they do
-    where there are more ranks than cores. All ranks must call this.
+
+def own_cores() -> list[int] | None:
+    """This rank's part of the cores that it and other ranks may use; None if there are fewer cores than those ranks.
+
+    Where whatever started the ranks has given each cores of its own, as SLURM may, those are its part. All ranks must
+    call this.
     """
-    mine = available_cores()
-    first = place.rank - place.local_rank
-    neighbours = gather(mine)[first : first + place.devices]
-    if any(cores != mine for cores in neighbours) or len(mine) < place.devices:
-        return mine
-    begin, end = (len(mine) * number // place.devices for number in (place.local_rank, place.local_rank + 1))
-    return mine[begin:end]
+    mine = _system(), available_cores()
+    cores = mine[1]
+    sharers = [number for number, other in enumerate(gather(mine)) if other == mine]
+    if len(cores) < len(sharers):
+        return None
+    position = sharers.index(rank())
+    begin, end = (len(cores) * number // len(sharers) for number in (position, position + 1))
+    return cores[begin:end]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ what is added up is added in rank order, so that the same number of ranks gives 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tcaq_lightning.shared_memory import AWAKE, SharedSums, make_file
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -177,6 +180,7 @@ def _shared_sums(timeout: float) -> list[SharedSums]:
             sums.append(SharedSums(descriptor, rank(), world_size(), timeout))
     if all(gather(bool(sums))):
         return sums
+    log.info("the ranks cannot share memory here: gradients go through the process group")
     if descriptor >= 0:
         os.close(descriptor)
     return []
@@ -186,7 +190,7 @@ def _shared_sums(timeout: float) -> list[SharedSums]:
 def average_and_gather(
     averaged: Sequence[Tensor], rows: Tensor, meanwhile: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Average tensors over the ranks in place and gather rows beside them, all in one all-reduce.
+    """Average tensors over the ranks in place and gather rows beside them, all in one exchange.
 
     The order within the reduction is that of the arguments, always: torch's DistributedDataParallel arranges its
     buckets anew after the first step, so that a fit resumed in the middle would round differently.

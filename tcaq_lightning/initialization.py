@@ -44,7 +44,7 @@ PROBES = 40
 VALUES = 4096
 """Values per timestep group in the final range search."""
 QUERIES = 256
-"""About so many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
+"""So many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
 QUICK_VALUES = 1024
 """Values per timestep group while candidates of r are compared."""
 QUICK_PLACES = 3000
@@ -211,20 +211,21 @@ def capture_inputs(
 ) -> dict[str, Tensor]:
     """Inputs of every quantizer while the unit runs in full precision on the probes, none narrower than float32.
 
-    Of probabilities, (B, heads, T, S), about `QUERIES` of the T queries are kept, spread evenly.
+    Of probabilities, (B, heads, T, S), `QUERIES` of the T queries are kept, the one with the largest value among them.
 
     Args:
         unit, data, context, device: as in `initialize`.
         probe: numbers of the samples. batch_size: so many of them in one pass.
     """
     captured: dict[str, list[Tensor]] = defaultdict(list)
+    passed: dict[str, Tensor] = {}
 
     def hook(name: str, quantizer: nn.Module) -> Any:
         of_probabilities = isinstance(quantizer, SoftmaxQuantizer)
 
-        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:  # of several calls in a pass the last counts
             x = widened(args[0])
-            captured[name].append(_some_queries(x) if of_probabilities else x)
+            passed[name] = _some_queries(x) if of_probabilities else x
 
         return receive
 
@@ -234,6 +235,8 @@ def capture_inputs(
         with full_precision(unit):
             for batch in batches:
                 data.run(unit, context, batch, device)
+                for name in list(passed):
+                    captured[name].append(passed.pop(name))
     finally:
         for handle in handles:
             handle.remove()
@@ -256,12 +259,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _some_queries(probabilities: Tensor) -> Tensor:
-    """Every so many-th row of (..., T, S) probabilities, in memory of its own if it is not all of them.
+    """`QUERIES` of each sample's T queries from (B, heads, T, S): the one with the largest value, and others at random.
 
     >>> _some_queries(torch.zeros(1, 2, 4 * QUERIES, 3)).shape
     torch.Size([1, 2, 256, 3])
     """
-    return probabilities[..., :: max(1, probabilities.shape[-2] // QUERIES), :].contiguous()
+    samples, _, queries, _ = probabilities.shape
+    if queries <= QUERIES:
+        return probabilities
+    drawn = torch.randperm(queries, generator=torch.Generator().manual_seed(queries))[: QUERIES - 1]
+    largest = probabilities.amax((1, 3)).argmax(1, keepdim=True)  # (B, 1)
+    kept = torch.cat([drawn.to(largest.device).expand(samples, -1), largest], dim=1)
+    return probabilities.take_along_dim(kept[:, None, :, None], dim=2)
 
 
 def _sibling(name: str, other: str) -> str:
@@ -286,13 +295,13 @@ def _scaled_by_group(quantizer: ActivationQuantizer, x: Tensor, num_groups: int,
     """`_by_group` of (x - shift) / r, computed for those values alone."""
     rows = x.reshape(num_groups, -1)
     positions = _some_positions(rows.shape[1], values)
-    rows = rows[:, positions]
+    count, rows = rows.shape[1], rows[:, positions]
     if quantizer.shift is None and quantizer.r.numel() == 1:
         return rows
-    if isinstance(positions, slice):
-        positions = torch.arange(rows.shape[1])
+    numbers = torch.arange(num_groups)[:, None] * count  # of the values in all of x
+    numbers = numbers + (torch.arange(count) if isinstance(positions, slice) else positions)
     inner = math.prod(x.shape[quantizer.channel_dim % x.ndim + 1 :])
-    channels = (positions // inner % quantizer.r.numel()).to(x.device)
+    channels = (numbers // inner % quantizer.r.numel()).to(x.device)
     if quantizer.shift is not None:
         rows = rows - quantizer.shift[channels]
     return rows / quantizer.r[channels]

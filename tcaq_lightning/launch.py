@@ -90,11 +90,11 @@ def connected(trainer: TrainerConfig, check: Callable[[], None] = lambda: None) 
         _meet(store, place, children, timeout)
         group = PrefixStore("group", store)
         dist.init_process_group(BACKENDS[kind], store=group, rank=place.rank, world_size=place.ranks, timeout=timeout)
-        cores = own_cores(place)
+        cores = own_cores()
         if trainer.threads is None:
-            torch.set_num_threads(len(cores))
+            torch.set_num_threads(len(cores) if cores else max(1, (os.cpu_count() or 1) // place.devices))
         with ExitStack() as stack:
-            if kind == "cpu":
+            if kind == "cpu" and cores:
                 stack.enter_context(held_to(cores))
             if kind == "cpu" and place.num_nodes == 1:
                 stack.enter_context(memory_shared(timeout.total_seconds()))

@@ -273,7 +273,8 @@ class BlockReconstruction(pl.LightningModule):
     def _read(self) -> None:
         """Have the next step's samples at hand, if there is a next step."""
         if self._coming is None:
-            self._coming = next(self._batches, None)
+            with torch.enable_grad():  # gradients are exchanged without: views made there could not be written to later
+                self._coming = next(self._batches, None)
 
     def _seeds(self, step: int) -> tuple[int, ...]:
         return (*self.seeds, ord(self.phase), step, self.global_rank)

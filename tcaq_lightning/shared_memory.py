@@ -70,9 +70,10 @@ def make_file(nbytes: int) -> tuple[int, MemoryFile]:
 
 
 class SharedSums:
-    """One rank's end of the memory.
+    """One rank's end of the memory. All ranks must have theirs before the first of them adds up.
 
-    Each rank holds a lock on a byte of the file, which the system lifts when the process ends, however it does.
+    Each rank holds a lock on a byte of the file, which the system lifts when the process ends, however it does, and
+    when it closes any descriptor of the file.
 
     Args:
         descriptor: of the file, of `SharedSums.size(ranks)` bytes, zeros at first; closed with this.
@@ -115,7 +116,7 @@ class SharedSums:
         for part in torch.split(x.view(-1), SLOT // x.itemsize):
             slots = self._slots[self._written % 2, :, : part.nbytes].view(x.dtype)
             slots[self.rank] = part
-            os.sched_yield()  # within it the processor finishes what it has begun to write
+            os.sched_yield()  # Linux' scheduler has the writes before it seen before those after it, on any processor
             self._written += 1
             self._counters[self.rank * (LINE // 8)] = self._written
             meanwhile()
@@ -131,11 +132,10 @@ class SharedSums:
     def _wait(self) -> None:
         """Until all ranks have written their part."""
         started = time.monotonic()
-        os.sched_yield()  # threads that could use the core, such as one that reads files, go first
         while late := self._late():
             waited = time.monotonic() - started
             if waited < AWAKE:
-                os.sched_yield()
+                os.sched_yield()  # threads that could use the core, such as one that reads files, go first
                 continue
             gone = [other for other in late if self._has_ended(other)]
             if set(gone).intersection(self._late()):  # it may have written before it ended
@@ -143,6 +143,7 @@ class SharedSums:
             if waited > self.timeout:
                 raise dist.DistNetworkError(f"rank {late[0]} did not come within {self.timeout:.0f} s")
             time.sleep(NAP)
+        os.sched_yield()  # as above: what the others have written before they said so is seen from here on
 
     def _has_ended(self, other: int) -> bool:
         lock = self._fcntl

@@ -36,6 +36,7 @@ from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.reconstruction import BlockReconstruction, Phase, block_error
 from tcaq_lightning.sensitivity import unit_sensitivities
+from tcaq_lightning.shared_memory import SharedSums
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.tracing import SIZES, scaled_peak
 from tcaq_lightning.trajectories import Trajectories
@@ -148,6 +149,7 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
         if config.reconstruction.enabled and config.reconstruction.weighting == "sensitivity":
             found.workspace["sensitivity"] = scaled_peak(weigh, min(data.batch_size, calls))
     always = of_trajectories + (COMPILER if config.reconstruction.compile_kernels else 0)
+    always += SharedSums.size(world_size()) // world_size() if world_size() > 1 else 0
     return Footprint(found.models, {kind: always + nbytes for kind, nbytes in found.workspace.items()})
 
 
@@ -257,8 +259,9 @@ class TrialWork:
                     rows = max(1, len(inputs[key]) * len(part) // len(data))  # a single one is every sample's
                     self._search(unit, quantizer, inputs[key][:rows])
 
+        seen = sum(x.nbytes for x in data.tensors()) * probes // len(data)
         batch = min(probes, self.config.judged_batch_size)
-        return held + max(self.scaled(name, search, probes), self.scaled(name, self.judge, batch))
+        return held + max(self.scaled(name, search, probes), seen + self.scaled(name, self.judge, batch))
 
     def _search(self, unit: nn.Module, quantizer: nn.Module, x: Tensor) -> None:
         """One candidate of a quantizer's search."""
@@ -290,7 +293,7 @@ class TrialWork:
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()  # makes its state, and moves nothing
-        module.on_train_start()
+        module._batches = (data.read(index, self.device) for index in [torch.arange(count)])  # by this thread, traced
         optimizer.zero_grad()
         module.training_step(0, 0).backward()  # type: ignore[no-untyped-call]
         module.regularize()

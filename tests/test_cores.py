@@ -4,12 +4,12 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tcaq_lightning import cores
 from tcaq_lightning.cores import available_cores, held_to, own_cores
-from tcaq_lightning.environment import Place
 
 
 def allow(monkeypatch: pytest.MonkeyPatch, allowed: set[int], topology: Path) -> None:
@@ -17,18 +17,18 @@ def allow(monkeypatch: pytest.MonkeyPatch, allowed: set[int], topology: Path) ->
     monkeypatch.setattr(cores, "TOPOLOGY", topology)
 
 
-def describe(topology: Path, core: int, package: int, physical: int) -> None:
+def describe(topology: Path, core: int, package: int, siblings: str) -> None:
     directory = topology / f"cpu{core}" / "topology"
     directory.mkdir(parents=True)
     (directory / "physical_package_id").write_text(f"{package}\n")
-    (directory / "core_id").write_text(f"{physical}\n")
+    (directory / "thread_siblings_list").write_text(f"{siblings}\n")
 
 
 def test_threads_of_a_core_and_cores_of_a_package_are_neighbours(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for core in range(8):  # two packages of two cores of two threads, numbered as Linux does
-        describe(tmp_path, core, package=core % 2, physical=core // 2 % 2)
+        describe(tmp_path, core, package=core % 2, siblings=f"{core % 4},{core % 4 + 4}")
     allow(monkeypatch, {0, 1, 2, 3, 4, 5, 6}, tmp_path)
     assert available_cores() == [0, 4, 2, 6, 1, 5, 3]
 
@@ -49,23 +49,25 @@ def test_systems_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "node", "everyone", "expected"),
+    ("everyone", "expected"),
     [
-        (0, 0, [[0, 1, 2, 3, 4]] * 2, [0, 1]),
-        (1, 0, [[0, 1, 2, 3, 4]] * 2, [2, 3, 4]),
-        (1, 1, [[7]] * 2 + [[0, 1, 2, 3]] * 2, [2, 3]),  # the other node is another machine
-        (1, 0, [[0, 1], [2, 3]], [2, 3]),  # whatever has started them has divided the cores
-        (1, 0, [[0, 1], [0, 1, 2]], [0, 1, 2]),
-        (1, 0, [[5]] * 2, [5]),
+        ([("a", [0, 1, 2, 3, 4])] * 2, [[0, 1], [2, 3, 4]]),
+        ([("a", [7]), ("b", [0, 1, 2, 3]), ("b", [0, 1, 2, 3])], [[7], [0, 1], [2, 3]]),
+        ([("a", [0, 1]), ("b", [0, 1]), ("a", [0, 1]), ("b", [0, 1])], [[0], [0], [1], [1]]),  # dealt in turn
+        ([("a", [0, 1]), ("a", [2, 3])], [[0, 1], [2, 3]]),  # whatever has started them has divided the cores
+        ([("a", [0, 1]), ("a", [0, 1]), ("a", [2, 3]), ("a", [2, 3])], [[0], [1], [2], [3]]),  # by packages
+        ([("a", [5])] * 2, [None, None]),
     ],
 )
-def test_ranks_divide_the_cores_that_all_of_their_node_may_use(
-    monkeypatch: pytest.MonkeyPatch, local_rank: int, node: int, everyone: list[list[int]], expected: list[int]
+def test_ranks_divide_the_cores_that_they_share(
+    monkeypatch: pytest.MonkeyPatch, everyone: list[Any], expected: list[list[int] | None]
 ) -> None:
-    place = Place(2 * node + local_rank, local_rank, devices=2, num_nodes=len(everyone) // 2)
-    monkeypatch.setattr(cores, "available_cores", lambda: everyone[place.rank])
     monkeypatch.setattr(cores, "gather", lambda _: everyone)
-    assert own_cores(place) == expected
+    for number, (system, allowed) in enumerate(everyone):
+        monkeypatch.setattr(cores, "_system", lambda system=system: system)
+        monkeypatch.setattr(cores, "available_cores", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(cores, "rank", lambda number=number: number)
+        assert own_cores() == expected[number]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux' own")

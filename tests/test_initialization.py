@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tcaq_lightning import initialization
-from tcaq_lightning.config import DAQConfig, QuantizationConfig, TCRConfig
+from tcaq_lightning.config import DAQConfig, LayerRule, QuantizationConfig, TCRConfig
 from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
@@ -66,6 +66,18 @@ def test_inputs_are_captured_batch_by_batch(make_twins: Any, name: str, batch_si
         torch.testing.assert_close(parts[key], x)
 
 
+def test_an_input_that_several_layers_read_is_captured_once_a_pass(make_twins: Any) -> None:
+    rules = [LayerRule(pattern=ATTENTION, keep=True)]  # its layers stay quantized, and diffusers' processor calls them
+    twins = make_twins(QuantizationConfig(rules=rules))
+    unit, data, probe = twins.unit(ATTENTION), twins.data_of(ATTENTION), torch.tensor([5, 0, 3, 2])
+    shared = "to_q.input_quantizer"
+    assert SOFTMAX not in quantizers(unit)
+    captured = capture_inputs(unit, data, twins.context, probe, CPU, 3)
+    each = [capture_inputs(unit, data, twins.context, probe[i : i + 1], CPU)[shared] for i in range(len(probe))]
+    torch.testing.assert_close(captured[shared], torch.cat(each))
+    assert len(captured[shared]) == len(probe)
+
+
 @pytest.mark.parametrize(("each", "kept"), [(1, [0]), (2, [0]), (5, [0, 2, 4])])
 def test_half_of_the_probes_compare_candidates_where_they_are_enough(each: int, kept: list[int]) -> None:
     groups = torch.arange(3).repeat_interleave(each)
@@ -80,7 +92,7 @@ def test_half_of_the_probes_compare_candidates_where_they_are_enough(each: int, 
     assert of_them.tolist() == [g for g in range(3) for _ in kept]
 
 
-@pytest.mark.parametrize(("shape", "channel_dim"), [((6, 4, 3, 5), 1), ((6, 7, 4), -1), ((6, 4), -1)])
+@pytest.mark.parametrize(("shape", "channel_dim"), [((6, 4, 3, 5), 1), ((6, 7, 4), -1), ((6, 4), -1), ((1, 9, 4), -1)])
 @pytest.mark.parametrize("values", [8, 10_000])
 def test_few_values_are_scaled_as_all_of_them_would_be(shape: tuple[int, ...], channel_dim: int, values: int) -> None:
     quantizer = ActivationQuantizer(4, TimestepGroups([400.0, 800.0]), 4, channel_dim)
@@ -97,15 +109,23 @@ def test_few_values_are_scaled_as_all_of_them_would_be(shape: tuple[int, ...], c
     assert torch.equal(found, initialization._by_group(expected, 3, values))
 
 
-def test_queries_of_captured_probabilities_are_spread_evenly(make_twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_queries_of_captured_probabilities_hold_the_largest_value(
+    make_twins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     twins = make_twins()
     arguments = twins.unit(ATTENTION), twins.data_of(ATTENTION), twins.context, torch.arange(4), CPU, 3
     everything = capture_inputs(*arguments)
-    queries = everything[SOFTMAX].shape[2]
-    monkeypatch.setattr(initialization, "QUERIES", queries // 3)
+    p = everything[SOFTMAX]
+    kept = p.shape[2] // 3
+    monkeypatch.setattr(initialization, "QUERIES", kept)
     some = capture_inputs(*arguments)
-    torch.testing.assert_close(some[SOFTMAX], everything[SOFTMAX][:, :, ::3])
+    assert some[SOFTMAX].shape == (*p.shape[:2], kept, p.shape[3])
     assert some[SOFTMAX].untyped_storage().nbytes() == some[SOFTMAX].nbytes
+    assert torch.equal(some[SOFTMAX].amax((1, 2, 3)), p.amax((1, 2, 3)))
+    for mine, all_queries in zip(some[SOFTMAX].transpose(1, 2), p.transpose(1, 2), strict=True):
+        found = (mine[:, None] == all_queries).flatten(2).all(2)  # (kept, T): the same query of all heads
+        assert found.any(1).all()
+        assert found.any(0).sum() >= kept - 1  # the one with the largest value may have been drawn too
     assert all(torch.equal(some[key], x) for key, x in everything.items() if key != SOFTMAX)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tcaq_lightning import shared_memory
-from tcaq_lightning.shared_memory import MemoryFile, SharedSums, make_file
+from tcaq_lightning.shared_memory import SLOT, MemoryFile, SharedSums, make_file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux' own")
 
@@ -50,6 +52,36 @@ def another_rank(file: MemoryFile) -> Iterator[subprocess.Popen[str]]:
 def make_sums(timeout: float = 30.0) -> tuple[SharedSums, MemoryFile]:
     descriptor, file = make_file(SharedSums.size(2))
     return SharedSums(descriptor, 0, 2, timeout), file
+
+
+def test_three_ranks_add_up_in_rank_order() -> None:
+    sizes = (1, 5, SLOT // 4 + 7)
+    descriptor, _ = make_file(SharedSums.size(3))
+    processes = multiprocessing.get_context("fork")
+    present, answers = processes.Barrier(3), processes.SimpleQueue()
+
+    def summand(rank: int, size: int) -> torch.Tensor:
+        return torch.randn(size, generator=torch.Generator().manual_seed(rank))
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)  # a pool of threads does not live on in a forked process
+        sums = SharedSums(descriptor, rank, 3, 30.0)
+        present.wait()
+        equal = []
+        for size in sizes:
+            x = summand(rank, size)
+            sums.add_up(x)
+            equal.append(torch.equal(x, summand(0, size) + summand(1, size) + summand(2, size)))
+        answers.put(equal)
+
+    ranks = [processes.Process(target=work, args=(rank,)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    assert [answers.get() for _ in ranks] == [[True] * len(sizes)] * 3
+    os.close(descriptor)
 
 
 def test_other_work_is_done_once_and_a_rank_that_never_was_there_is_gone() -> None:
