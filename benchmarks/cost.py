@@ -119,6 +119,10 @@ def predict(
     no_limits = {"device": 0.0, "host": float("inf"), "disk": 0.0}
     store = store_peaks(graph, kinds, count, torch.float32, stored, no_limits)["host"]  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in denoiser.parameters())
+    batch_of_each = max(1, config.reconstruction.batch_size // ranks)
+    one = dataclasses.replace(
+        config, reconstruction=dataclasses.replace(config.reconstruction, batch_size=batch_of_each)
+    )
     return {
         "model": name,
         "parameters_millions": parameters / 1e6,
@@ -130,7 +134,7 @@ def predict(
         "hours": seconds / HOUR,
         "hours_of_loop": seconds / HOUR * (counted["learn_r"] + counted["learn_v"]) / calibration,
         "models_gb": 5 * parameters / GIGABYTE,  # W, and a byte for each code
-        "workspace_gb": TrialWork(config, denoiser, graph, samples).learning_bytes() / GIGABYTE,
+        "workspace_gb": TrialWork(one, denoiser, graph, samples).learning_bytes() / GIGABYTE,
         "store_gb_per_rank": store / ranks / GIGABYTE,
     }
 

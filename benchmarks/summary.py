@@ -122,7 +122,7 @@ def _cost(result: Result) -> Iterable[Row]:
     for model in result["predicted"]:
         gigabytes = ", ".join(f"{model[k]:.0f}" for k in ("models_gb", "workspace_gb", "store_gb_per_rank"))
         label = f"{model['model']}, {model['ranks']} devices: hours; GB of models, workspace, store of each"
-        yield label, "", f"{model['hours']:.0f} h; {gigabytes} GB"
+        yield label, "", f"{model['hours']:.1f} h; {gigabytes} GB"
 
 
 def _true_size(result: Result) -> Iterable[Row]:
@@ -174,8 +174,8 @@ def _draw_memory(axes: Axes, result: Result) -> None:
         axes.bar(names, heights, bottom=below, label=part)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     axes.plot(names, [run["peak"] / GIGABYTE for run in result["runs"]], "k_", markersize=60, label="measured peak")
-    axes.set(title=_title(result), xlabel="calibration samples", ylabel="GB")
-    axes.legend()
+    axes.set(title=_title(result), xlabel="calibration samples", ylabel="GB", ylim=(0, 1.6 * max(below)))
+    axes.legend(loc="upper center", ncols=2)
 
 
 def _draw_depth(axes: Axes, result: Result) -> None:
