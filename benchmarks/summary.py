@@ -175,7 +175,7 @@ def _draw_memory(axes: Axes, result: Result) -> None:
         below = [a + b for a, b in zip(below, heights, strict=True)]
     axes.plot(names, [run["peak"] / GIGABYTE for run in result["runs"]], "k_", markersize=60, label="measured peak")
     axes.set(title=_title(result), xlabel="calibration samples", ylabel="GB", ylim=(0, 1.6 * max(below)))
-    axes.legend(loc="upper center", ncols=2)
+    axes.legend(loc="upper center", ncols=2, markerscale=0.3)
 
 
 def _draw_depth(axes: Axes, result: Result) -> None:
