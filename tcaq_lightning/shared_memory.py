@@ -85,7 +85,7 @@ class SharedSums:
         import fcntl  # not on every system
 
         self._fcntl = fcntl
-        self.descriptor, self.rank, self.ranks, self.timeout = descriptor, rank, ranks, timeout
+        self.descriptor, self.rank, self.timeout = descriptor, rank, timeout
         self._others = [other for other in range(ranks) if other != rank]
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         memory = mmap.mmap(descriptor, self.size(ranks))
@@ -103,7 +103,7 @@ class SharedSums:
         """Bytes of the file."""
         return cls._header(ranks) + 2 * ranks * SLOT
 
-    def add_up(self, x: Tensor, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def add_up(self, x: Tensor, meanwhile: Callable[[], None] | None = None) -> None:
         """Replace a contiguous CPU tensor, of one shape on all ranks, by the ranks' sum, added up in rank order.
 
         Args:
@@ -119,8 +119,9 @@ class SharedSums:
             os.sched_yield()  # Linux' scheduler has the writes before it seen before those after it, on any processor
             self._written += 1
             self._counters[self.rank * (LINE // 8)] = self._written
-            meanwhile()
-            meanwhile = _nothing
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
             self._wait()
             torch.add(slots[0], slots[1], out=part)
             for summand in slots[2:]:
@@ -157,7 +158,3 @@ class SharedSums:
     def close(self) -> None:
         """Lift this rank's lock: whoever waits for it need not wait any more."""
         os.close(self.descriptor)
-
-
-def _nothing() -> None:
-    pass

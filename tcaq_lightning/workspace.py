@@ -23,6 +23,7 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.initialization import PROBES, capture_inputs
+from tcaq_lightning.layers import QuantLayer
 from tcaq_lightning.quantized_layers import (
     output_quantizers,
     quant_layers,
@@ -253,24 +254,27 @@ class TrialWork:
         inputs = capture_inputs(unit, data, self.context, torch.arange(len(data)), self.device)
         held = sum(x.nbytes for x in inputs.values()) * probes // len(data)
 
+        layers_of = readers(unit)
+
         def search(unit: nn.Module, part: UnitData) -> None:
             with self.context.using(part.groups):
                 for key, quantizer in quantizers(unit).items():
                     rows = max(1, len(inputs[key]) * len(part) // len(data))  # a single one is every sample's
-                    self._search(unit, quantizer, inputs[key][:rows])
+                    self._search(quantizer, layers_of.get(id(quantizer), []), inputs[key][:rows])
 
         seen = sum(x.nbytes for x in data.tensors()) * probes // len(data)
         batch = min(probes, self.config.judged_batch_size)
         return held + max(self.scaled(name, search, probes), seen + self.scaled(name, self.judge, batch))
 
-    def _search(self, unit: nn.Module, quantizer: nn.Module, x: Tensor) -> None:
-        """One candidate of a quantizer's search."""
+    @staticmethod
+    def _search(quantizer: nn.Module, layers: list[QuantLayer], x: Tensor) -> None:
+        """One candidate of a quantizer's search, on the input of the layers that read it."""
         if isinstance(quantizer, SoftmaxQuantizer):
             tau, one = quantizer.tau.new_ones(()), x[:1]  # sample by sample
             torch.matmul(log_fake_quantize(one, quantizer.delta[0], tau, quantizer.bits) - one, one.mT[..., :1])
             return
         assert isinstance(quantizer, ActivationQuantizer)
-        layers, centred = readers(unit).get(id(quantizer), []), quantizer.centred(x)
+        centred = quantizer.centred(x)
         targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
         quantized = quantizer(x)
         for layer, target in zip(layers, targets, strict=True):
