@@ -23,7 +23,7 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.prefetch import read_ahead
 from tcaq_lightning.storage import ActivationStorage, Ledger, Tier
 from tcaq_lightning.timesteps import TimestepGroups
-from tcaq_lightning.units import Stop, UnitGraph, patched_forwards
+from tcaq_lightning.units import Stop, UnitGraph, dtype_at_hand, patched_forwards
 
 Outputs = Any
 """What a unit returns: a tensor, or several in a tuple or another tree, whose other leaves are constants."""
@@ -305,16 +305,17 @@ class Streams:
         self, denoiser: nn.Module, stored: dict[str, Tensor], position: int
     ) -> Iterator[tuple[slice, tuple[tuple[Any, ...], dict[str, Any]]]]:
         """The unit's arguments in one stream, batch by batch."""
-        for batch in self._batches():
-            if not self._glue_reads_values:
-                try:
+        with dtype_at_hand(denoiser):
+            for batch in self._batches():
+                if not self._glue_reads_values:
+                    try:
+                        arguments = self._replayed(denoiser, stored, position, batch)
+                        self._glue_reads_values = any(isinstance(x, Absent) for x in tree_leaves(arguments))
+                    except (RuntimeError, NotImplementedError):
+                        self._glue_reads_values = True
+                if self._glue_reads_values:
                     arguments = self._replayed(denoiser, stored, position, batch)
-                    self._glue_reads_values = any(isinstance(x, Absent) for x in tree_leaves(arguments))
-                except (RuntimeError, NotImplementedError):
-                    self._glue_reads_values = True
-            if self._glue_reads_values:
-                arguments = self._replayed(denoiser, stored, position, batch)
-            yield batch, arguments
+                yield batch, arguments
 
     def _replayed(
         self, denoiser: nn.Module, stored: dict[str, Tensor], position: int, batch: slice

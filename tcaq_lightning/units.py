@@ -124,6 +124,20 @@ def patched_forwards(denoiser: nn.Module, forwards: dict[str, Callable[..., Any]
             del module.forward
 
 
+@contextmanager
+def dtype_at_hand(denoiser: nn.Module) -> Iterator[None]:
+    """Within, the denoiser's `dtype` is a constant; diffusers walks all its modules whenever it is asked for it."""
+    kind = type(denoiser)
+    if not isinstance(getattr(kind, "dtype", None), property):
+        yield
+        return
+    denoiser.__class__ = type(kind.__name__, (kind,), {"dtype": denoiser.dtype})
+    try:
+        yield
+    finally:
+        denoiser.__class__ = kind
+
+
 def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | None = None) -> UnitGraph:
     """Record the units' execution order and dependencies in one forward pass.
 

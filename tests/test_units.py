@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.units import find_units, output_layer, patched_forwards, trace_units
+from tcaq_lightning.units import dtype_at_hand, find_units, output_layer, patched_forwards, trace_units
 
 
 def test_every_layer_is_in_exactly_one_unit(make_unet: Any) -> None:
@@ -138,3 +138,27 @@ def test_a_shift_of_the_output_layers_bias_shifts_the_unit(make_unet: Any, name:
     before = unit(*arguments)
     layer.bias += 0.25 * factor
     torch.testing.assert_close(unit(*arguments), before + 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_dtype_is_at_hand_for_a_while(make_unet: Any) -> None:
+    unet, looks = make_unet(), []
+
+    class Counting(type(unet)):  # type: ignore[misc]
+        @property
+        def dtype(self) -> torch.dtype:
+            looks.append(1)
+            return torch.float32
+
+    unet.__class__ = Counting
+    x = torch.randn(2, 1, 8, 8)
+    expected = unet(x, 5).sample
+    assert looks
+    looks.clear()
+    with dtype_at_hand(unet):
+        assert isinstance(unet, Counting)
+        assert torch.equal(unet(x, 5).sample, expected)
+        assert unet.dtype == torch.float32
+    assert len(looks) == 1
+    assert type(unet) is Counting
+    with dtype_at_hand(module := nn.Linear(2, 2)):  # has none
+        assert type(module) is nn.Linear
