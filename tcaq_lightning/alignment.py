@@ -94,13 +94,19 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
 
 
 def _weigh_errors(work: Calibration) -> None:
-    """Measure what the units' errors do to the samples."""
+    """Measure what the units' errors do to the samples, once in a run."""
     if not work.config.reconstruction.enabled or work.config.reconstruction.weighting == "uniform":
+        return
+    path = work.run.directory / "calibration" / "sensitivities.safetensors"
+    found = on_main(lambda: _stored(path))
+    if found is not None:
+        work.sensitivities = found[0]
         return
     gain = sampler_gain(work.sampling.scheduler, work.trajectories.timesteps)
     work.sensitivities = unit_sensitivities(
         work.full, work.graph, work.context, work.trajectories, gain, work.batch_size, work.config.seed
     )
+    on_main(lambda: save_tensors(path, work.sensitivities))
     release_freed_memory()  # the pass through the whole denoiser leaves holes that nothing later fills
 
 

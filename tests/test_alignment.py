@@ -3,11 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from tcaq_lightning.alignment import _reopen, _restored
+from tcaq_lightning import alignment
+from tcaq_lightning.alignment import _reopen, _restored, _weigh_errors
+from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.files import save_tensors
 from tcaq_lightning.quantized_layers import quant_layers, quantization_state, settle
@@ -56,3 +59,27 @@ def test_a_file_that_is_damaged_under_way_ends_the_run(finished: Any) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="was damaged while the run went on; the same command does the unit again"):
         _reopen(work, 0, 0)
+
+
+def test_errors_are_weighed_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def measure(*_: Any) -> dict[str, torch.Tensor]:
+        measured.append({NAME: torch.rand(2, 3)})
+        return measured[-1]
+
+    monkeypatch.setattr(alignment, "unit_sensitivities", measure)
+    monkeypatch.setattr(alignment, "sampler_gain", lambda *_: torch.ones(2))
+
+    def weighed() -> torch.Tensor:
+        work = MagicMock(config=Config(), run=SimpleNamespace(directory=tmp_path))
+        _weigh_errors(work)
+        found: torch.Tensor = work.sensitivities[NAME]
+        return found
+
+    first = weighed()
+    assert torch.equal(weighed(), first)
+    assert len(measured) == 1
+    file = tmp_path / "calibration" / "sensitivities.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert torch.equal(weighed(), measured[1][NAME])

@@ -163,6 +163,7 @@ def test_damaged_files_are_made_again(
 ) -> None:
     files = [
         almost_done / "calibration" / "trajectories.safetensors",
+        almost_done / "calibration" / "sensitivities.safetensors",
         almost_done / "rounds" / "00" / "held_out.safetensors",
         almost_done / "rounds" / "01" / "trajectories.safetensors",
         sorted(almost_done.glob("rounds/00/units/*"))[3],
