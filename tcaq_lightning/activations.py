@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +95,12 @@ class UnitData:
     def tensors(self) -> list[Tensor]:
         """All stored tensors."""
         return [*self.inputs, *output_tensors(self.targets)]
+
+    def select(self, index: Tensor | slice) -> UnitData:
+        """Some of the samples as data of their own."""
+        inputs = [x[index] for x in self.inputs]
+        targets = tree_map_only(Tensor, lambda x: x[index], self.targets)
+        return replace(self, inputs=inputs, targets=targets, groups=self.groups[index], executed=0)
 
     def read(self, index: Tensor | slice, device: torch.device) -> Batch:
         """The chosen samples."""

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
-from tcaq_lightning.initialization import PROBES
+from tcaq_lightning.probes import PROBES
 from tcaq_lightning.sensitivity import PROBES as SENSITIVITY_PROBES
 from tcaq_lightning.unit_calibration import BIAS_SAMPLES, JUDGED_SAMPLES, OBSERVED_SAMPLES
 

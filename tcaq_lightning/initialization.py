@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,25 +12,24 @@ from torch import Tensor, nn
 
 from tcaq_lightning import tcr
 from tcaq_lightning.activations import UnitData
+from tcaq_lightning.attention_choice import AttentionChoice, set_softmax
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.daq import LogHistogram, TailFit
 from tcaq_lightning.distributed import broadcast, gather, is_mine, world_size
 from tcaq_lightning.layers import QuantConv2d, QuantLayer
+from tcaq_lightning.probes import PROBES, capture_inputs, some_positions
 from tcaq_lightning.quantized_layers import (
-    full_precision,
     quantization_state,
     quantizers,
     readers,
     restore_quantization_state,
 )
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
-from tcaq_lightning.quantizers.activation import along, widened
-from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
+from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import (
     NORM,
     search_affine,
     search_common_zero,
-    search_log,
     search_symmetric,
 )
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -39,19 +37,12 @@ from tcaq_lightning.quantizers.weight import column, scale_of_inputs
 from tcaq_lightning.statistics import RangeStatistics
 from tcaq_lightning.timesteps import TimestepGroups
 
-PROBES = 40
-"""Samples that the searches look at, spread evenly over the timestep groups."""
 VALUES = 4096
 """Values per timestep group in the final range search."""
-QUERIES = 256
-"""So many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
 QUICK_VALUES = 1024
 """Values per timestep group while candidates of r are compared."""
 QUICK_PLACES = 3000
 """Pixels or tokens that candidates of r are compared on, if half of the probes have as many."""
-
-LOG_FAMILIES: dict[str, tuple[float, ...]] = {"log2": (1.0,), "log_sqrt2": (0.5,), "adalog": ADALOG_TAUS}
-"""Exponents tau that each member of the logarithmic family may take."""
 
 
 @dataclass
@@ -76,30 +67,6 @@ class Observations:
 
 
 @dataclass
-class AttentionChoice:
-    """What DAQ decided for one attention.
-
-    Attributes:
-        logarithmic: (G,) the choice made. by_likelihood, by_error: (G,) what either rule would choose.
-        uniform_error, log_error: (G,) relative error of P^ v under either quantizer.
-        fits: one fitted tail per group.
-    """
-
-    logarithmic: Tensor
-    by_likelihood: Tensor
-    by_error: Tensor
-    uniform_error: Tensor
-    log_error: Tensor
-    fits: list[TailFit]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values, one for each timestep group."""
-        names = ("logarithmic", "by_likelihood", "by_error", "uniform_error", "log_error")
-        values = {name: getattr(self, name).tolist() for name in names}
-        return values | {"R": [fit.R for fit in self.fits], "reliable": [fit.reliable for fit in self.fits]}
-
-
-@dataclass
 class Choices:
     """What was set for one unit, for the log and the report.
 
@@ -115,8 +82,7 @@ class Choices:
 @torch.no_grad()
 def initialize(
     unit: nn.Module,
-    data: UnitData,
-    train: Tensor,
+    probes: UnitData,
     context: TimestepGroups,
     observed: Observations,
     tcr_config: TCRConfig,
@@ -130,8 +96,7 @@ def initialize(
 
     Args:
         unit: quantized unit, its quantizers neutral.
-        data: calibration samples of the unit, the same on every rank.
-        train: numbers of those that may be looked at; the others are held out.
+        probes: calibration samples of the unit, the same on every rank, chosen by `probe_indices`.
         context: timestep groups of the denoiser.
         observed: ranges and histograms over all calibration samples.
         tcr_config, daq_config: settings.
@@ -139,11 +104,9 @@ def initialize(
         batch_size: samples per pass.
     """
     choices = Choices()
-    probe = train[probe_indices(data.groups[train], context.num_groups)]
-    groups = data.groups[probe].to(device)
-    inputs = capture_inputs(unit, data, context, probe, device, batch_size)
+    inputs = capture_inputs(unit, probes, context, device, batch_size)
     layers_of = readers(unit)
-    with context.using(groups):
+    with context.using(probes.groups.to(device)):
         for number, (name, quantizer) in enumerate(quantizers(unit).items()):
             if not is_mine(number):
                 continue
@@ -153,7 +116,7 @@ def initialize(
                 continue
             if isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
-                choice = _set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
+                choice = set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
                 choices.attention[name] = choice
                 continue
             layers = layers_of.get(id(quantizer), [])
@@ -186,115 +149,15 @@ def _exchange(unit: nn.Module, layers_of: dict[int, list[QuantLayer]], choices: 
     return everyone
 
 
-def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tensor:
-    """Samples spread evenly over the groups, the same number in each, sorted by group.
-
-    >>> probe_indices(torch.tensor([1, 0, 0, 1, 1]), num_groups=2, total=4)
-    tensor([1, 2, 0, 3])
-    """
-    smallest = int(torch.bincount(groups, minlength=num_groups).min())
-    each = min(max(1, total // num_groups), smallest)
-    order = torch.argsort(groups, stable=True)
-    starts = torch.searchsorted(groups[order], torch.arange(num_groups))
-    size = torch.bincount(groups, minlength=num_groups)
-    offsets = (torch.arange(each)[None, :] * size[:, None]) // each  # spread within the group
-    return order[(starts[:, None] + offsets).flatten()]
-
-
-def capture_inputs(
-    unit: nn.Module,
-    data: UnitData,
-    context: TimestepGroups,
-    probe: Tensor,
-    device: torch.device,
-    batch_size: int = PROBES,
-) -> dict[str, Tensor]:
-    """Inputs of every quantizer while the unit runs in full precision on the probes, none narrower than float32.
-
-    Of probabilities, (B, heads, T, S), `QUERIES` of the T queries are kept, the one with the largest value among them.
-
-    Args:
-        unit, data, context, device: as in `initialize`.
-        probe: numbers of the samples. batch_size: so many of them in one pass.
-    """
-    captured: dict[str, list[Tensor]] = defaultdict(list)
-    passed: dict[str, Tensor] = {}
-
-    def hook(name: str, quantizer: nn.Module) -> Any:
-        of_probabilities = isinstance(quantizer, SoftmaxQuantizer)
-
-        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:  # of several calls in a pass the last counts
-            x = widened(args[0])
-            passed[name] = _some_queries(x) if of_probabilities else x
-
-        return receive
-
-    handles = [q.register_forward_pre_hook(hook(n, q)) for n, q in quantizers(unit).items()]
-    batches = probe.tensor_split(math.ceil(len(probe) / batch_size))
-    try:
-        with full_precision(unit):
-            for batch in batches:
-                data.run(unit, context, batch, device)
-                for name in list(passed):
-                    captured[name].append(passed.pop(name))
-    finally:
-        for handle in handles:
-            handle.remove()
-    shared = {name for name, parts in captured.items() if parts[0].shape[0] == 1 < len(batches[0])}
-    # a single row is every sample's
-    return {name: parts[0] if name in shared else _joined(parts) for name, parts in captured.items()}
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts as one tensor; each is freed when it has been copied."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
-    start = len(whole)
-    while parts:
-        part = parts.pop()
-        start -= len(part)
-        whole[start : start + len(part)] = part
-    return whole
-
-
-def _some_queries(probabilities: Tensor) -> Tensor:
-    """`QUERIES` of each sample's T queries from (B, heads, T, S): the one with the largest value, and others at random.
-
-    >>> _some_queries(torch.zeros(1, 2, 4 * QUERIES, 3)).shape
-    torch.Size([1, 2, 256, 3])
-    """
-    samples, _, queries, _ = probabilities.shape
-    if queries <= QUERIES:
-        return probabilities
-    drawn = torch.randperm(queries, generator=torch.Generator().manual_seed(queries))[: QUERIES - 1]
-    largest = probabilities.amax((1, 3)).argmax(1, keepdim=True)  # (B, 1)
-    kept = torch.cat([drawn.to(largest.device).expand(samples, -1), largest], dim=1)
-    return probabilities.take_along_dim(kept[:, None, :, None], dim=2)
-
-
 def _sibling(name: str, other: str) -> str:
     parent, _, _ = name.rpartition(".")
     return f"{parent}.{other}" if parent else other
 
 
-def _some_positions(count: int, values: int) -> Tensor | slice:
-    """At most `values` of `count` positions, drawn with replacement."""
-    if count <= values:
-        return slice(None)
-    return torch.randint(count, (values,), generator=torch.Generator().manual_seed(count))
-
-
-def _by_group(x: Tensor, num_groups: int, values: int) -> Tensor:
-    """(G, n) values of each group, at most `values`, from probes sorted by group with equal counts."""
-    rows = x.reshape(num_groups, -1)
-    return rows[:, _some_positions(rows.shape[1], values)]
-
-
 def _scaled_by_group(quantizer: ActivationQuantizer, x: Tensor, num_groups: int, values: int) -> Tensor:
-    """`_by_group` of (x - shift) / r, computed for those values alone."""
+    """`values_by_group` of (x - shift) / r, computed for those values alone."""
     rows = x.reshape(num_groups, -1)
-    positions = _some_positions(rows.shape[1], values)
+    positions = some_positions(rows.shape[1], values)
     count, rows = rows.shape[1], rows[:, positions]
     if quantizer.shift is None and quantizer.r.numel() == 1:
         return rows
@@ -410,46 +273,3 @@ def _weight_magnitude(layers: list[QuantLayer], channels: int) -> Tensor:
         blocks = weight.abs().flatten(2).amax(2) if weight.ndim > 2 else weight.abs()
         per_layer.append(blocks.view(conv_groups, -1, blocks.shape[1]).amax(1).reshape(channels))
     return torch.stack(per_layer).amax(0)
-
-
-def _by_sample(function: Callable[[slice], Tensor], samples: int) -> Tensor:
-    """Results for one sample after another: the probabilities of all may fill the memory, without further copies."""
-    return torch.cat([function(slice(i, i + 1)) for i in range(samples)])
-
-
-def _set_softmax(
-    quantizer: SoftmaxQuantizer, p: Tensor, values: Tensor, fits: list[TailFit], config: DAQConfig
-) -> AttentionChoice:
-    """Search both quantizers for every group, compare them, choose."""
-    num_groups, bits = quantizer.delta.numel(), quantizer.bits
-    rows = _by_group(p, num_groups, 2 * VALUES)
-    uniform_delta, _ = search_affine(rows, bits, limits=(p.new_zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
-    log_delta, tau = search_log(rows, bits, LOG_FAMILIES[config.family])
-
-    heads = p.shape[1]
-    v = torch.unflatten(values, 2, (heads, -1)).transpose(1, 2)  # (B, heads, S, C/heads)
-    expand = p.shape[0] // num_groups
-    reference = _by_sample(lambda i: p[i] @ v[i], len(p))
-
-    def error(quantize: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        difference = _by_sample(lambda i: (quantize(p[i], i) - p[i]) @ v[i], len(p))
-        by_group = [x.square().reshape(num_groups, -1).sum(1) for x in (difference, reference)]
-        relative: Tensor = by_group[0] / by_group[1].clamp(min=1e-30)
-        return relative
-
-    def spread(table: Tensor, i: slice) -> Tensor:
-        return table.repeat_interleave(expand)[i].view(-1, 1, 1, 1)
-
-    levels = uniform_delta.new_tensor(2**bits - 1)
-    uniform_error = error(lambda x, i: fake_quantize(x, spread(uniform_delta, i), levels * 0, levels))
-    log_error = error(lambda x, i: log_fake_quantize(x, spread(log_delta, i), spread(tau, i), bits))
-    by_likelihood = torch.tensor([fit.R > 0 for fit in fits], device=p.device)
-    by_error = log_error < uniform_error
-    chosen = {"likelihood": by_likelihood, "error": by_error}[config.rule]
-    if not config.enabled:
-        chosen = torch.zeros_like(chosen)
-    quantizer.delta.copy_(torch.where(chosen, log_delta, uniform_delta))
-    quantizer.tau.copy_(torch.where(chosen, tau, torch.zeros_like(tau)))
-    return AttentionChoice(
-        chosen.cpu(), by_likelihood.cpu(), by_error.cpu(), uniform_error.cpu(), log_error.cpu(), fits
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,19 +64,14 @@ class Shard:
     def collected(self, data: UnitData, numbers: Tensor) -> UnitData:
         """The numbered samples of a unit, from whichever rank holds them, in their order, on every rank."""
         here = self.here(numbers)
-        own: dict[str, Any] = {
-            "numbers": self.owned[here],
-            "inputs": [x[here] for x in data.inputs],
-            "targets": [x[here] for x in output_tensors(data.targets)],
-            "groups": data.groups[here],
-        }
-        parts = gather(own)
-        order = torch.argsort(torch.cat([p["numbers"] for p in parts]))[torch.argsort(torch.argsort(numbers))]
-        targets = iter([torch.cat(xs)[order] for xs in zip(*(p["targets"] for p in parts), strict=True)])
+        mine = data.select(here)
+        parts = gather((self.owned[here], mine.inputs, output_tensors(mine.targets), mine.groups))
+        owned, inputs, outputs, groups = zip(*parts, strict=True)
+        order = torch.argsort(torch.cat(owned))[torch.argsort(torch.argsort(numbers))]
+        targets = iter([torch.cat(xs)[order] for xs in zip(*outputs, strict=True)])
         return dataclasses.replace(
-            data,
-            inputs=[torch.cat(xs)[order] for xs in zip(*(p["inputs"] for p in parts), strict=True)],
-            targets=tree_map_only(Tensor, lambda _: next(targets), data.targets),
-            groups=torch.cat([p["groups"] for p in parts])[order],
-            executed=0,
+            mine,
+            inputs=[torch.cat(xs)[order] for xs in zip(*inputs, strict=True)],
+            targets=tree_map_only(Tensor, lambda _: next(targets), mine.targets),
+            groups=torch.cat(groups)[order],
         )

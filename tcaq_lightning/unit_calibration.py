@@ -16,9 +16,10 @@ from tcaq_lightning.calibration import Calibration
 from tcaq_lightning.distributed import on_main
 from tcaq_lightning.files import save_tensors
 from tcaq_lightning.fitting import fit_unit, held_out_error, shifted_layer
-from tcaq_lightning.initialization import Observations, initialize, probe_indices
+from tcaq_lightning.initialization import Observations, initialize
 from tcaq_lightning.memory import freed_memory_reused
 from tcaq_lightning.observation import UnitObservation
+from tcaq_lightning.probes import probe_indices
 from tcaq_lightning.quantized_layers import (
     full_precision,
     quant_layers,
@@ -65,12 +66,11 @@ def reconstruct_unit(
         with clock("observe"):
             observed = _observe(work, unit, data, shard)
         with clock("search"):
-            probes = shard.train[probe_indices(shard.groups[shard.train], work.context.num_groups)]
-            seen = shard.collected(data, probes)
-            everything = torch.arange(len(seen))
+            chosen = shard.train[probe_indices(shard.groups[shard.train], work.context.num_groups)]
+            probes = shard.collected(data, chosen)
             settings = observed, config.tcr, config.daq, work.device, config.judged_batch_size
-            choices = initialize(unit, seen, everything, work.context, *settings)
-            data.executed += seen.executed
+            choices = initialize(unit, probes, work.context, *settings)
+            data.executed += probes.executed
         path = work.run.statistics_file(round_index, position, name)
         on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))
         work.listener.unit_initialized(tag, unit, observed, choices)

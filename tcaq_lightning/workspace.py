@@ -22,8 +22,8 @@ from tcaq_lightning.activations import Outputs, SplitArguments, UnitData, by_sam
 from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
-from tcaq_lightning.initialization import PROBES, capture_inputs
 from tcaq_lightning.layers import QuantLayer
+from tcaq_lightning.probes import PROBES, capture_inputs
 from tcaq_lightning.quantized_layers import (
     output_quantizers,
     quant_layers,
@@ -227,7 +227,7 @@ class TrialWork:
             weight.open()
         kept = sum(weight.logits.nbytes for weight in weights)
         kept += sum(tensor.nbytes for tensor in quantization_state(unit).values())  # what the gate may put back
-        taken = self.peak(lambda count: work(unit, _part(data, count)), samples)
+        taken = self.peak(lambda count: work(unit, data.select(slice(count))), samples)
         for weight in weights:
             weight.discard_logits()
         return kept + next_batch + taken
@@ -251,7 +251,7 @@ class TrialWork:
     def search_bytes(self, name: str, probes: int) -> int:
         """Bytes that setting a unit's quantizers takes: all their inputs, and a pass or a search beside them."""
         unit, data = self.twin.get_submodule(name), self.data[name]
-        inputs = capture_inputs(unit, data, self.context, torch.arange(len(data)), self.device)
+        inputs = capture_inputs(unit, data, self.context, self.device)
         held = sum(x.nbytes for x in inputs.values()) * probes // len(data)
 
         layers_of = readers(unit)
@@ -306,10 +306,3 @@ class TrialWork:
         weights = (layer.learned_weight for layer in quant_layers(unit).values())
         for part in (*quantizers(unit).values(), *output_quantizers(unit), *weights):
             part.end_learning()
-
-
-def _part(data: UnitData, count: int) -> UnitData:
-    """The first `count` samples."""
-    inputs = [tensor[:count] for tensor in data.inputs]
-    targets = tree_map_only(Tensor, lambda tensor: tensor[:count], data.targets)
-    return dataclasses.replace(data, inputs=inputs, targets=targets, groups=data.groups[:count])

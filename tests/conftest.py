@@ -17,6 +17,7 @@ from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfi
 from tcaq_lightning.daq import decide_by_likelihood
 from tcaq_lightning.histogram import LogHistogram
 from tcaq_lightning.initialization import Choices, Observations, initialize
+from tcaq_lightning.probes import probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.statistics import RangeStatistics
@@ -141,10 +142,9 @@ def initialized(observe: Callable[..., Observations]) -> Callable[..., tuple[nn.
         twins: Twins, name: str, tcr: TCRConfig | None = None, daq: DAQConfig | None = None
     ) -> tuple[nn.Module, UnitData, Choices]:
         unit, data, context = twins.unit(name), twins.data_of(name), twins.context
-        samples, observed = torch.arange(len(data)), observe(unit, data, context)
-        choices = initialize(
-            unit, data, samples, context, observed, tcr or TCRConfig(), daq or DAQConfig(), torch.device("cpu")
-        )
+        probes = data.select(probe_indices(data.groups, context.num_groups))
+        settings = observe(unit, data, context), tcr or TCRConfig(), daq or DAQConfig(), torch.device("cpu")
+        choices = initialize(unit, probes, context, *settings)
         return unit, data, choices
 
     return run

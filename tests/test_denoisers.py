@@ -30,6 +30,7 @@ from tcaq_lightning.config import (
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.initialization import initialize
+from tcaq_lightning.probes import probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantize, quantizers, uncovered
 from tcaq_lightning.quantizers import TokenQuantizer
 from tcaq_lightning.reconstruction import BlockReconstruction, squared_errors
@@ -39,7 +40,6 @@ from tcaq_lightning.storage import ActivationStorage
 from tcaq_lightning.timesteps import TimestepGroups
 from tcaq_lightning.trainers import make_trainer
 from tcaq_lightning.units import find_units, output_layer, patched_forwards, trace_units
-from tcaq_lightning.workspace import _part
 from tests.families import FAMILIES, SAMPLES, W4A8, Family, make_denoiser, make_family
 from tests.test_artifact import set_parameters
 
@@ -147,8 +147,8 @@ def initialize_unit(family: Family, name: str, observe: Any) -> tuple[nn.Module,
     """A quantized unit, its quantizers set from its inputs, everything before it in full precision."""
     unit: nn.Module = family.quantized.get_submodule(name)
     data = data_of(family, name)
-    observed, samples = observe(unit, data, family.context), torch.arange(SAMPLES)
-    initialize(unit, data, samples, family.context, observed, TCRConfig(), DAQConfig(), CPU)
+    probes = data.select(probe_indices(data.groups, family.context.num_groups))
+    initialize(unit, probes, family.context, observe(unit, data, family.context), TCRConfig(), DAQConfig(), CPU)
     return unit, data
 
 
@@ -521,7 +521,7 @@ def test_parts_and_shards_of_units_with_several_outputs() -> None:
     family = make_family("SD3")
     data = data_of(family, "transformer_blocks.0")
     first, second = data.targets
-    part = _part(data, 3)
+    part = data.select(slice(3))
     assert [x.shape[0] for x in part.tensors()] == [3] * len(data.tensors())
     assert len(part) == 3
     shard = Shard.deal(data.groups, learned=1, held_out=0)

@@ -4,15 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tcaq_lightning import initialization
-from tcaq_lightning.config import DAQConfig, LayerRule, QuantizationConfig, TCRConfig
-from tcaq_lightning.initialization import Choices, capture_inputs, probe_indices
+from tcaq_lightning.config import QuantizationConfig, TCRConfig
+from tcaq_lightning.initialization import Choices
+from tcaq_lightning.probes import values_by_group
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantizers
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import search_symmetric
 from tcaq_lightning.timesteps import TimestepGroups
@@ -22,60 +21,11 @@ ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"
 SOFTMAX = "processor.probabilities"
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 50))
-def test_probes_are_balanced_sorted_and_distinct(drawn: list[int], total: int) -> None:
-    groups = torch.tensor([0, 1, 2, 3, *drawn])
-    probe = probe_indices(groups, 4, total)
-    each = torch.bincount(groups[probe], minlength=4)
-    assert len(set(each.tolist())) == 1
-    assert each[0] == min(max(1, total // 4), int(torch.bincount(groups).min()))
-    assert groups[probe].tolist() == sorted(groups[probe].tolist())
-    assert len(set(probe.tolist())) == len(probe)
-
-
 def prepared(
-    make_twins: Any, initialized: Any, name: str, tcr: TCRConfig | None = None, daq: DAQConfig | None = None
+    make_twins: Any, initialized: Any, name: str, tcr: TCRConfig | None = None
 ) -> tuple[Any, nn.Module, Any, Choices]:
     twins = make_twins(samples=16)
-    return (twins, *initialized(twins, name, tcr, daq))
-
-
-def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
-    twins = make_twins()
-    unit, data = twins.unit(RESNET), twins.data_of(RESNET)
-    probe = probe_indices(data.groups, 2)
-    captured = capture_inputs(unit, data, twins.context, probe, CPU)
-    assert set(captured) == set(quantizers(unit))
-    assert all(len(v) == len(probe) for v in captured.values())
-    assert all(not q._forward_pre_hooks for q in quantizers(unit).values())
-    full = twins.full.get_submodule(RESNET)
-    seen: list[Tensor] = []
-    full.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    data.run(full, twins.context, probe, CPU)
-    torch.testing.assert_close(captured["conv2.input_quantizer"], seen[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", [RESNET, ATTENTION, "time_embedding"])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_inputs_are_captured_batch_by_batch(make_twins: Any, name: str, batch_size: int) -> None:
-    twins = make_twins()
-    arguments = twins.unit(name), twins.data_of(name), twins.context, torch.tensor([5, 0, 3, 2]), CPU
-    whole, parts = capture_inputs(*arguments), capture_inputs(*arguments, batch_size)
-    assert whole.keys() == parts.keys()
-    for key, x in whole.items():
-        torch.testing.assert_close(parts[key], x)
-
-
-def test_an_input_that_several_layers_read_is_captured_once_a_pass(make_twins: Any) -> None:
-    rules = [LayerRule(pattern=ATTENTION, keep=True)]  # its layers stay quantized, and diffusers' processor calls them
-    twins = make_twins(QuantizationConfig(rules=rules))
-    unit, data, probe = twins.unit(ATTENTION), twins.data_of(ATTENTION), torch.tensor([5, 0, 3, 2])
-    shared = "to_q.input_quantizer"
-    assert SOFTMAX not in quantizers(unit)
-    captured = capture_inputs(unit, data, twins.context, probe, CPU, 3)
-    each = [capture_inputs(unit, data, twins.context, probe[i : i + 1], CPU)[shared] for i in range(len(probe))]
-    torch.testing.assert_close(captured[shared], torch.cat(each))
-    assert len(captured[shared]) == len(probe)
+    return (twins, *initialized(twins, name, tcr))
 
 
 @pytest.mark.parametrize(("each", "kept"), [(1, [0]), (2, [0]), (5, [0, 2, 4])])
@@ -100,33 +50,13 @@ def test_few_values_are_scaled_as_all_of_them_would_be(shape: tuple[int, ...], c
     x = torch.randn(shape)
     expected = x / along(quantizer.r, x.ndim, channel_dim)
     found = initialization._scaled_by_group(quantizer, x, 3, values)
-    assert torch.equal(found, initialization._by_group(expected, 3, values))
+    assert torch.equal(found, values_by_group(expected, 3, values))
     quantizer.allow_shift()
     assert quantizer.shift is not None
     quantizer.shift.copy_(torch.tensor([0.0, 1.0, -2.0, 0.5]))
     expected = quantizer.centred(x) / along(quantizer.r, x.ndim, channel_dim)
     found = initialization._scaled_by_group(quantizer, x, 3, values)
-    assert torch.equal(found, initialization._by_group(expected, 3, values))
-
-
-def test_kept_queries_of_captured_probabilities_hold_the_largest_value(
-    make_twins: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    twins = make_twins()
-    arguments = twins.unit(ATTENTION), twins.data_of(ATTENTION), twins.context, torch.arange(4), CPU, 3
-    everything = capture_inputs(*arguments)
-    p = everything[SOFTMAX]
-    kept = p.shape[2] // 3
-    monkeypatch.setattr(initialization, "QUERIES", kept)
-    some = capture_inputs(*arguments)
-    assert some[SOFTMAX].shape == (*p.shape[:2], kept, p.shape[3])
-    assert some[SOFTMAX].untyped_storage().nbytes() == some[SOFTMAX].nbytes
-    assert torch.equal(some[SOFTMAX].amax((1, 2, 3)), p.amax((1, 2, 3)))
-    for mine, all_queries in zip(some[SOFTMAX].transpose(1, 2), p.transpose(1, 2), strict=True):
-        found = (mine[:, None] == all_queries).flatten(2).all(2)  # (kept, T): the same query of all heads
-        assert found.any(1).all()
-        assert found.any(0).sum() >= kept - 1  # the one with the largest value may have been drawn too
-    assert all(torch.equal(some[key], x) for key, x in everything.items() if key != SOFTMAX)
+    assert torch.equal(found, values_by_group(expected, 3, values))
 
 
 @pytest.mark.parametrize("name", [RESNET, ATTENTION, "conv_in", "time_embedding"])
@@ -196,50 +126,6 @@ def test_an_initialized_unit_is_close_to_full_precision(make_twins: Any, initial
             with full_precision(unit):
                 expected = data.run(unit, twins.context, torch.arange(16), CPU)
         assert ((output - expected).square().sum() / expected.square().sum()) < 0.05
-
-
-@pytest.mark.parametrize("family", ["log2", "log_sqrt2", "adalog"])
-def test_error_rule_picks_the_smaller_output_error(make_twins: Any, initialized: Any, family: Any) -> None:
-    daq = DAQConfig(rule="error", family=family)
-    twins, unit, data, choices = prepared(make_twins, initialized, ATTENTION, daq=daq)
-    choice = choices.attention[SOFTMAX]
-    assert torch.equal(choice.logarithmic, choice.by_error)
-    assert torch.equal(choice.by_error, choice.log_error < choice.uniform_error)
-    quantizer = quantizers(unit)[SOFTMAX]
-    assert isinstance(quantizer, SoftmaxQuantizer)
-    assert torch.equal(quantizer.tau > 0, choice.logarithmic)
-
-    # the recorded error of what was chosen, computed anew by the module itself
-    probe = probe_indices(data.groups, 2)
-    inputs = capture_inputs(unit, data, twins.context, probe, CPU)
-    p, values = inputs[SOFTMAX], inputs["processor.value"]
-    heads = p.shape[1]
-    v = values.view(len(probe), -1, heads, values.shape[-1] // heads).transpose(1, 2)
-    with twins.context.using(data.groups[probe]):
-        quantized = quantizer(p)
-    for g in range(2):
-        mine = data.groups[probe] == g
-        difference, reference = ((quantized - p) @ v)[mine], (p @ v)[mine]
-        expected = difference.square().sum() / reference.square().sum()
-        torch.testing.assert_close(
-            torch.minimum(choice.log_error, choice.uniform_error)[g], expected, rtol=1e-3, atol=0
-        )
-
-
-def test_likelihood_rule_follows_the_fits_and_both_are_recorded(make_twins: Any, initialized: Any) -> None:
-    _, unit, _, choices = prepared(make_twins, initialized, ATTENTION, daq=DAQConfig(rule="likelihood"))
-    choice = choices.attention[SOFTMAX]
-    assert choice.logarithmic.tolist() == choice.by_likelihood.tolist() == [fit.R > 0 for fit in choice.fits]
-    assert torch.equal(quantizers(unit)[SOFTMAX].tau > 0, choice.logarithmic)
-    record = choice.to_dict()
-    assert set(record) >= {"logarithmic", "by_likelihood", "by_error", "uniform_error", "log_error", "R", "reliable"}
-    assert all(len(v) == 2 for v in record.values())
-
-
-def test_without_daq_every_group_is_uniform(make_twins: Any, initialized: Any) -> None:
-    _, unit, _, choices = prepared(make_twins, initialized, ATTENTION, daq=DAQConfig(enabled=False))
-    assert not choices.attention[SOFTMAX].logarithmic.any()
-    assert not quantizers(unit)[SOFTMAX].tau.any()
 
 
 @pytest.mark.parametrize("name", [RESNET, "conv_in"])

@@ -21,7 +21,7 @@ from tcaq_lightning.config import (
 from tcaq_lightning.quantized_layers import quant_layers
 from tcaq_lightning.tracing import TracedAllocations
 from tcaq_lightning.units import trace_units
-from tcaq_lightning.workspace import TrialWork, _part, measure_footprint, unit_samples
+from tcaq_lightning.workspace import TrialWork, measure_footprint, unit_samples
 
 CALLS = 4
 
@@ -132,7 +132,7 @@ def test_samples_of_units_are_their_inputs_and_outputs(parts: Any) -> None:
     data = unit_samples(unet, graph, samples)
     assert list(data) == graph.names
     resnet = unet.get_submodule("mid_block.resnets.0")
-    part = _part(data["mid_block.resnets.0"], 3)
+    part = data["mid_block.resnets.0"].select(slice(3))
     batch = part.read(torch.arange(3), torch.device("cpu"))
     with torch.no_grad():
         output = resnet(*batch.args, **batch.kwargs)
