@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from tcaq_lightning.files import (
     CheckedCheckpointIO,
@@ -67,6 +68,14 @@ def test_nameless_errors_get_the_path(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="inner") as caught, naming(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", "inner")
     assert caught.value.filename == "inner"
+
+
+def test_a_full_disk_is_one_whoever_writes(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, naming(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(SafetensorError, match="invalid header"), naming(tmp_path):
+        raise SafetensorError("invalid header")
 
 
 def test_checkpoints(tmp_path: Path) -> None:
