@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,7 +220,8 @@ def _lost(children: Children) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    """The first sentence, without the place in gloo's sources where it happened."""
+    return " ".join(re.sub(r"\[[^]\s]+:\d+\]", "", str(error)).split()).split(". ")[0][:200]
 
 
 def _has_failed(store: Store) -> bool:

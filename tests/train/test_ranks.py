@@ -77,6 +77,8 @@ def assert_lost(ended: list[Ended], killed: int, moment: Any = None) -> None:
     assert lines.startswith("error: ")
     assert "gone" in lines
     assert "same command" in lines
+    assert ".cc:" not in lines
+    assert lines.endswith(")\n")
 
 
 def test_two_ranks_do_what_one_does(undisturbed: Path, undisturbed_pair: Path) -> None:
