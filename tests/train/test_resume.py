@@ -31,6 +31,7 @@ MOMENTS = [
     (RENAME, 1),  # the manifest
     (SAMPLE, 2),  # trajectories
     (RENAME, 3),  # trajectories, written but not in place
+    (RENAME, 4),  # the weights of errors
     (OBSERVE, 1),
     (STEP, 3),  # r phase
     (CHECKPOINT, 2),  # V phase
