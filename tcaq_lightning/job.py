@@ -26,7 +26,14 @@ from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.kernels import compiled_kernels
 from tcaq_lightning.launch import launched
-from tcaq_lightning.pipelines import denoiser_bytes, find_denoiser, make_scheduler, quiet_diffusers, to_images
+from tcaq_lightning.pipelines import (
+    denoiser_bytes,
+    find_denoiser,
+    make_scheduler,
+    other_networks,
+    quiet_diffusers,
+    to_images,
+)
 from tcaq_lightning.plan import coverage_table, make_plan, sketch_plan
 from tcaq_lightning.quantized_layers import quantize as quantize_denoiser
 from tcaq_lightning.quantized_layers import shared_copy
@@ -185,7 +192,8 @@ def _work(
     traced = first.to(next(full.parameters()).device)
     graph = trace_units(full, lambda: traced.predict(full), traced.x)
     check_stop(config, graph.names)
-    plan = make_plan(config, full, graph, coverage, first, probed.num_steps, run.manifest.get("plan"))
+    others = other_networks(pipeline, name)
+    plan = make_plan(config, full, others, graph, coverage, first, probed.num_steps, run.manifest.get("plan"))
     console.print(plan.table())
     if dry_run:
         console.print(coverage_table(coverage))

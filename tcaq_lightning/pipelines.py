@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,16 @@ def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any
     if prediction.shape != shape or not prediction.isfinite().all():
         finite = "finite" if prediction.isfinite().all() else "NaN or infinite"
         raise UserError(f"{expected}, got {finite} values of shape {tuple(prediction.shape)}, not {shape}")
+
+
+def other_networks(pipeline: Any, denoiser: str) -> dict[str, nn.Module]:
+    """A pipeline's networks beside the denoiser of that component name, such as a decoder and text encoders."""
+    return {n: part for n, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module) and n != denoiser}
+
+
+def find_decoder(networks: Mapping[str, nn.Module]) -> Any:
+    """The autoencoder among a latent pipeline's networks, or None."""
+    return networks.get("vae") or networks.get("vqvae")
 
 
 def denoiser_bytes(denoiser: nn.Module) -> int:

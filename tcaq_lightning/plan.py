@@ -41,7 +41,7 @@ class Plan:
         layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
         store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
-        model_bytes: the full-precision denoiser, and what the quantized one has beside its weights: codes and tables.
+        model_bytes: the full-precision pipeline, and what the quantized denoiser has beside its weights: codes, tables.
         workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.
     """
@@ -96,6 +96,7 @@ def duration(seconds: float) -> str:
 def make_plan(
     config: Config,
     denoiser: nn.Module,
+    others: Mapping[str, nn.Module],
     graph: UnitGraph,
     coverage: list[CoverageRow],
     probe: Samples,
@@ -107,6 +108,7 @@ def make_plan(
     Args:
         config: the run's configuration.
         denoiser: full precision.
+        others: the pipeline's other networks.
         graph: units in execution order.
         coverage: the coverage table.
         probe: calibration-like inputs, any number.
@@ -124,7 +126,7 @@ def make_plan(
     if earlier is not None and earlier.get("processes") == world_size():
         footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
     else:
-        footprint = measure_footprint(config, denoiser, graph, probe, calls)
+        footprint = measure_footprint(config, denoiser, others, graph, probe, calls)
     seconds = forward * calibration_passes(config, calls) / world_size()
     kinds = _Kinds(graph, inputs, probe.x.dtype)
     return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)

@@ -19,8 +19,10 @@ from tcaq_lightning.pipelines import (
     SEED_STRIDE,
     check_denoiser,
     configured_scheduler,
+    find_decoder,
     find_denoiser,
     make_scheduler,
+    other_networks,
     sample,
     sample_shape,
 )
@@ -92,7 +94,7 @@ def make_sampling(pipeline: Any, conditioning: ConditioningConfig, inputs: Input
     """
     name, denoiser = find_denoiser(pipeline)
     if inputs is not None:
-        return LoopSampling(pipeline.scheduler, _decoder(pipeline), inputs)
+        return LoopSampling(pipeline.scheduler, find_decoder(other_networks(pipeline, name)), inputs)
     if type(pipeline) not in UNCONDITIONAL:
         return PipelineSampling(pipeline, name, conditioning)
     settings: Any = denoiser.config
@@ -108,12 +110,7 @@ def make_sampling(pipeline: Any, conditioning: ConditioningConfig, inputs: Input
                 f"conditioning.{key}: a {type(pipeline).__name__} is unconditional; expected null, "
                 f"got {getattr(conditioning, key)!r}"
             )
-    return LoopSampling(pipeline.scheduler, _decoder(pipeline))
-
-
-def _decoder(pipeline: Any) -> Any:
-    """The autoencoder of a latent pipeline, or None."""
-    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    return LoopSampling(pipeline.scheduler, find_decoder(other_networks(pipeline, name)))
 
 
 class LoopSampling:
@@ -238,8 +235,7 @@ class PipelineSampling:
     @cached_property
     def _components(self) -> dict[str, str]:
         """Hashes of the other components, which may be much larger than the denoiser: computed once."""
-        others = {n: c for n, c in self.pipeline.components.items() if isinstance(c, nn.Module) and n != self.name}
-        return {name: weights_hash(module) for name, module in sorted(others.items())}
+        return {name: weights_hash(part) for name, part in other_networks(self.pipeline, self.name).items()}
 
     def manifest(self) -> dict[str, Any]:
         """As in `Sampling`."""

@@ -17,7 +17,7 @@ from tcaq_lightning.distributed import on_main
 from tcaq_lightning.files import save_tensors
 from tcaq_lightning.fitting import fit_unit, held_out_error, shifted_layer
 from tcaq_lightning.initialization import Observations, initialize
-from tcaq_lightning.memory import freed_memory_reused
+from tcaq_lightning.memory import freed_memory_reused, release_freed_memory
 from tcaq_lightning.observation import UnitObservation
 from tcaq_lightning.probes import probe_indices
 from tcaq_lightning.quantized_layers import (
@@ -167,5 +167,6 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         started, executed = time.perf_counter(), self.data.executed
         yield
+        release_freed_memory()  # else what one stage has freed lies beside what the next one takes
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
         self.executions[stage] = self.executions.get(stage, 0) + self.data.executed - executed

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.layers import QuantLayer
+from tcaq_lightning.pipelines import find_decoder
 from tcaq_lightning.probes import PROBES, capture_inputs
 from tcaq_lightning.quantized_layers import (
     output_quantizers,
@@ -46,8 +48,10 @@ from tcaq_lightning.units import UnitGraph
 META = torch.device("meta")
 LARGE = 50_000_000
 """Bytes of a model's parameters from which on trial work is quicker on the meta device than on a CPU."""
-COMPILER = 110_000_000
-"""Bytes that torch's compiler and all kernels of a run take in the end (torch 2.13 on Linux)."""
+LIBRARIES = 45_000_000
+"""Bytes that libraries keep for themselves as a run goes on, and that lie between freed blocks."""
+COMPILER = 80_000_000
+"""Bytes that torch's compiler and all kernels of a run take beside that, made anew (torch 2.13 on Linux)."""
 SAMPLE_COPIES = 2
 """Copies of the calibration samples: the trajectories, and those of the running round as the streams read them."""
 
@@ -57,7 +61,8 @@ class Footprint:
     """Bytes that a run needs beside its stored activations.
 
     Attributes:
-        models: the full-precision denoiser, whose weights the quantized one shares, and that one's codes and tables.
+        models: the full-precision pipeline, whose denoiser's weights the quantized one shares, and that one's codes and
+            tables.
         workspace: by kind of work, one of which is done at a time; each with the calibration samples themselves.
     """
 
@@ -112,12 +117,15 @@ def unit_samples(denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> dic
     return found
 
 
-def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, samples: Samples, calls: int) -> Footprint:
+def measure_footprint(
+    config: Config, denoiser: nn.Module, others: Mapping[str, nn.Module], graph: UnitGraph, samples: Samples, calls: int
+) -> Footprint:
     """Do every kind of work on a few samples, and scale what it allocates.
 
     Args:
         config: the run's configuration.
         denoiser: full precision; left as it is, like the random state.
+        others: the pipeline's other networks.
         graph: its units.
         samples: inputs like those of the calibration, any number.
         calls: denoiser calls of one trajectory.
@@ -149,9 +157,38 @@ def measure_footprint(config: Config, denoiser: nn.Module, graph: UnitGraph, sam
         found = measured(_trial_work(config, denoiser, graph, few))
         if config.reconstruction.enabled and config.reconstruction.weighting == "sensitivity":
             found.workspace["sensitivity"] = scaled_peak(weigh, min(data.batch_size, calls))
-    always = of_trajectories + (COMPILER if config.reconstruction.compile_kernels else 0)
+    if (decoder := find_decoder(others)) is not None:
+        found.workspace["decoding"] = decoding_bytes(
+            decoder, samples.x, max(data.batch_size, config.evaluation.batch_size)
+        )
+    always = of_trajectories + LIBRARIES + (COMPILER if config.reconstruction.compile_kernels else 0)
     always += SharedSums.size(world_size()) // world_size() if world_size() > 1 else 0
-    return Footprint(found.models, {kind: always + nbytes for kind, nbytes in found.workspace.items()})
+    models = found.models + sum(tensor.nbytes for part in others.values() for tensor in part.state_dict().values())
+    return Footprint(models, {kind: always + nbytes for kind, nbytes in found.workspace.items()})
+
+
+def decoding_bytes(decoder: Any, x: Tensor, count: int) -> int:
+    """Bytes that it takes to make images of latents; 0 of a decoder that does not say what its latents are.
+
+    Args:
+        decoder: an autoencoder of diffusers.
+        x: (B, C, H, W) samples of the denoiser, or (B, T, C) where a token stands for four places of the latents.
+        count: images at a time.
+    """
+    channels = getattr(decoder.config, "latent_channels", None)
+    if channels is None:
+        return 0
+    size = x.shape[2:] if x.ndim == 4 else (2, 2 * x.shape[1])
+
+    def decode(network: Any, count: int) -> Any:
+        like = next(network.parameters())
+        with torch.no_grad():
+            return network.decode(like.new_zeros(count, channels, *size), return_dict=False)
+
+    if sum(p.nbytes for p in decoder.parameters()) >= LARGE:
+        with suppress(RuntimeError, NotImplementedError):
+            return scaled_peak(partial(decode, without_values(decoder)), count, decoder.device.type)
+    return scaled_peak(partial(decode, decoder), count)
 
 
 def _trial_work(config: Config, denoiser: nn.Module, graph: UnitGraph, few: Samples) -> TrialWork:

@@ -6,6 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from torch import nn
 
 from tcaq_lightning import workspace
 from tcaq_lightning.calls import Samples
@@ -21,7 +23,7 @@ from tcaq_lightning.config import (
 from tcaq_lightning.quantized_layers import quant_layers
 from tcaq_lightning.tracing import TracedAllocations
 from tcaq_lightning.units import trace_units
-from tcaq_lightning.workspace import TrialWork, measure_footprint, unit_samples
+from tcaq_lightning.workspace import TrialWork, decoding_bytes, measure_footprint, unit_samples
 
 CALLS = 4
 
@@ -47,7 +49,7 @@ def test_nothing_is_changed(parts: Any) -> None:
     unet, graph, samples = parts
     before = {k: v.clone() for k, v in unet.state_dict().items()}
     state = torch.get_rng_state()
-    measure_footprint(config_of(qdrop=0.5), unet, graph, samples, CALLS)
+    measure_footprint(config_of(qdrop=0.5), unet, {}, graph, samples, CALLS)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
     assert not any(p.requires_grad for p in unet.parameters())
@@ -56,19 +58,19 @@ def test_nothing_is_changed(parts: Any) -> None:
 
 def test_nothing_is_compiled(parts: Any) -> None:
     with mock.patch.object(torch, "compile", side_effect=AssertionError):
-        measure_footprint(config_of(compile=True), *parts, CALLS)
+        measure_footprint(config_of(compile=True), parts[0], {}, *parts[1:], CALLS)
 
 
 def test_models_and_kinds_of_work(parts: Any) -> None:
     unet, graph, samples = parts
-    footprint = measure_footprint(config_of(), unet, graph, samples, CALLS)
+    footprint = measure_footprint(config_of(), unet, {}, graph, samples, CALLS)
     parameters = sum(p.nbytes for p in unet.parameters())
     assert 1.2 * parameters < footprint.models < 1.5 * parameters  # W, a byte of each code, and small tables
     assert set(footprint.workspace) == {"sampling", "search", "gate", "learn", "sensitivity"}
-    small = measure_footprint(config_of(batch_size=4, weighting="uniform"), unet, graph, samples, CALLS)
+    small = measure_footprint(config_of(batch_size=4, weighting="uniform"), unet, {}, graph, samples, CALLS)
     assert all(small.workspace[kind] < footprint.workspace[kind] for kind in ("sampling", "gate", "learn"))
     assert set(small.workspace) == {"sampling", "search", "gate", "learn"}
-    none = measure_footprint(config_of(enabled=False), unet, graph, samples, CALLS)
+    none = measure_footprint(config_of(enabled=False), unet, {}, graph, samples, CALLS)
     assert set(none.workspace) == {"sampling", "search", "gate"}
 
 
@@ -137,3 +139,30 @@ def test_samples_of_units_are_their_inputs_and_outputs(parts: Any) -> None:
     with torch.no_grad():
         output = resnet(*batch.args, **batch.kwargs)
     torch.testing.assert_close(output, part.targets, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Any:
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(1, 1, block_out_channels=(8, 16), latent_channels=2, norm_num_groups=4, **levels).eval()
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("shape", "size"), [((2, 8, 8), (8, 8)), ((9, 8), (2, 18))], ids=["latents", "tokens"])
+def test_decoding_takes_what_is_foretold(
+    decoder: Any, large: bool, shape: tuple[int, ...], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "LARGE", 0 if large else 1 << 40)
+    with TracedAllocations() as traced, torch.no_grad():
+        kept = decoder.decode(torch.zeros(8, 2, *size))
+    assert kept.sample.shape == (8, 1, 2 * size[0], 2 * size[1])
+    foretold = decoding_bytes(decoder, torch.zeros(3, *shape), 8)
+    assert foretold == pytest.approx(traced.trace.peak(), rel=0.05)
+
+
+def test_all_networks_of_a_pipeline_count(parts: Any, decoder: Any) -> None:
+    others = {"text_encoder": nn.Linear(100, 1000), "vae": decoder}
+    alone, whole = (measure_footprint(config_of(), parts[0], o, *parts[1:], CALLS) for o in ({}, others))
+    assert whole.models - alone.models == sum(x.nbytes for part in others.values() for x in part.state_dict().values())
+    assert whole.workspace.keys() - alone.workspace.keys() == {"decoding"}
+    assert whole.workspace["decoding"] > decoding_bytes(decoder, parts[2].x, 8) > 0
