@@ -17,6 +17,8 @@ from tcaq_lightning.parsing import parse_config
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 RUNNABLE = [path for path in CONFIGS if path.parent.name != "paper"]  # those need checkpoints: see test_paper_configs
 UNCONDITIONAL = "fashion-mnist-ddpm"
+BETWEEN = ("fashion_mnist_w6a6", "fashion_mnist_w8a8", "tcr", "tcr_daq")
+"""Configs that lie between others, in what they switch on or in bits."""
 
 
 def keys(kind: Any, prefix: str = "") -> list[str]:
@@ -62,7 +64,10 @@ def test_every_key_is_there_and_documented(path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in BETWEEN), id=path.stem) for path in RUNNABLE],
+)
 def test_runs(path: Path, command: Any, model: Path, tmp_path: Path) -> None:
     """On a tiny model in the place of the shipped unconditional one."""
     own = yaml.safe_load(path.read_text())["model"]["path"]
