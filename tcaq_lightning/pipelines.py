@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,20 @@ def other_networks(pipeline: Any, denoiser: str) -> dict[str, nn.Module]:
 def find_decoder(networks: Mapping[str, nn.Module]) -> Any:
     """The autoencoder among a latent pipeline's networks, or None."""
     return networks.get("vae") or networks.get("vqvae")
+
+
+@contextmanager
+def one_by_one(decoder: Any) -> Iterator[None]:
+    """Within, an autoencoder decodes the images of a batch one by one, if it can: together they may take gigabytes."""
+    before = getattr(decoder, "use_slicing", None)
+    if before is None:
+        yield
+        return
+    decoder.use_slicing = True
+    try:
+        yield
+    finally:
+        decoder.use_slicing = before
 
 
 def denoiser_bytes(denoiser: nn.Module) -> int:

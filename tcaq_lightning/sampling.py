@@ -22,6 +22,7 @@ from tcaq_lightning.pipelines import (
     find_decoder,
     find_denoiser,
     make_scheduler,
+    one_by_one,
     other_networks,
     sample,
     sample_shape,
@@ -145,7 +146,8 @@ class LoopSampling:
         if self.decoder is None:
             return x
         latents = x.to(self.decoder.device, self.decoder.dtype) / self.decoder.config.scaling_factor
-        images: Tensor = self.decoder.decode(latents, return_dict=False)[0]
+        with one_by_one(self.decoder):
+            images: Tensor = self.decoder.decode(latents, return_dict=False)[0]
         return images.to(x.dtype)
 
     def manifest(self) -> dict[str, Any]:
@@ -217,7 +219,8 @@ class PipelineSampling:
         if "eta" in self._accepted:
             arguments["eta"] = sampler.eta
         scheduler = configured_scheduler(self.scheduler, sampler)
-        with self._with(denoiser, scheduler), torch.random.fork_rng():
+        decoder = find_decoder(other_networks(self.pipeline, self.name))
+        with self._with(denoiser, scheduler), one_by_one(decoder), torch.random.fork_rng():
             # Pipelines that hand their steps no generator draw from the global one.
             torch.manual_seed(seed * SEED_STRIDE + indices[0])
             images = self.pipeline(**arguments)[0]

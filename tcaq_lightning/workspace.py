@@ -24,7 +24,7 @@ from tcaq_lightning.calls import Samples
 from tcaq_lightning.config import Config
 from tcaq_lightning.distributed import world_size
 from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.pipelines import find_decoder
+from tcaq_lightning.pipelines import find_decoder, one_by_one
 from tcaq_lightning.probes import PROBES, capture_inputs
 from tcaq_lightning.quantized_layers import (
     output_quantizers,
@@ -182,7 +182,7 @@ def decoding_bytes(decoder: Any, x: Tensor, count: int) -> int:
 
     def decode(network: Any, count: int) -> Any:
         like = next(network.parameters())
-        with torch.no_grad():
+        with torch.no_grad(), one_by_one(network):
             return network.decode(like.new_zeros(count, channels, *size), return_dict=False)
 
     if sum(p.nbytes for p in decoder.parameters()) >= LARGE:

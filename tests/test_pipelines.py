@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from tcaq_lightning.config import SamplerConfig
@@ -16,6 +16,7 @@ from tcaq_lightning.pipelines import (
     find_denoiser,
     initial_noise,
     make_scheduler,
+    one_by_one,
     open_pipeline,
     sample,
     sample_shape,
@@ -129,3 +130,19 @@ def test_sampling_equals_diffusers_own_pipeline(make_unet: Any) -> None:
     generator.manual_seed(2)
     expected = pipeline(batch_size=1, generator=generator, num_inference_steps=4, output_type="np").images
     torch.testing.assert_close(got, torch.from_numpy(expected).permute(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_decoded_one_by_one_for_a_while() -> None:
+    decoder = AutoencoderKL(1, 1, block_out_channels=(8,), latent_channels=2, norm_num_groups=4).eval()
+    latents = torch.randn(3, 2, 4, 4)
+    sizes: list[int] = []
+    decoder.decoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        together = decoder.decode(latents).sample
+        with one_by_one(decoder):
+            singly = decoder.decode(latents).sample
+        decoder.decode(latents)
+    assert sizes == [3, 1, 1, 1, 3]
+    torch.testing.assert_close(singly, together)
+    with one_by_one(None):  # no latents, no decoder
+        pass

@@ -20,6 +20,7 @@ from tcaq_lightning.config import (
     ReconstructionConfig,
     SamplerConfig,
 )
+from tcaq_lightning.pipelines import one_by_one
 from tcaq_lightning.quantized_layers import quant_layers
 from tcaq_lightning.tracing import TracedAllocations
 from tcaq_lightning.units import trace_units
@@ -153,7 +154,7 @@ def test_decoding_takes_what_is_foretold(
     decoder: Any, large: bool, shape: tuple[int, ...], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workspace, "LARGE", 0 if large else 1 << 40)
-    with TracedAllocations() as traced, torch.no_grad():
+    with TracedAllocations() as traced, torch.no_grad(), one_by_one(decoder):
         kept = decoder.decode(torch.zeros(8, 2, *size))
     assert kept.sample.shape == (8, 1, 2 * size[0], 2 * size[1])
     foretold = decoding_bytes(decoder, torch.zeros(3, *shape), 8)
