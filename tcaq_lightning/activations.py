@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -238,9 +239,9 @@ class Streams:
         name = self.graph.names[position]
         unit = self.full.get_submodule(name)
         keys = self.graph.keys(name)
-        targets = {key: self._allocate(key) for key in keys}
+        targets = {key: self._allocate(shape) for key, shape in self.graph.kept_shapes(name).items()}
         for batch, (args, kwargs) in self._replays(self.full, self._full, position):
-            with torch.no_grad():
+            with torch.no_grad(), self._echoes_kept(self.full, name, targets, batch):
                 self._keep(targets, keys, batch, unit(*args, **kwargs))
         self._full |= targets
 
@@ -278,9 +279,11 @@ class Streams:
         keys = self.graph.keys(name)
         if alive.intersection(keys):
             unit = self.quantized.get_submodule(name)
-            outputs = {key: self._allocate(key) for key in keys if key in alive}
+            shapes = self.graph.kept_shapes(name)
+            outputs = {key: self._allocate(shape) for key, shape in shapes.items() if key in alive}
             for index, batch in zip(self._batches(), data.batches(self._batches(), self.device), strict=True):
-                self._keep(outputs, keys, index, data.run_batch(unit, self.context, batch))
+                with self._echoes_kept(self.quantized, name, outputs, index):
+                    self._keep(outputs, keys, index, data.run_batch(unit, self.context, batch))
             self._quantized |= outputs
         while data.inputs:
             self.storage.free(data.inputs.pop())
@@ -293,8 +296,23 @@ class Streams:
         kept = self.graph.alive_after(position).intersection(self.graph.keys(self.graph.names[position]))
         return {"full_stream": len(self.samples), "quantized_stream": len(self.samples) if kept else 0}
 
-    def _allocate(self, key: str) -> Tensor:
-        return self.storage.allocate((len(self.samples), *self.graph.output_shapes[key]), self.dtype)
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        return self.storage.allocate((len(self.samples), *shape), self.dtype)
+
+    @contextmanager
+    def _echoes_kept(self, denoiser: nn.Module, name: str, stored: dict[str, Tensor], batch: slice) -> Iterator[None]:
+        """Within, keep what a unit's echoes return while it runs on a batch."""
+
+        def keep(echo: str) -> Callable[..., None]:
+            return lambda _module, _args, output: stored[echo].__setitem__(batch, output)
+
+        echoes = self.graph.echoes.get(name, ())
+        handles = [denoiser.get_submodule(echo).register_forward_hook(keep(echo)) for echo in echoes]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @staticmethod
     def _keep(stored: dict[str, Tensor], keys: list[str], batch: slice, outputs: Outputs) -> None:
@@ -330,6 +348,8 @@ class Streams:
         finished, name = self.graph.names[:position], self.graph.names[position]
         needed = self.graph.needs[name]
         forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored, batch, needed) for n in finished}
+        echoes = (echo for n in finished for echo in self.graph.echoes.get(n, ()))
+        forwards |= {echo: self._stub_of_echo(stored[echo][batch]) for echo in echoes}
         forwards[name] = _stop
         try:
             with patched_forwards(denoiser, forwards):
@@ -351,6 +371,9 @@ class Streams:
 
         tree = self.graph.outputs.get(name)
         return lambda *_, **__: output(name) if tree is None else tree.build(output)
+
+    def _stub_of_echo(self, stored: Tensor) -> Callable[..., Tensor]:
+        return lambda *_, **__: stored.to(self.device, self.dtype, copy=True)
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """For what the unit's inputs do not depend on; NaN where glue looks at values all the same."""
@@ -392,7 +415,7 @@ def store_peaks(
     outputs: dict[str, list[tuple[Tier, int]]] = {}
     for position, name in enumerate(graph.names):
         alive = graph.alive_after(position)
-        shapes = {key: graph.output_shapes[key] for key in graph.keys(name)}
+        shapes = graph.kept_shapes(name)
         outputs |= {key: [place(shape, dtype)] for key, shape in shapes.items()}
         read = [place(*tensor) for tensor in inputs[position]]
         for key in [key for key in shapes if key in alive]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from tcaq_lightning.attention import is_attention
 from tcaq_lightning.blocks import BLOCKS, inner_output_layer, repeated_blocks
+from tcaq_lightning.echoes import CalledAgain
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.layers import QuantLayer
 
@@ -81,6 +82,8 @@ class UnitGraph:
         output_dtypes: per output.
         rows: per unit, for each of its flattened arguments, rows per sample; 0 of what is the same for all samples.
         folded: outputs with several rows per sample.
+        echoes: modules within a unit that the denoiser calls again outside of it, on the same arguments, with the shape
+            of their output without the batch axis, by unit: what they return there is what they returned in the unit.
     """
 
     names: list[str]
@@ -92,15 +95,22 @@ class UnitGraph:
     output_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
     folded: frozenset[str] = frozenset()
+    echoes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def keys(self, name: str) -> list[str]:
         """Names of a unit's outputs."""
         return [key for key in self.outputs[name].keys if key is not None] if name in self.outputs else [name]
 
     def alive_after(self, position: int) -> set[str]:
-        """Outputs of the first `position + 1` units that some later unit still needs."""
-        done = {key for name in self.names[: position + 1] for key in self.keys(name)}
-        return {n for later in self.names[position + 1 :] for n in self.needs[later] if n in done}
+        """Outputs of the first `position + 1` units that some later unit still needs, and echoes that it may."""
+        finished, later = self.names[: position + 1], self.names[position + 1 :]
+        done = {key for name in finished for key in self.keys(name)}
+        echoes = {echo for name in finished for echo in self.echoes.get(name, ())} if later else set()
+        return {n for name in later for n in self.needs[name] if n in done} | echoes
+
+    def kept_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes, without the batch axis, of all that is kept of a unit's run: its outputs and echoes."""
+        return {key: self.output_shapes[key] for key in self.keys(name)} | self.echoes.get(name, {})
 
 
 class Stop(Exception):  # noqa: N818 - not an error: it ends a replay at the unit that was waited for
@@ -157,7 +167,9 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
     trace = _Trace(denoiser, names, sample)
     with trace.recording():
         run()
-    rows = _rows_per_sample(denoiser, names, trace, run) if trace.batch > 1 else {}
+    called = CalledAgain(denoiser, names)
+    with called.watching():
+        rows = _rows_per_sample(denoiser, names, trace, run) if trace.batch > 1 else {}
     return UnitGraph(
         trace.names,
         trace.needs,
@@ -168,6 +180,7 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
         {key: leaf.dtype for key, leaf in trace.leaves.items()},
         rows,
         frozenset(trace.folded),
+        called.echoes(run, trace.batch),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from diffusers import AuraFlowTransformer2DModel, AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusers import AuraFlowTransformer2DModel, AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -30,6 +31,7 @@ from tcaq_lightning.config import (
 from tcaq_lightning.frozen import Structure, describe, freeze, rebuild
 from tcaq_lightning.fused import fuse, restore, stored_tensors
 from tcaq_lightning.initialization import initialize
+from tcaq_lightning.layers import QuantConv2d, QuantLinear
 from tcaq_lightning.probes import probe_indices
 from tcaq_lightning.quantized_layers import full_precision, quant_layers, quantize, quantizers, uncovered
 from tcaq_lightning.quantizers import TokenQuantizer
@@ -140,6 +142,39 @@ def test_streams_give_the_inputs_and_outputs_of_plain_forward_passes(family: Fam
         for a, b in zip(output_tensors(again), output_tensors(data.targets), strict=True):
             assert a.shape[1:] == b.shape[1:]
         streams.store(position, data)
+    assert not any(streams.storage.ledger.used.values())
+
+
+def test_every_layer_runs_once_a_batch_in_each_stream(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that the denoiser's own forward calls again, as a DiT's calls the embedding of its first block."""
+    set_parameters(family.quantized)
+    runs: Counter[int] = Counter()
+
+    def count(kind: Any, method: str) -> None:
+        original = getattr(kind, method)
+
+        def counted(layer: Any, *args: Any) -> Any:
+            runs[id(layer)] += 1
+            return original(layer, *args)
+
+        monkeypatch.setattr(kind, method, counted)
+
+    for kind, method in ((nn.Linear, "forward"), (nn.Conv2d, "forward")):
+        count(kind, method)
+    for kind in (QuantLinear, QuantConv2d):
+        count(kind, "linear_map")
+    streams = family.streams(batch_size=4)
+    for position in range(len(family.graph.names)):
+        streams.store(position, streams.load(position))
+    full = {n: m for n, m in family.full.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    last = family.graph.names[-1]
+    assert {name: runs[id(layer)] for name, layer in full.items()} == dict.fromkeys(full, 2)
+    for name, layer in quant_layers(family.quantized).items():
+        assert runs[id(layer)] == (0 if name == last or name.startswith(f"{last}.") else 2), name
+    if isinstance(family.full, DiTTransformer2DModel):
+        assert family.graph.echoes == {"transformer_blocks.0": {"transformer_blocks.0.norm1.emb": (16,)}}
+    else:
+        assert family.graph.echoes == {}
     assert not any(streams.storage.ledger.used.values())
 
 
