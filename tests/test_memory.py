@@ -8,9 +8,13 @@ import pytest
 from tcaq_lightning.memory import peak_memory
 
 SCRIPT = """
-from benchmarks.common import anonymous_memory
+from pathlib import Path
 from tcaq_lightning.memory import freed_memory_reused
 import torch
+
+def anonymous_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 def kept():
     before = anonymous_memory()
