@@ -276,10 +276,9 @@ class Streams:
         """
         name = self.graph.names[position]
         alive = self.graph.alive_after(position)
-        keys = self.graph.keys(name)
-        if alive.intersection(keys):
+        keys, shapes = self.graph.keys(name), self.graph.kept_shapes(name)
+        if alive.intersection(shapes):
             unit = self.quantized.get_submodule(name)
-            shapes = self.graph.kept_shapes(name)
             outputs = {key: self._allocate(shape) for key, shape in shapes.items() if key in alive}
             for index, batch in zip(self._batches(), data.batches(self._batches(), self.device), strict=True):
                 with self._echoes_kept(self.quantized, name, outputs, index):
@@ -293,7 +292,7 @@ class Streams:
 
     def executions(self, position: int) -> dict[str, int]:
         """On how many samples `load` and `store` run the unit at `position`, by stream."""
-        kept = self.graph.alive_after(position).intersection(self.graph.keys(self.graph.names[position]))
+        kept = self.graph.alive_after(position).intersection(self.graph.kept_shapes(self.graph.names[position]))
         return {"full_stream": len(self.samples), "quantized_stream": len(self.samples) if kept else 0}
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
