@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from tcaq_lightning.cli import run_cli
-from tcaq_lightning.job import run_job, sketch_job
-from tcaq_lightning.launch import launched
-from tcaq_lightning.parsing import parse_config
-from tcaq_lightning.pipelines import open_pipeline
-from tcaq_lightning.trainers import quiet_lightning
+from tcaq_lightning.api import run_job, sketch_job
+from tcaq_lightning.cli import parse_config
+from tcaq_lightning.models.pipelines import open_pipeline
+from tcaq_lightning.runtime.distributed.launch import launched
+from tcaq_lightning.runtime.exit_codes import run_cli
+from tcaq_lightning.runtime.lightning import quiet_lightning
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from benchmarks.common import median, run
-from tcaq_lightning.artifact import load_quantized
+from tcaq_lightning.backends.kernels import check_kernels
+from tcaq_lightning.backends.load import load_quantized
+from tcaq_lightning.backends.stand_in import EnginePrediction
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
-from tcaq_lightning.evaluation.metrics import image_error, noise_error
-from tcaq_lightning.export.kernels import check_kernels
-from tcaq_lightning.export.stand_in import EnginePrediction
-from tcaq_lightning.pipelines import find_denoiser
-from tcaq_lightning.sampling import make_sampling
-from tcaq_lightning.trajectories import collect
+from tcaq_lightning.evaluation.denoiser_errors import image_error, noise_error
+from tcaq_lightning.models.pipelines import find_denoiser
+from tcaq_lightning.models.sampling import make_sampling
+from tcaq_lightning.models.trajectories import collect
 
 SEED = 7
 

@@ -24,11 +24,11 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from jsonargparse import auto_cli
 from torch import nn
 
-from tcaq_lightning.architectures import denoiser_settings, find_architecture, known_architectures
-from tcaq_lightning.cli import run_cli
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.pipelines import quiet_diffusers
-from tcaq_lightning.precision import bfloat16_is_fast
+from tcaq_lightning.models.architectures import denoiser_settings, find_architecture, known_architectures
+from tcaq_lightning.models.pipelines import quiet_diffusers
+from tcaq_lightning.runtime.exit_codes import run_cli
+from tcaq_lightning.runtime.precision import bfloat16_is_fast
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(__file__).with_name("models")

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import denoiser_config, median, read_json, run
-from tcaq_lightning.activations import store_peaks
-from tcaq_lightning.architectures import example_samples, on_meta
-from tcaq_lightning.config import CalibrationConfig, Config, PARConfig, ReconstructionConfig
-from tcaq_lightning.cost import (
+from tcaq_lightning.calibration.planning.cost import (
     DEVICE_TFLOPS,
     EVALUATION,
     FITTED,
@@ -32,12 +29,15 @@ from tcaq_lightning.cost import (
     passes,
     seconds_on_devices,
 )
-from tcaq_lightning.parsing import parse_config
-from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample_shape
-from tcaq_lightning.storage import GIGABYTE
-from tcaq_lightning.tracing import SIZES
-from tcaq_lightning.units import trace_units
-from tcaq_lightning.workspace import TrialWork, unit_samples
+from tcaq_lightning.calibration.planning.footprint import TrialWork, unit_samples
+from tcaq_lightning.calibration.storage import GIGABYTE
+from tcaq_lightning.calibration.streams import store_peaks
+from tcaq_lightning.cli import parse_config
+from tcaq_lightning.config import CalibrationConfig, Config, PARConfig, ReconstructionConfig
+from tcaq_lightning.models.architectures import example_samples, on_meta
+from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample_shape
+from tcaq_lightning.models.units import trace_units
+from tcaq_lightning.runtime.allocation_trace import SIZES
 
 HOUR = 3600.0
 

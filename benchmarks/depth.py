@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import calibration, make_denoiser, run, save_model
 from benchmarks.memory import import_bytes, measure
-from tcaq_lightning.pipelines import sample_shape
+from tcaq_lightning.models.pipelines import sample_shape
 
 
 def unet_config(depth: int, channels: int, size: int) -> dict[str, Any]:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import SHIPPED, calibration, model_path, run, train_here
-from tcaq_lightning import unit_calibration
-from tcaq_lightning.activations import Streams
-from tcaq_lightning.layers import QuantConv2d, QuantLinear
-from tcaq_lightning.observation import UnitObservation
-from tcaq_lightning.reconstruction import BlockReconstruction
+from tcaq_lightning.calibration import unit as unit_calibration
+from tcaq_lightning.calibration.observation import UnitObservation
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction
+from tcaq_lightning.calibration.streams import Streams
+from tcaq_lightning.nn.layers import QuantConv2d, QuantLinear
 
 STREAMS = ("full_stream", "quantized_stream")
 COMPARED = (*STREAMS, "observe", "gate", "learn_r", "learn_v")

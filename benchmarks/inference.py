@@ -23,18 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.common import SHIPPED, anonymous_memory, denoiser_config, machine, make_denoiser, median, run, watch
-from tcaq_lightning.artifact import freeze, load_quantized, save_artifact, weights_digest
+from tcaq_lightning.artifact.directory import freeze, save_artifact, weights_digest
+from tcaq_lightning.backends.engines import open_engine
+from tcaq_lightning.backends.graph.build import build_graph
+from tcaq_lightning.backends.graph.inputs import example_inputs, nest
+from tcaq_lightning.backends.load import load_quantized
+from tcaq_lightning.backends.stand_in import EngineDenoiser
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.export.build import build_graph
-from tcaq_lightning.export.engines import open_engine
-from tcaq_lightning.export.inputs import example_inputs, nest
-from tcaq_lightning.export.stand_in import EngineDenoiser
-from tcaq_lightning.layers import QuantLayer
-from tcaq_lightning.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
+from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
+from tcaq_lightning.nn.layers import QuantLayer
+from tcaq_lightning.nn.prepare import quant_layers, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
-from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 ENGINES = ("torch", "onnxruntime", "openvino")
 KINDS = ("full", "quantized")

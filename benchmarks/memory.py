@@ -25,7 +25,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from pytorch_lightning.demos.boring_classes import BoringModel
 from benchmarks.common import anonymous_memory
 from tcaq_lightning.config import TrainerConfig
-from tcaq_lightning.trainers import make_trainer, quiet_lightning
+from tcaq_lightning.runtime.lightning import make_trainer, quiet_lightning
 quiet_lightning()
 make_trainer(TrainerConfig(accelerator="cpu"), [], max_steps=2).fit(BoringModel())
 print(anonymous_memory())

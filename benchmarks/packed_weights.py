@@ -15,10 +15,11 @@ from diffusers import DDIMPipeline, DDIMScheduler
 
 from benchmarks.common import SHIPPED, denoiser_config, make_denoiser, run
 from benchmarks.inference import nearest
-from tcaq_lightning.artifact import load_quantized, save_artifact
-from tcaq_lightning.export.inputs import example_inputs, nest
-from tcaq_lightning.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.quantized_layers import quant_layers
+from tcaq_lightning.artifact.directory import save_artifact
+from tcaq_lightning.backends.graph.inputs import example_inputs, nest
+from tcaq_lightning.backends.load import load_quantized
+from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
+from tcaq_lightning.nn.prepare import quant_layers
 
 
 def packed_weights(

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import SHIPPED, calibration, model_path, read_json, run, train
 from benchmarks.stages import LOOP
-from tcaq_lightning.cost import EVALUATION
+from tcaq_lightning.calibration.planning.cost import EVALUATION
 
 
 def ranks(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import SHIPPED, calibration, model_path, read_json, run, train
-from tcaq_lightning.cost import EVALUATION
-from tcaq_lightning.parsing import parse_config
+from tcaq_lightning.calibration.planning.cost import EVALUATION
+from tcaq_lightning.cli import parse_config
 
 LOOP = ("learn_r", "learn_v")
 

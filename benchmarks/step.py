@@ -27,14 +27,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
 from benchmarks.common import SHIPPED, calibration, median, model_path, run, train_here
-from tcaq_lightning import unit_calibration
-from tcaq_lightning.activations import Batch, UnitData
-from tcaq_lightning.calibration import Calibration
-from tcaq_lightning.fitting import fit_unit
-from tcaq_lightning.memory import freed_memory_reused
-from tcaq_lightning.precision import autocasts
-from tcaq_lightning.quantized_layers import quantization_state, restore_quantization_state
-from tcaq_lightning.reconstruction import Phase, block_error
+from tcaq_lightning.calibration import unit as unit_calibration
+from tcaq_lightning.calibration.fit import fit_unit
+from tcaq_lightning.calibration.reconstruction import Phase, block_error
+from tcaq_lightning.calibration.state import Calibration
+from tcaq_lightning.calibration.streams import Batch, UnitData
+from tcaq_lightning.nn.prepare import quantization_state, restore_quantization_state
+from tcaq_lightning.runtime.memory import freed_memory_reused
+from tcaq_lightning.runtime.precision import autocasts
 
 
 class StepTimes(pl.Callback):

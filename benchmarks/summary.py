@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import auto_cli
 
 from benchmarks.stages import LOOP
-from tcaq_lightning.cli import run_cli
+from tcaq_lightning.calibration.storage import GIGABYTE
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.storage import GIGABYTE
+from tcaq_lightning.runtime.exit_codes import run_cli
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

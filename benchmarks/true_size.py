@@ -38,18 +38,18 @@ from benchmarks.common import (
     train,
     watch,
 )
-from tcaq_lightning.architectures import example_samples, on_meta
+from tcaq_lightning.calibration.storage import GIGABYTE
+from tcaq_lightning.cli import parse_config
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.files import load_tensors
-from tcaq_lightning.memory import release_freed_memory
-from tcaq_lightning.parsing import parse_config
-from tcaq_lightning.pipelines import quiet_diffusers
-from tcaq_lightning.quantized_layers import KEPT_BY_RULE, UNKNOWN_ATTENTION, quantize
-from tcaq_lightning.storage import GIGABYTE
-from tcaq_lightning.timesteps import TimestepGroups
-from tcaq_lightning.tracing import SIZES
-from tcaq_lightning.units import trace_units
+from tcaq_lightning.models.architectures import example_samples, on_meta
+from tcaq_lightning.models.pipelines import quiet_diffusers
+from tcaq_lightning.models.units import trace_units
+from tcaq_lightning.nn.prepare import KEPT_BY_RULE, UNKNOWN_ATTENTION, quantize
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tcaq_lightning.runtime.allocation_trace import SIZES
+from tcaq_lightning.runtime.files import load_tensors
+from tcaq_lightning.runtime.memory import release_freed_memory
 
 TEXT_CONFIG = ROOT / "configs" / "paper" / "coco_w4a8.yaml"
 TEXT_TOKENS, LATENT_FACTOR = 77, 8

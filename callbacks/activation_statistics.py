@@ -6,9 +6,9 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from callbacks.hooks import QuantizerInputs
-from tcaq_lightning.observation import UnitObservation
+from tcaq_lightning.calibration.observation import UnitObservation
 from tcaq_lightning.quantizers import ActivationQuantizer
-from tcaq_lightning.statistics import RangeStatistics
+from tcaq_lightning.quantizers.statistics import RangeStatistics
 
 
 class ActivationStatistics(QuantizerInputs):

@@ -6,8 +6,8 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from callbacks.hooks import QuantizerInputs
-from tcaq_lightning.daq import LogHistogram, decide_by_likelihood
-from tcaq_lightning.observation import UnitObservation
+from tcaq_lightning.calibration.observation import UnitObservation
+from tcaq_lightning.methods.daq import LogHistogram, decide_by_likelihood
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 
 

@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tcaq_lightning.observation import UnitObservation
-from tcaq_lightning.quantized_layers import quantizers
+from tcaq_lightning.calibration.observation import UnitObservation
+from tcaq_lightning.nn.prepare import quantizers
 
 
 class QuantizerInputs(pl.Callback):

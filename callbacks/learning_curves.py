@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from tcaq_lightning.reconstruction import BlockReconstruction
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction
 
 
 class LearningCurves(pl.Callback):

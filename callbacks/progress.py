@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from tcaq_lightning.reconstruction import BlockReconstruction
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction
 
 
 @contextmanager

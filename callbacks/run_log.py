@@ -11,15 +11,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.image_grid import ImageGrid
 from callbacks.progress import Progress
+from tcaq_lightning.calibration.initialize import Choices, Observations
 from tcaq_lightning.config import Config
-from tcaq_lightning.daq import plot_tail
-from tcaq_lightning.files import naming
-from tcaq_lightning.initialization import Choices, Observations
-from tcaq_lightning.pipelines import to_images
-from tcaq_lightning.quantized_layers import quantizers
+from tcaq_lightning.methods.daq import plot_tail
+from tcaq_lightning.models.pipelines import to_images
+from tcaq_lightning.models.trajectories import Trajectories
+from tcaq_lightning.nn.prepare import quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer
-from tcaq_lightning.statistics import range_heat_maps
-from tcaq_lightning.trajectories import Trajectories
+from tcaq_lightning.quantizers.statistics import range_heat_maps
+from tcaq_lightning.runtime.files import naming
 
 
 class RunLog:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tcaq_lightning.registration import register
+from tcaq_lightning.artifact.registration import register
+from tcaq_lightning.runtime.version import VERSION
 
 if TYPE_CHECKING:
-    from tcaq_lightning.artifact import load_quantized
-    from tcaq_lightning.job import quantize
+    from tcaq_lightning.api import quantize
+    from tcaq_lightning.backends.load import load_quantized
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["load_quantized", "quantize"]
 
 register()
@@ -19,11 +20,11 @@ register()
 def __getattr__(name: str) -> Any:
     """Import what needs torch and diffusers only when it is asked for."""
     if name == "load_quantized":
-        from tcaq_lightning.artifact import load_quantized
+        from tcaq_lightning.backends.load import load_quantized
 
         return load_quantized
     if name == "quantize":
-        from tcaq_lightning.job import quantize
+        from tcaq_lightning.api import quantize
 
         return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

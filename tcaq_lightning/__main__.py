@@ -24,8 +24,8 @@ from typing import Any, Literal, cast
 
 from jsonargparse import auto_cli
 
-from tcaq_lightning.cli import run_cli
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.exit_codes import run_cli
 
 
 def sample(
@@ -68,10 +68,10 @@ def sample(
     """
     import torch
 
-    from tcaq_lightning import pipelines
     from tcaq_lightning.config import ConditioningConfig
     from tcaq_lightning.evaluation.grid import save_images
-    from tcaq_lightning.sampling import make_sampling
+    from tcaq_lightning.models import pipelines
+    from tcaq_lightning.models.sampling import make_sampling
 
     _at_least(1, num=num, steps=steps, batch_size=batch_size, threads=threads)
     _at_least(0, seed=seed)
@@ -166,8 +166,8 @@ def evaluate(
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
     """
     from tcaq_lightning.config import ConditioningConfig, EvaluationConfig, Metric, TrainerConfig
-    from tcaq_lightning.launch import connected
-    from tcaq_lightning.trainers import quiet_lightning
+    from tcaq_lightning.runtime.distributed.launch import connected
+    from tcaq_lightning.runtime.lightning import quiet_lightning
 
     _at_least(1, num_images=num_images, num_trajectories=num_trajectories, steps=steps, batch_size=batch_size)
     _at_least(1, threads=threads, devices=devices)
@@ -208,7 +208,7 @@ def evaluate(
 def _measure_images(path: str, config: Any, trainer: Any, seed: int, output: Path | None, cache: Path | None) -> None:
     from tcaq_lightning.evaluation.evaluate import evaluate_images
     from tcaq_lightning.evaluation.images import open_images
-    from tcaq_lightning.trainers import choose_device
+    from tcaq_lightning.runtime.lightning import choose_device
 
     images = open_images(Path(path), "path (no model_index.json, so images)")
     if output is not None:
@@ -229,9 +229,9 @@ def _measure_models(
     cache: Path | None,
 ) -> None:
     from tcaq_lightning.evaluation import evaluate as evaluation
-    from tcaq_lightning.pipelines import find_denoiser
-    from tcaq_lightning.sampling import make_sampling
-    from tcaq_lightning.trainers import choose_device
+    from tcaq_lightning.models.pipelines import find_denoiser
+    from tcaq_lightning.models.sampling import make_sampling
+    from tcaq_lightning.runtime.lightning import choose_device
 
     pipeline = open_model(path)
     _, denoiser = find_denoiser(pipeline)
@@ -271,9 +271,9 @@ def _show(content: dict[str, Any], seconds: dict[str, float], output: Path | Non
     """The table on the console and the JSON file, by rank 0."""
     from rich.console import Console
 
-    from tcaq_lightning.distributed import is_main, on_main
-    from tcaq_lightning.files import write_json
-    from tcaq_lightning.report import final_table
+    from tcaq_lightning.reports.markdown import final_table
+    from tcaq_lightning.runtime.distributed.collectives import is_main, on_main
+    from tcaq_lightning.runtime.files import write_json
 
     if is_main():
         Console().print(final_table({**content, "stages": seconds}))
@@ -310,8 +310,8 @@ def statistics(
     from tcaq_lightning.config import EvaluationConfig, TrainerConfig
     from tcaq_lightning.evaluation.images import open_images
     from tcaq_lightning.evaluation.spaces import write_statistics
-    from tcaq_lightning.launch import connected
-    from tcaq_lightning.trainers import choose_device, quiet_lightning
+    from tcaq_lightning.runtime.distributed.launch import connected
+    from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
 
     _at_least(1, batch_size=batch_size, threads=threads, devices=devices)
     _at_least(0, num_features=num_features)
@@ -354,10 +354,10 @@ def report(
     """
     from rich.console import Console
 
-    from tcaq_lightning.run_report.finished import read_finished
-    from tcaq_lightning.run_report.latency import measure_latency
-    from tcaq_lightning.run_report.layer_sensitivity import measure_sensitivity
-    from tcaq_lightning.run_report.write import write_page
+    from tcaq_lightning.evaluation.latency import measure_latency
+    from tcaq_lightning.evaluation.layer_sensitivity import measure_sensitivity
+    from tcaq_lightning.reports.html.finished import read_finished
+    from tcaq_lightning.reports.html.write import write_page
 
     for size in latency or []:
         _at_least(1, latency=size)
@@ -391,7 +391,7 @@ def convert(
     """
     from rich.console import Console
 
-    from tcaq_lightning.conversion import convert as conversion
+    from tcaq_lightning.zoo.conversion import convert as conversion
 
     record = conversion.convert(source, output, architecture, ema, tokenizer)
     parts = ", ".join(f"{name} {count:,}" for name, count in record["parameters"].items())
@@ -423,7 +423,7 @@ def export(
         allow_float: write the file although products fell back to float.
         threads: CPU threads; without it, the engines' choice.
     """
-    from tcaq_lightning.export.command import export_artifact
+    from tcaq_lightning.backends.export import export_artifact
 
     _at_least(1, tokens=tokens, threads=threads)
     if latents is not None and (len(latents) != 2 or min(latents) < 1):
@@ -436,7 +436,7 @@ def export(
 
 def is_quantized(path: str) -> bool:
     """Whether a model directory holds an artifact: its denoiser's config.json has a `quantization_config`."""
-    from tcaq_lightning.pipelines import DENOISER_NAMES, shipped
+    from tcaq_lightning.models.pipelines import DENOISER_NAMES, shipped
 
     for name in DENOISER_NAMES:
         file = (shipped(path) or Path(path)) / name / "config.json"
@@ -458,10 +458,10 @@ def open_model(path: str, backend: str = "torch") -> Any:
     Raises:
         UserError: there is no such model, or it is of full precision and the backend is another than torch.
     """
-    from tcaq_lightning.pipelines import open_pipeline
+    from tcaq_lightning.models.pipelines import open_pipeline
 
     if is_quantized(path):
-        from tcaq_lightning.artifact import load_quantized
+        from tcaq_lightning.backends.load import load_quantized
 
         return load_quantized(path, backend=backend)
     if backend != "torch":
@@ -519,7 +519,7 @@ def _progress(total: int, what: str = "samples") -> Iterator[_Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from tcaq_lightning.distributed import is_main
+    from tcaq_lightning.runtime.distributed.collectives import is_main
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

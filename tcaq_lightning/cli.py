@@ -1,136 +1,93 @@
-"""Exit codes of the commands: what a user gets to see when something goes wrong."""
+"""Command line and YAML of `train.py`: one typed `Config`, or one line that says what is wrong."""
 
 from __future__ import annotations
 
-import argparse
-import errno
-import os
-import signal
+import dataclasses
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
+import typing
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from tcaq_lightning.environment import started_rank
-from tcaq_lightning.errors import RankLostError, UserError
-from tcaq_lightning.memory import reuse_freed_memory
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-EXIT_USER_ERROR = 2
-EXIT_RANK_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+from tcaq_lightning.config import Config
+from tcaq_lightning.errors import UserError
 
-ENVIRONMENT_ERRORS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOENT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-}
-"""Failures of the file system that the user can mend; others are faults and keep their traceback."""
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def run_cli(function: Callable[[], int | None]) -> int:
-    """Run a command and turn what ends it into an exit code.
-
-    Of several processes that torchrun, SLURM or the command itself started, only the first one complains.
+def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """Read `--config FILE`, `--any.key VALUE` overrides and `--dry_run`.
 
     Args:
-        function: the command; None stands for success.
+        argv: arguments, or None for the process's own.
 
     Returns:
-        0 or what the command returns; 2 after one line on stderr for a user's mistake, a wrong argument or a file
-        system that is full or closed; 75 after one line when another process of the run is lost; 130 after Ctrl-C, 143
-        after SIGTERM. Faults of the program propagate.
+        The configuration, and whether only the plan is wanted.
 
-    >>> run_cli(lambda: None)
-    0
+    Raises:
+        UserError: unknown or mistyped keys, values out of range, an unreadable file.
     """
-    reuse_freed_memory()
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for path in _config_files(arguments):
+        _check_keys(_read_yaml(path), Config, path)
+    parser = ArgumentParser(prog="train.py", description="Quantize a diffusion model by TCAQ-DM.", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and the coverage, and stop")
+    parser.add_class_arguments(Config, fail_untyped=True)
     try:
-        with _signals_exit(), _quiet_threads():
-            return function() or 0
-    except BaseException as error:
-        found = ending(error)
-        if found is None:
-            raise
-        code, message = found
-        if message and (started_rank() == 0 or isinstance(error, RankLostError)):
-            sys.stderr.write(f"error: {' '.join(message.split())}\n")
-        return code
+        parsed = parser.parse_args(arguments)
+        made = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise UserError(_readable(error)) from error
+    values = {f.name: made[f.name] for f in dataclasses.fields(Config)}
+    return Config(**{k: _plain(v) for k, v in values.items()}), bool(made["dry_run"])
 
 
-def ending(error: BaseException) -> tuple[int, str] | None:
-    """Exit code, and message or "", of a command that `error` ended; None for a fault of the program.
-
-    >>> ending(UserError("seed must be 0"))
-    (2, 'seed must be 0')
-    """
-    if isinstance(error, (UserError, argparse.ArgumentError)):
-        return EXIT_USER_ERROR, str(error)
-    if isinstance(error, RankLostError):
-        return EXIT_RANK_LOST, str(error)
-    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
-        where = error.filename2 or error.filename or "a file of this command"
-        return (
-            EXIT_USER_ERROR,
-            f"cannot read or write {where}: {error.strerror}; free space, or choose a path you may use",
-        )
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, ""
-    if isinstance(error, SystemExit):
-        # Lightning turns Ctrl-C within a fit into exit(1).
-        if isinstance(error.__context__, KeyboardInterrupt):
-            return EXIT_INTERRUPTED, ""
-        if error.code is None or isinstance(error.code, int):
-            return error.code or 0, ""
-        return EXIT_USER_ERROR, str(error.code)
-    return None
+def _config_files(arguments: list[str]) -> list[Path]:
+    following = [b for a, b in pairwise(arguments) if a == "--config"]
+    joined = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    return [Path(path) for path in (*following, *joined)]
 
 
-@contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """No traceback from a thread that could not write: TensorBoard's raises the same error in the main thread again."""
-    before = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in ENVIRONMENT_ERRORS):
-            before(args)
-
-    threading.excepthook = hook
+def _read_yaml(path: Path) -> Any:
     try:
-        yield
-    finally:
-        threading.excepthook = before
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error}); expected a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from error
 
 
-@contextmanager
-def _signals_exit() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit(143), so that files and processes are cleaned up; a repeated one is ignored.
+def _check_keys(values: Any, kind: type, path: Path, prefix: str = "") -> None:
+    """Every key of a YAML file is a field; the parser itself lets an unknown key with an empty value pass."""
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: {prefix or 'the file'} must hold keys and values, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in hints:
+            raise UserError(f"--config {path}: unknown key {name}; expected one of {', '.join(hints)}")
+        nested = [t for t in (hints[key], *typing.get_args(hints[key])) if dataclasses.is_dataclass(t)]
+        if nested and isinstance(value, list):
+            for i, item in enumerate(value):
+                _check_keys(item, nested[0], path, f"{name}[{i}]")  # type: ignore[arg-type]
+        elif nested and value is not None:
+            _check_keys(value, nested[0], path, name)  # type: ignore[arg-type]
 
-    Within a SLURM job the same holds for SIGUSR1, which `#SBATCH --signal=USR1@90` sends ahead of the time limit.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
 
-    def leave(_number: int, _frame: FrameType | None) -> NoReturn:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(EXIT_TERMINATED)
+def _plain(value: Any) -> Any:
+    return vars(value) if isinstance(value, Namespace) else value
 
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+def _readable(error: ArgumentError) -> str:
+    """The innermost cause in one line; a `UserError` raised by a dataclass speaks for itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())

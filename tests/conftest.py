@@ -11,19 +11,19 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from tcaq_lightning.activations import Streams, UnitData
-from tcaq_lightning.calls import Samples
+from tcaq_lightning.calibration.initialize import Choices, Observations, initialize
+from tcaq_lightning.calibration.probes import probe_indices
+from tcaq_lightning.calibration.storage import ActivationStorage
+from tcaq_lightning.calibration.streams import Streams, UnitData
 from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
-from tcaq_lightning.daq import decide_by_likelihood
-from tcaq_lightning.histogram import LogHistogram
-from tcaq_lightning.initialization import Choices, Observations, initialize
-from tcaq_lightning.probes import probe_indices
-from tcaq_lightning.quantized_layers import full_precision, quantize, quantizers
+from tcaq_lightning.methods.daq import decide_by_likelihood
+from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.units import UnitGraph, trace_units
+from tcaq_lightning.nn.prepare import full_precision, quantize, quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
-from tcaq_lightning.statistics import RangeStatistics
-from tcaq_lightning.storage import ActivationStorage
-from tcaq_lightning.timesteps import TimestepGroups
-from tcaq_lightning.units import UnitGraph, trace_units
+from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 CPU = torch.device("cpu")
 

@@ -19,13 +19,13 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from tcaq_lightning.activations import Arguments, Streams
-from tcaq_lightning.calls import Conditioning, Samples, split_call
+from tcaq_lightning.calibration.storage import ActivationStorage
+from tcaq_lightning.calibration.streams import Arguments, Streams
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
-from tcaq_lightning.quantized_layers import quantize
-from tcaq_lightning.storage import ActivationStorage
-from tcaq_lightning.timesteps import TimestepGroups
-from tcaq_lightning.units import UnitGraph, trace_units
+from tcaq_lightning.models.denoiser_calls import Conditioning, Samples, split_call
+from tcaq_lightning.models.units import UnitGraph, trace_units
+from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 SAMPLES = 7
 W4A8 = QuantizationConfig(weight=WeightConfig(bits=4), activation=ActivationConfig(bits=8))

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tcaq_lightning import distributed
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.histogram import LogHistogram
-from tcaq_lightning.shared_memory import SLOT, MemoryFile
-from tcaq_lightning.statistics import RangeStatistics
+from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.runtime.distributed import collectives as distributed
+from tcaq_lightning.runtime.distributed.shared_memory import SLOT, MemoryFile
 
 
 def broadcasts(rank: int) -> None:

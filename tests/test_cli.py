@@ -1,108 +1,65 @@
+"""The command line of train.py."""
+
 from __future__ import annotations
 
-import argparse
-import errno
-import os
-import signal
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tcaq_lightning.cli import run_cli
-from tcaq_lightning.environment import Place
-from tcaq_lightning.errors import RankLostError, UserError
+from tcaq_lightning.cli import parse_config
+from tcaq_lightning.config import LayerRule
+from tcaq_lightning.errors import UserError
 
 
-def raising(error: BaseException) -> Any:
-    def function() -> None:
-        raise error
+def write(directory: Path, text: str) -> list[str]:
+    path = directory / "config.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
 
-    return function
 
-
-@pytest.mark.parametrize(("value", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_result_is_the_exit_code(value: int | None, code: int) -> None:
-    assert run_cli(lambda: value) == code
+def test_a_file_and_overrides(tmp_path: Path) -> None:
+    arguments = write(
+        tmp_path,
+        "seed: 3\nquantization:\n  rules:\n    - {pattern: conv_in, weight_bits: 8}\n"
+        "calibration: {sampler: {options: {clip_sample: false}}}\n",
+    )
+    config, dry_run = parse_config([*arguments, "--quantization.weight.bits", "6", "--run_dir", "x/y", "--dry_run"])
+    assert dry_run
+    assert config.seed == 3
+    assert config.run_dir == Path("x/y")
+    assert config.quantization.weight.bits == 6
+    assert config.quantization.rules == [LayerRule("conv_in", weight_bits=8)]
+    assert config.calibration.sampler.options == {"clip_sample": False}
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("text", "words"),
     [
-        (UserError("seed must be 0"), "error: seed must be 0"),
-        (argparse.ArgumentError(None, 'key "num":\n  Expected'), 'error: key "num": Expected'),
-        (OSError(errno.ENOSPC, "No space left on device", "/full/file"), "/full/file"),
-        (PermissionError(errno.EACCES, "Permission denied", "/closed"), "/closed"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
-        (SystemExit("wrong use"), "error: wrong use"),
+        ("quantizaton: {}", "unknown key quantizaton"),
+        ("quantization: {weight: {bitz: 3}}", "unknown key quantization.weight.bitz"),
+        ("quantization: {rules: [{patern: a}]}", "unknown key quantization.rules[0].patern"),
+        ("- 1", "must hold keys and values"),
+        ("seed: {a", "no valid YAML"),
     ],
 )
-def test_mistakes_are_one_line(error: BaseException, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(raising(error)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert text in err
+def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(write(tmp_path, text))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [ValueError("a fault"), OSError(errno.EIO, "a broken disk")])
-def test_faults_propagate(error: Exception) -> None:
-    with pytest.raises(type(error)):
-        run_cli(raising(error))
-
-
-def test_interrupts() -> None:
-    assert run_cli(raising(KeyboardInterrupt())) == 130
-    assert run_cli(raising(SystemExit(0))) == 0
-
-    def as_lightning() -> None:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
-
-    assert run_cli(as_lightning) == 130
-
-
-def test_sigterm_cleans_up(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    temporary = tmp_path / "half.tmp"
-
-    def terminated() -> None:
-        try:
-            temporary.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb the clean-up
-            temporary.unlink()
-
-    assert run_cli(terminated) == 143
-    assert not temporary.exists()
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_the_first_process_complains_for_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for rank, lines in ((0, 1), (1, 0)):
-        for name, value in Place(rank, rank, 2, 1, port=1).variables().items():
-            monkeypatch.setenv(name, value)
-        assert run_cli(raising(UserError("seed must be 0"))) == 2
-        assert capsys.readouterr().err.count("\n") == lines
-        assert run_cli(raising(RankLostError("rank 0 is gone"))) == 75  # nobody else may be there to say it
-        assert capsys.readouterr().err == "error: rank 0 is gone\n"
-
-
-def test_slurm_announces_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    before = signal.getsignal(signal.SIGUSR1)
-
-    def waiting() -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(10)
-
-    assert run_cli(waiting) == 143
-    assert signal.getsignal(signal.SIGUSR1) == before
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quantization.weight.bits", "x"], "quantization.weight.bits"),
+        (["--quantization.weight.bits", "9"], "must be in 2..8, got 9"),
+        (["--no.such.key", "1"], "--no.such.key"),
+        (["--daq.rule", "guess"], "daq.rule"),
+        (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+    ],
+)
+def test_a_mistake_in_an_argument_is_named(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(arguments)
+    assert words in str(caught.value)

@@ -13,14 +13,14 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
 from tcaq_lightning.__main__ import is_quantized, main, open_model
-from tcaq_lightning.artifact import freeze, save_artifact
+from tcaq_lightning.artifact.directory import freeze, save_artifact
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
-from tcaq_lightning.evaluation.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.images import ImageWriter, open_images
-from tcaq_lightning.pipelines import find_denoiser
-from tcaq_lightning.quantized_layers import quant_layers, quantize, quantizers
-from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
+from tcaq_lightning.models.pipelines import find_denoiser
+from tcaq_lightning.nn.prepare import quant_layers, quantize, quantizers
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tests.evaluation.inception_weights import pictures, random_weights
 
 
@@ -186,7 +186,7 @@ def test_interrupt(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> N
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tcaq_lightning.sampling.LoopSampling.sample", interrupt)
+    monkeypatch.setattr("tcaq_lightning.models.sampling.LoopSampling.sample", interrupt)
     assert run("sample", models["full"]) == 130
 
 

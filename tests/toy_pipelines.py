@@ -16,7 +16,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from tcaq_lightning.class_conditional import ClassConditionalLatentPipeline, ClassEmbedder
+from tcaq_lightning.models.class_conditional import ClassConditionalLatentPipeline, ClassEmbedder
 
 
 def autoencoder(channels: int, latent_channels: int) -> AutoencoderKL:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.distributed import gather, is_main, on_main, rank, world_size
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.images import ImageWriter
-from tcaq_lightning.files import DamagedFileError, load_tensors, save_tensors
-from tcaq_lightning.hashing import add_weights
-from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tcaq_lightning.runtime.distributed.collectives import gather, is_main, on_main, rank, world_size
+from tcaq_lightning.runtime.files import DamagedFileError, load_tensors, save_tensors
+from tcaq_lightning.runtime.hashing import add_weights
 
 log = logging.getLogger(__name__)
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.config import EvaluationConfig, SamplerConfig
-from tcaq_lightning.distributed import on_main, share
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.batches import Batch, Wanted, fingerprint, in_batches
-from tcaq_lightning.evaluation.fid import FIDResult
+from tcaq_lightning.evaluation.denoiser_errors import ImageError, NoiseError, image_error, noise_error
 from tcaq_lightning.evaluation.images import ImageSet, ImageWriter, to_pixels
-from tcaq_lightning.evaluation.metrics import ImageError, NoiseError, image_error, noise_error
+from tcaq_lightning.evaluation.metrics.fid import FIDResult
 from tcaq_lightning.evaluation.scores import plain, score
 from tcaq_lightning.evaluation.spaces import FeatureSpace, measure_images, open_space
-from tcaq_lightning.sampling import Sampling
-from tcaq_lightning.trajectories import collect
+from tcaq_lightning.models.sampling import Sampling
+from tcaq_lightning.models.trajectories import collect
+from tcaq_lightning.runtime.distributed.collectives import on_main, share
 
 log = logging.getLogger(__name__)
 

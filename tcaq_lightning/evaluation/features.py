@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "fashion-mnist-features"
+SHIPPED = Path(__file__).parents[1] / "models" / "assets" / "fashion-mnist-features"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 REFERENCE_FILE = "reference.safetensors"
@@ -112,7 +112,7 @@ def load_feature_extractor(directory: Path | None = None) -> FeatureExtractor:
     """Read an extractor, by default the shipped one for Fashion-MNIST.
 
     Args:
-        directory: as written by `python -m tcaq_lightning.pretraining.classifier`.
+        directory: as written by `python -m tcaq_lightning.zoo.pretraining.classifier`.
 
     Returns:
         The frozen extractor, on the CPU.
@@ -133,6 +133,7 @@ def load_feature_extractor(directory: Path | None = None) -> FeatureExtractor:
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"expected a feature extractor ({CONFIG_FILE}, {WEIGHTS_FILE}) in {directory}, "
-            f"got {' '.join(str(error).split())[:200]}; write one with python -m tcaq_lightning.pretraining.classifier"
+            f"got {' '.join(str(error).split())[:200]}; "
+            "write one with python -m tcaq_lightning.zoo.pretraining.classifier"
         ) from None
     return extractor.eval().requires_grad_(False)

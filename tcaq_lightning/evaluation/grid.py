@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tcaq_lightning.files import replacing
+from tcaq_lightning.runtime.files import replacing
 
 GAP = 2
 """White pixels between images."""

@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.files import replacing, write_json
-from tcaq_lightning.pipelines import to_images
+from tcaq_lightning.models.pipelines import to_images
+from tcaq_lightning.runtime.files import replacing, write_json
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 IMAGES_ARRAY = "arr_0"

@@ -73,7 +73,7 @@ class ClassStatistics:
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"expected class statistics (means, covariance) in {path}, got {' '.join(str(error).split())[:200]}; "
-                "write them with python -m tcaq_lightning.pretraining.classifier"
+                "write them with python -m tcaq_lightning.zoo.pretraining.classifier"
             ) from None
         if means.ndim != 2 or covariance.shape != (means.shape[1], means.shape[1]):
             raise UserError(

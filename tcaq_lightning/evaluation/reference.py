@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.images import IMAGES_ARRAY, ImageSet, open_images
-from tcaq_lightning.files import replacing
+from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
+from tcaq_lightning.runtime.files import replacing
 
 KEY = "evaluation.reference"
 NEEDED = {"fid": "statistics", "sfid": "spatial", "kid": "features", "precision_recall": "features"}

@@ -16,8 +16,8 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from tcaq_lightning.config import INCEPTION, EvaluationConfig
-from tcaq_lightning.evaluation.fid import FIDResult, ReferenceStatistics, frechet_distance
-from tcaq_lightning.evaluation.precision_recall import precision_recall
+from tcaq_lightning.evaluation.metrics.fid import FIDResult, ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.metrics.precision_recall import precision_recall
 from tcaq_lightning.evaluation.reference import Reference
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.config import INCEPTION, EvaluationConfig
-from tcaq_lightning.distributed import on_main
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.batches import Batch, Wanted, fingerprint, in_batches
-from tcaq_lightning.evaluation.clip import ClipScorer, load_clip
 from tcaq_lightning.evaluation.features import (
     REFERENCE_FILE,
     FeatureExtractor,
@@ -24,10 +22,12 @@ from tcaq_lightning.evaluation.features import (
 )
 from tcaq_lightning.evaluation.images import ImageSet, to_pixels
 from tcaq_lightning.evaluation.inception import Inception, load_inception
+from tcaq_lightning.evaluation.metrics.clip import ClipScorer, load_clip
 from tcaq_lightning.evaluation.reference import NEEDED, Reference, open_reference
-from tcaq_lightning.hashing import weights_hash
-from tcaq_lightning.pipelines import shipped
-from tcaq_lightning.prompts import read_prompts
+from tcaq_lightning.models.pipelines import shipped
+from tcaq_lightning.models.prompts import read_prompts
+from tcaq_lightning.runtime.distributed.collectives import on_main
+from tcaq_lightning.runtime.hashing import weights_hash
 
 log = logging.getLogger(__name__)
 

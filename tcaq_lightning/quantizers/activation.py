@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tcaq_lightning.precision import autocast_type
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.quantizers.steps import LearnedSteps
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
-from tcaq_lightning.timesteps import TimestepGroups
+from tcaq_lightning.runtime.precision import autocast_type
 
 
 def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import Kernel
+from tcaq_lightning.runtime.kernels import Kernel
 
 ADALOG_RESOLUTION = 37
 """Denominator of AdaLog's exponents (Wu et al. 2024, eq. 9)."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.kernels import LARGE, Kernel
-from tcaq_lightning.precision import autocast_type
+from tcaq_lightning.runtime.kernels import LARGE, Kernel
+from tcaq_lightning.runtime.precision import autocast_type
 
 HALF = 0.5001
 """Of a step: what is rounded moves by no more than a half, and by what float32 loses of codes up to 255."""

@@ -8,9 +8,9 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.packing import unpack
+from tcaq_lightning.quantizers.adaround import initial_logits, soft_round
+from tcaq_lightning.quantizers.packing import unpack
 from tcaq_lightning.quantizers.range_search import search_affine, search_symmetric
-from tcaq_lightning.quantizers.rounding import initial_logits, soft_round
 from tcaq_lightning.quantizers.uniform import fake_quantize
 
 CLIPPED_LOGIT = -20.0

@@ -31,11 +31,11 @@ from benchmarks.stages import shares, stages
 from benchmarks.step import step
 from benchmarks.summary import draw, read_results, table
 from benchmarks.true_size import TEXT_CONFIG, coverage, true_size
-from tcaq_lightning.architectures import on_meta
+from tcaq_lightning.calibration.planning.cost import Rates, passes
+from tcaq_lightning.cli import parse_config
 from tcaq_lightning.config import Config
-from tcaq_lightning.cost import Rates, passes
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.parsing import parse_config
+from tcaq_lightning.models.architectures import on_meta
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from callbacks import ActivationStatistics, DistributionFitting
+from tcaq_lightning.calibration.observation import UnitObservation
 from tcaq_lightning.config import TrainerConfig
-from tcaq_lightning.observation import UnitObservation
-from tcaq_lightning.quantized_layers import full_precision, quantizers
+from tcaq_lightning.nn.prepare import full_precision, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
-from tcaq_lightning.trainers import make_trainer
+from tcaq_lightning.runtime.lightning import make_trainer
 
 
 def test_every_quantizer_of_an_attention_is_observed_once(make_twins: Any) -> None:

@@ -16,9 +16,9 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation import evaluate as module
 from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, evaluate_images, planned_samples
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, load_feature_extractor
-from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
 from tcaq_lightning.evaluation.images import ImageWriter, open_images, to_pixels
-from tcaq_lightning.sampling import LoopSampling
+from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.models.sampling import LoopSampling
 from tests.evaluation.inception_weights import pictures
 
 SAMPLER = SamplerConfig(num_steps=2, options={"clip_sample": False})

@@ -7,7 +7,7 @@ import torch
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, SHIPPED
-from tcaq_lightning.evaluation.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
 
 

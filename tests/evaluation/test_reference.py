@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.reference import Reference, open_reference
 from tests.evaluation.inception_weights import pictures
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.config import EvaluationConfig
-from tcaq_lightning.evaluation.fid import FIDResult, ReferenceStatistics
+from tcaq_lightning.evaluation.metrics.fid import FIDResult, ReferenceStatistics
 from tcaq_lightning.evaluation.reference import Reference
 from tcaq_lightning.evaluation.scores import inception_score, kernel_distance, plain, score
 

@@ -13,9 +13,9 @@ from tcaq_lightning.config import EvaluationConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import evaluate_images
 from tcaq_lightning.evaluation.features import load_feature_extractor
-from tcaq_lightning.evaluation.fid import ReferenceStatistics, frechet_distance
 from tcaq_lightning.evaluation.images import ImageFolder, ImageWriter, open_images
 from tcaq_lightning.evaluation.inception import Inception, load_inception
+from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
 from tcaq_lightning.evaluation.reference import open_reference
 from tcaq_lightning.evaluation.spaces import FeatureSpace, measure_images, open_space, write_statistics
 from tests.evaluation.inception_weights import pictures

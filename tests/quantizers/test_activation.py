@@ -9,8 +9,8 @@ from torch import Tensor
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import per_sample
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
-from tcaq_lightning.timesteps import TimestepGroups
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcaq_lightning.packing import pack, packed_size
 from tcaq_lightning.quantizers import AdaRoundWeight, IntegerWeight, PackedWeight, Rounding
-from tcaq_lightning.quantizers.rounding import adaround_regularizer
+from tcaq_lightning.quantizers.adaround import adaround_regularizer
+from tcaq_lightning.quantizers.packing import pack, packed_size
 from tcaq_lightning.quantizers.weight import scale_of_inputs
 
 CASES = {

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from tcaq_lightning import alignment, distributed
+from tcaq_lightning.calibration import rounds
+from tcaq_lightning.runtime.distributed import collectives
 
 
 def compared(value: Any) -> Any:
-    """As `distributed.broadcast`, of a unit's (state, record) or a round's record."""
+    """As `collectives.broadcast`, of a unit's (state, record) or a round's record."""
     state, record = value if isinstance(value, tuple) else ({}, value)
-    others = distributed.gather((state, {k: v for k, v in record.items() if k != "seconds"}))
+    others = collectives.gather((state, {k: v for k, v in record.items() if k != "seconds"}))
     for other_state, other_record in others:
         assert other_record == others[0][1]
         assert all(torch.equal(other_state[k], v) for k, v in others[0][0].items())
-    return distributed.broadcast(value)
+    return collectives.broadcast(value)
 
 
 if __name__ == "__main__":
-    alignment.broadcast = compared
+    rounds.broadcast = compared
     runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")

@@ -20,7 +20,7 @@ import torch
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from tcaq_lightning.environment import Place
+from tcaq_lightning.runtime.distributed.environment import Place
 
 Settings = dict[str, Any]
 Fault = tuple[str, int, str]

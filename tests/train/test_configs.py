@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tcaq_lightning.cli import parse_config
 from tcaq_lightning.config import Config
-from tcaq_lightning.parsing import parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 RUNNABLE = [path for path in CONFIGS if path.parent.name != "paper"]  # those need checkpoints: see test_paper_configs

@@ -19,8 +19,8 @@ def test_activations_in_files_give_the_same_bits(
 ) -> None:
     args = ("--config", config, "--run_dir", tmp_path / "run")
     # the first command keeps them in memory, is killed, and the next ones may do with less
-    assert command(*args, fault=("tcaq_lightning.activations:Streams.store", 4, "SIGKILL")).code == -9
-    killed = command(*args, HOST, "0.0001", fault=("tcaq_lightning.activations:Streams.store", 5, "SIGKILL"))
+    assert command(*args, fault=("tcaq_lightning.calibration.streams:Streams.store", 4, "SIGKILL")).code == -9
+    killed = command(*args, HOST, "0.0001", fault=("tcaq_lightning.calibration.streams:Streams.store", 5, "SIGKILL"))
     assert killed.code == -9
     ended = command(*args, HOST, "0")
     assert (ended.code, ended.err) == (0, "")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from tcaq_lightning.files import load_tensors
+from tcaq_lightning.runtime.files import load_tensors
 from tests.train.conftest import Command, Ended, Settings, changed, contents
 from tests.train.test_resume import (
     BATCH,
@@ -32,7 +32,7 @@ from tests.train.test_resume import (
 ROOT = Path(__file__).parents[2]
 QUICK = ("--trainer.timeout", "1")
 """A lost connection must be noticed by itself, not by a timeout; should it not be, the test ends soon."""
-SEARCH = "tcaq_lightning.unit_calibration:initialize"
+SEARCH = "tcaq_lightning.calibration.unit:initialize"
 
 # In the order in which a run comes by; the second rank writes nothing.
 MOMENTS = [

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import yaml
 
-from tcaq_lightning.files import load_tensors
+from tcaq_lightning.runtime.files import load_tensors
 from tests.train.conftest import Command, Settings, changed, contents
 
-STEP = "tcaq_lightning.reconstruction:BlockReconstruction.on_train_batch_start"
-OBSERVE = "tcaq_lightning.observation:UnitObservation.predict_step"
+STEP = "tcaq_lightning.calibration.reconstruction:BlockReconstruction.on_train_batch_start"
+OBSERVE = "tcaq_lightning.calibration.observation:UnitObservation.predict_step"
 SAMPLE = "diffusers:DDIMScheduler.step"
 RENAME = "os:replace"
-STORE = "tcaq_lightning.activations:Streams.store"
-SAVE = "tcaq_lightning.alignment:save_tensors"
-CHECKPOINT = "tcaq_lightning.files:CheckedCheckpointIO.save_checkpoint"
-CHECKSUMS = "tcaq_lightning.artifact:write_checksums"
+STORE = "tcaq_lightning.calibration.streams:Streams.store"
+SAVE = "tcaq_lightning.calibration.rounds:save_tensors"
+CHECKPOINT = "tcaq_lightning.runtime.files:CheckedCheckpointIO.save_checkpoint"
+CHECKSUMS = "tcaq_lightning.artifact.directory:write_checksums"
 PLACE = "pathlib:Path.rename"
 BATCH = "tcaq_lightning.evaluation.batches:save_tensors"
-REPORT = "tcaq_lightning.report:write_json"
+REPORT = "tcaq_lightning.reports.markdown:write_json"
 
 # In the order in which a run comes by. A step's number counts from where the killed process began.
 MOMENTS = [

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tcaq_lightning.artifact import load_quantized
+from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
-from tcaq_lightning.pipelines import find_denoiser
-from tcaq_lightning.quantized_layers import quant_layers
-from tcaq_lightning.sampling import make_sampling
+from tcaq_lightning.models.pipelines import find_denoiser
+from tcaq_lightning.models.sampling import make_sampling
+from tcaq_lightning.nn.prepare import quant_layers
 from tests.text_models import CALL_OPTIONS, TEXT_MODELS, make_text_model
 
 pytest.importorskip("transformers")

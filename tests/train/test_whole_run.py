@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tcaq_lightning import load_quantized
 from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.evaluation.denoiser_errors import image_error
 from tcaq_lightning.evaluation.evaluate import IMAGES_START
-from tcaq_lightning.evaluation.metrics import image_error
-from tcaq_lightning.files import load_tensors
-from tcaq_lightning.pipelines import find_denoiser, open_pipeline, sample
+from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample
+from tcaq_lightning.runtime.files import load_tensors
 from tests.train.conftest import Command, Settings, contents
 
 ROOT = Path(__file__).parents[2]

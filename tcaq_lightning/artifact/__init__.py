@@ -1,0 +1,1 @@
+"""The quantized model on disk, and as diffusers sees it."""

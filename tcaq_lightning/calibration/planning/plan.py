@@ -1,0 +1,227 @@
+"""The plan that is shown before work: units, bits, what is kept, data, memory, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from tcaq_lightning.calibration.planning.cost import (
+    DEVICE_TFLOPS,
+    RANK_EFFICIENCY,
+    calibration_passes,
+    forward_flops,
+    seconds_on_devices,
+)
+from tcaq_lightning.calibration.planning.footprint import Footprint, TrialWork, measure_footprint, unit_samples
+from tcaq_lightning.calibration.storage import GIGABYTE, Tier, resolve_limits
+from tcaq_lightning.calibration.streams import TensorKind, UnitData, store_peaks
+from tcaq_lightning.config import Config
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.units import UnitGraph
+from tcaq_lightning.nn.prepare import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
+from tcaq_lightning.runtime.distributed.collectives import world_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        processes: that share the run. units: number of units.
+        samples: calibration samples, held-out ones included.
+        layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
+        steps: optimisation steps over all units, phases and rounds.
+        store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
+        model_bytes: the full-precision pipeline, and what the quantized denoiser has beside its weights: codes, tables.
+        workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
+        seconds: estimated duration of the calibration.
+    """
+
+    processes: int
+    units: int
+    samples: int
+    layers: dict[str, int]
+    kept: list[str]
+    steps: int
+    store_bytes: dict[Tier, int]
+    limits: dict[Tier, float]
+    model_bytes: int
+    workspace_bytes: dict[str, int]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> Table:
+        """For the console."""
+        table = Table(title="plan", show_header=False, title_justify="left")
+        bits = ", ".join(f"{count} x {label}" for label, count in self.layers.items())
+        tiers = [f"{tier} {nbytes / GIGABYTE:.2f}" for tier, nbytes in self.store_bytes.items() if nbytes]
+        if self.processes > 1:
+            table.add_row("processes", f"{self.processes}; memory is that of each")
+        table.add_row("units", str(self.units))
+        table.add_row("layers and matmuls", bits)
+        table.add_row("kept in full precision", ", ".join(self.kept) or "nothing but norms")
+        table.add_row("calibration samples", str(self.samples))
+        table.add_row("optimisation steps", str(self.steps))
+        table.add_row("stored activations", f"{', '.join(tiers)} GB")
+        table.add_row("model and codes", f"{self.model_bytes / GIGABYTE:.2f} GB")
+        kind, workspace = max(self.workspace_bytes.items(), key=lambda item: item[1])
+        table.add_row("workspace", f"{workspace / GIGABYTE:.2f} GB (most in: {kind})")
+        table.add_row("time", f"about {duration(self.seconds)}")
+        return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits.
+
+    >>> duration(80), duration(600), duration(20000)
+    ('80 s', '10 min', '5.6 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def make_plan(
+    config: Config,
+    denoiser: nn.Module,
+    others: Mapping[str, nn.Module],
+    graph: UnitGraph,
+    coverage: list[CoverageRow],
+    probe: Samples,
+    calls: int,
+    earlier: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Count, measure what memory work takes, and time one forward pass of the full-precision denoiser.
+
+    Args:
+        config: the run's configuration.
+        denoiser: full precision.
+        others: the pipeline's other networks.
+        graph: units in execution order.
+        coverage: the coverage table.
+        probe: calibration-like inputs, any number.
+        calls: denoiser calls of one trajectory.
+        earlier: plan of an earlier command of the run, whose measured memory is taken over.
+    """
+    with torch.no_grad():
+        inputs = _input_kinds(unit_samples(denoiser, graph, probe[:2]), graph)
+        batch = probe.cycled(config.reconstruction.batch_size)
+        started = time.perf_counter()
+        batch.predict(denoiser)
+        forward = (time.perf_counter() - started) / len(batch)  # of one sample
+    device = next(denoiser.parameters()).device
+    limits = resolve_limits(config.calibration.memory_budget, device, config.run_dir, config.trainer.devices)
+    if earlier is not None and earlier.get("processes") == world_size():
+        footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
+    else:
+        footprint = measure_footprint(config, denoiser, others, graph, probe, calls)
+    seconds = forward * calibration_passes(config, calls) / world_size()
+    kinds = _Kinds(graph, inputs, probe.x.dtype)
+    return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
+
+
+def sketch_plan(
+    config: Config, denoiser: nn.Module, graph: UnitGraph, coverage: list[CoverageRow], samples: Samples, calls: int
+) -> Plan:
+    """The plan of a model without weights, from shapes alone; its time is that of devices of an assumed throughput.
+
+    Args:
+        config: the run's configuration.
+        denoiser: on the meta device.
+        graph: units in execution order.
+        coverage: the coverage table.
+        samples: in the shapes of its inputs, at least `tracing.SIZES[1]`, on the meta device.
+        calls: denoiser calls of one trajectory.
+    """
+    with torch.no_grad():
+        inputs = _input_kinds(unit_samples(denoiser, graph, samples), graph)
+    trial = TrialWork(config, denoiser, graph, samples)
+    workspace = {"learn": trial.learning_bytes() if config.reconstruction.enabled else 0}
+    ranks = config.trainer.devices * config.trainer.num_nodes
+    flops = forward_flops(denoiser, samples[:1])
+    seconds = seconds_on_devices(calibration_passes(config, calls), flops, ranks, DEVICE_TFLOPS, RANK_EFFICIENCY)
+    limits: dict[Tier, float] = {"device": 0.0, "host": math.inf, "disk": 0.0}
+    kinds = _Kinds(graph, inputs, samples.x.dtype)
+    return _plan(config, coverage, kinds, calls, ranks, limits, Footprint(trial.model_bytes(), workspace), seconds)
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """What the store will hold: the units' outputs, of one type, and the inputs of each."""
+
+    graph: UnitGraph
+    inputs: list[list[TensorKind]]
+    dtype: torch.dtype
+
+
+def _plan(
+    config: Config,
+    coverage: list[CoverageRow],
+    kinds: _Kinds,
+    calls: int,
+    ranks: int,
+    limits: dict[Tier, float],
+    footprint: Footprint,
+    seconds: float,
+) -> Plan:
+    calibration = config.calibration
+    trajectories = calibration.num_trajectories, calibration.held_out_trajectories
+    on_rank = sum(math.ceil(count / ranks) for count in trajectories) * calls
+    steps = config.reconstruction.iterations if config.reconstruction.enabled else 0
+    layers: dict[str, int] = {}
+    for row in coverage:
+        layers[row.bits] = layers.get(row.bits, 0) + 1
+    stored = getattr(torch, calibration.storage)
+
+    def peaks(tiers: dict[Tier, float]) -> dict[Tier, int]:
+        return store_peaks(kinds.graph, kinds.inputs, on_rank, kinds.dtype, stored, tiers)
+
+    return Plan(
+        processes=ranks,
+        units=len(kinds.graph.names),
+        samples=sum(trajectories) * calls,
+        layers=layers,
+        kept=[row.name for row in coverage if row.note == KEPT_BY_RULE or row.note.startswith(UNKNOWN_ATTENTION)],
+        steps=steps * len(kinds.graph.names),
+        store_bytes=_store_peaks(limits, peaks),
+        limits=limits,
+        model_bytes=footprint.models,
+        workspace_bytes=footprint.workspace,
+        seconds=seconds,
+    )
+
+
+def _store_peaks(limits: dict[Tier, float], peaks: Callable[[dict[Tier, float]], dict[Tier, int]]) -> dict[Tier, int]:
+    """Bytes of the store by tier; a budget that is too small is refused with the least that would do."""
+    try:
+        return peaks(limits)
+    except UserError as error:
+        least = math.ceil(peaks(limits | {"disk": math.inf})["disk"] / 1e3) / 1e6
+        raise UserError(f"{error}, or raise calibration.memory_budget.disk to at least {least:.6f} GB") from error
+
+
+def _input_kinds(units: dict[str, UnitData], graph: UnitGraph) -> list[list[TensorKind]]:
+    """Shape without the batch axis, and type, of each unit's inputs."""
+    return [[(tuple(x.shape[1:]), x.dtype) for x in units[name].inputs] for name in graph.names]
+
+
+def coverage_table(rows: list[CoverageRow]) -> Table:
+    """Every layer with parameters and every attention matmul, with its bits."""
+    table = Table(title="coverage", title_justify="left")
+    for heading in ("layer", "kind", "bits", "note"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.kind, row.bits, row.note)
+    return table

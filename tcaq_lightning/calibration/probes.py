@@ -1,0 +1,107 @@
+"""Samples that searches look at: which ones, and what reaches a unit's quantizers on them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.nn.prepare import full_precision, quantizers
+from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers.activation import widened
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+
+PROBES = 40
+"""Samples that the searches look at, spread evenly over the timestep groups."""
+QUERIES = 256
+"""So many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
+
+
+def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tensor:
+    """Samples spread evenly over the groups, the same number in each, sorted by group.
+
+    >>> probe_indices(torch.tensor([1, 0, 0, 1, 1]), num_groups=2, total=4)
+    tensor([1, 2, 0, 3])
+    """
+    smallest = int(torch.bincount(groups, minlength=num_groups).min())
+    each = min(max(1, total // num_groups), smallest)
+    order = torch.argsort(groups, stable=True)
+    starts = torch.searchsorted(groups[order], torch.arange(num_groups))
+    size = torch.bincount(groups, minlength=num_groups)
+    offsets = (torch.arange(each)[None, :] * size[:, None]) // each  # spread within the group
+    return order[(starts[:, None] + offsets).flatten()]
+
+
+def capture_inputs(
+    unit: nn.Module,
+    probes: UnitData,
+    context: TimestepGroups,
+    device: torch.device,
+    batch_size: int = PROBES,
+) -> dict[str, Tensor]:
+    """Inputs of every quantizer while the unit runs in full precision, none narrower than float32.
+
+    Of probabilities, (B, heads, T, S), `QUERIES` of the T queries are kept, the one with the largest value among them.
+
+    Args:
+        unit: quantized unit. probes: samples of it. context: timestep groups of the denoiser.
+        device: where to compute. batch_size: samples in one pass.
+    """
+    captured: dict[str, list[Tensor]] = defaultdict(list)
+    passed: dict[str, Tensor] = {}
+
+    def hook(name: str, quantizer: nn.Module) -> Any:
+        of_probabilities = isinstance(quantizer, SoftmaxQuantizer)
+
+        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:  # of several calls in a pass the last counts
+            x = widened(args[0])
+            passed[name] = _some_queries(x) if of_probabilities else x
+
+        return receive
+
+    handles = [q.register_forward_pre_hook(hook(n, q)) for n, q in quantizers(unit).items()]
+    batches = torch.arange(len(probes)).tensor_split(math.ceil(len(probes) / batch_size))
+    try:
+        with full_precision(unit):
+            for batch in batches:
+                probes.run(unit, context, batch, device)
+                for name in list(passed):
+                    captured[name].append(passed.pop(name))
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared = {name for name, parts in captured.items() if parts[0].shape[0] == 1 < len(batches[0])}
+    # a single row is every sample's
+    return {name: parts[0] if name in shared else _joined(parts) for name, parts in captured.items()}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts as one tensor; each is freed when it has been copied."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(len(x) for x in parts), *parts[0].shape[1:])
+    start = len(whole)
+    while parts:
+        part = parts.pop()
+        start -= len(part)
+        whole[start : start + len(part)] = part
+    return whole
+
+
+def _some_queries(probabilities: Tensor) -> Tensor:
+    """`QUERIES` of each sample's T queries from (B, heads, T, S): the one with the largest value, and others at random.
+
+    >>> _some_queries(torch.zeros(1, 2, 4 * QUERIES, 3)).shape
+    torch.Size([1, 2, 256, 3])
+    """
+    samples, _, queries, _ = probabilities.shape
+    if queries <= QUERIES:
+        return probabilities
+    drawn = torch.randperm(queries, generator=torch.Generator().manual_seed(queries))[: QUERIES - 1]
+    largest = probabilities.amax((1, 3)).argmax(1, keepdim=True)  # (B, 1)
+    kept = torch.cat([drawn.to(largest.device).expand(samples, -1), largest], dim=1)
+    return probabilities.take_along_dim(kept[:, None, :, None], dim=2)

@@ -1,0 +1,408 @@
+"""The activation store: both streams, propagated from unit to unit and never re-run.
+
+To get a unit's inputs, the denoiser's own forward is replayed with every finished unit replaced by a stub that hands
+out its stored output, and stopped at the unit: only glue (concatenation, addition, interpolation) is computed, that
+which the unit's inputs depend on, and no knowledge of the model is needed. Outputs that no later unit depends on are
+freed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from tcaq_lightning.calibration.prefetch import read_ahead
+from tcaq_lightning.calibration.storage import ActivationStorage, Ledger, Tier
+from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.shape_only import Absent, absent
+from tcaq_lightning.models.unit_outputs import Outputs, by_sample, channel_count, output_tensors
+from tcaq_lightning.models.units import Stop, UnitGraph, dtype_at_hand, patched_forwards
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs) of a call."""
+
+TensorKind = tuple[tuple[int, ...], torch.dtype]
+"""Shape without the batch axis, and type of the values."""
+
+
+@dataclass
+class Batch:
+    """Some of a unit's calibration samples, on the device.
+
+    Attributes:
+        args, kwargs: the unit's arguments. targets: its full-precision outputs. groups: (B,) timestep groups.
+        weights: (B, C) of squared errors by sample and output channel, those of all outputs in sequence; None weighs
+            all of them 1.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Outputs
+    groups: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass
+class UnitData:
+    """What one unit is reconstructed from, for N calibration samples.
+
+    Attributes:
+        inputs: tensors of the unit's arguments, each (N, ...), from the quantized stream; (N, k, ...) of those that the
+            unit is given k rows a sample of.
+        constants: by position among the flattened arguments, those that are the same for all samples.
+        spec: how the flattened arguments form (args, kwargs).
+        targets: what the full-precision unit returned in the full-precision stream, tensors (N, ...) or (N, k, ...).
+        groups: (N,) timestep group of each sample.
+        weights: (G, C) of squared errors by timestep group and output channel, those of all outputs in sequence; None
+            weighs all of them 1.
+        dtype: that floating-point values are computed in; the store may hold narrower ones.
+        executed: on how many samples the quantized unit has run so far.
+        folded: numbers of the inputs with several rows a sample.
+        dtypes: of each input, where they are not all `dtype`.
+        in_files: whether some of the tensors are in memory-mapped files.
+    """
+
+    inputs: list[Tensor]
+    constants: dict[int, Any]
+    spec: TreeSpec
+    targets: Outputs
+    groups: Tensor
+    weights: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    executed: int = 0
+    folded: frozenset[int] = frozenset()
+    dtypes: list[torch.dtype] | None = None
+    in_files: bool = False
+
+    def __len__(self) -> int:
+        return self.groups.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Output channels, those of all outputs together."""
+        return sum(channel_count(tuple(x.shape[1:])) for x in output_tensors(self.targets))
+
+    def tensors(self) -> list[Tensor]:
+        """All stored tensors."""
+        return [*self.inputs, *output_tensors(self.targets)]
+
+    def select(self, index: Tensor | slice) -> UnitData:
+        """Some of the samples as data of their own."""
+        inputs = [x[index] for x in self.inputs]
+        targets = tree_map_only(Tensor, lambda x: x[index], self.targets)
+        return replace(self, inputs=inputs, targets=targets, groups=self.groups[index], executed=0)
+
+    def read(self, index: Tensor | slice, device: torch.device) -> Batch:
+        """The chosen samples."""
+        inputs = iter([self._input(number, index, device) for number in range(len(self.inputs))])
+        total = len(self.inputs) + len(self.constants)
+        leaves = [self.constants[i] if i in self.constants else next(inputs) for i in range(total)]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        exact = torch.promote_types(self.dtype, torch.float32)  # errors are not computed in narrower types
+        targets = tree_map_only(Tensor, lambda stored: self._load(stored, index, device, exact), self.targets)
+        groups = self.groups[index]
+        weights = None if self.weights is None else self.weights[groups.to(self.weights.device)].to(device)
+        return Batch(args, kwargs, targets, groups.to(device), weights)
+
+    def batches(self, indices: Iterable[Tensor | slice], device: torch.device) -> Generator[Batch, None, None]:
+        """Batch after batch, the next one read while the present one is computed, where reading means waiting.
+
+        From memory to the CPU it does not, and a thread would take its time from the same cores.
+        """
+        read, waits = partial(self.read, device=device), self.in_files or device.type not in {"cpu", "meta"}
+        return read_ahead(read, indices) if waits else (read(index) for index in indices)
+
+    def run(
+        self, unit: Callable[..., Outputs], context: TimestepGroups, index: Tensor | slice, device: torch.device
+    ) -> Outputs:
+        """The unit's output on the chosen samples, shaped like the targets."""
+        return self.run_batch(unit, context, self.read(index, device))
+
+    def run_batch(self, unit: Callable[..., Outputs], context: TimestepGroups, batch: Batch) -> Outputs:
+        """The unit's output on a batch, shaped like the targets."""
+        self.executed += len(batch.groups)
+        with context.using(batch.groups):
+            output = unit(*batch.args, **batch.kwargs)
+        return tree_map_only(Tensor, lambda x: by_sample(x, len(batch.groups)), output)
+
+    def _input(self, number: int, index: Tensor | slice, device: torch.device) -> Tensor:
+        loaded = self._load(
+            self.inputs[number], index, device, self.dtype if self.dtypes is None else self.dtypes[number]
+        )
+        return loaded.flatten(0, 1) if number in self.folded else loaded
+
+    @staticmethod
+    def _load(stored: Tensor, index: Tensor | slice, device: torch.device, dtype: torch.dtype) -> Tensor:
+        chosen = stored.index_select(0, index) if isinstance(index, Tensor) else stored[index]  # twice as fast
+        return chosen.to(device, dtype if stored.is_floating_point() else stored.dtype)
+
+
+@dataclass
+class SplitArguments:
+    """A unit's arguments as `UnitData` keeps them: its fields of these names."""
+
+    inputs: list[Tensor]
+    constants: dict[int, Any]
+    spec: TreeSpec
+    folded: frozenset[int]
+    dtypes: list[torch.dtype]
+
+
+def split_arguments(arguments: Arguments, batch: int, rows: tuple[int, ...] | None = None) -> SplitArguments:
+    """Tell a unit's arguments apart: what belongs to the samples, and what is the same for all.
+
+    Args:
+        arguments: (args, kwargs). batch: B.
+        rows: of each flattened argument, rows per sample, 0 of what is the same for all; None: tensors of B rows have
+            one, all else has none.
+    """
+    leaves, spec = tree_flatten(arguments)
+    if rows is None:
+        rows = tuple(int(isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch) for x in leaves)
+    batched = [x for x, count in zip(leaves, rows, strict=True) if count]
+    return SplitArguments(
+        [by_sample(x, batch) for x in batched],
+        {i: x for i, (x, count) in enumerate(zip(leaves, rows, strict=True)) if not count},
+        spec,
+        frozenset(number for number, count in enumerate(c for c in rows if c) if count > 1),
+        [x.dtype for x in batched],
+    )
+
+
+class Streams:
+    """Stored outputs of the finished units, in the full-precision and in the quantized stream.
+
+    Each unit runs once per stream and sample: `load` runs the full-precision unit on its inputs, which gives the
+    targets, and `store` the quantized one.
+
+    Args:
+        full, quantized: denoisers with equally named units.
+        graph: execution order and dependencies.
+        context: the quantized denoiser's timestep groups.
+        samples: the N calibration samples.
+        batch_size: samples per pass.
+        storage: where outputs and inputs are kept.
+    """
+
+    def __init__(
+        self,
+        full: nn.Module,
+        quantized: nn.Module,
+        graph: UnitGraph,
+        context: TimestepGroups,
+        samples: Samples,
+        batch_size: int,
+        storage: ActivationStorage,
+    ) -> None:
+        self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
+        self.samples, self.dtype = samples, samples.x.dtype
+        self.groups = context.of(samples.timesteps)
+        self.batch_size = batch_size
+        self.storage = storage
+        self.device = next(full.parameters()).device
+        self._full: dict[str, Tensor] = {}
+        self._quantized: dict[str, Tensor] = {}
+        self._glue_reads_values = False
+
+    def load(self, position: int) -> UnitData:
+        """Inputs and targets of the unit at `position`; all units before it must be stored.
+
+        Args:
+            position: in execution order.
+        """
+        name = self.graph.names[position]
+        unit = self.full.get_submodule(name)
+        keys = self.graph.keys(name)
+        targets = {key: self._allocate(shape) for key, shape in self.graph.kept_shapes(name).items()}
+        for batch, (args, kwargs) in self._replays(self.full, self._full, position):
+            with torch.no_grad(), self._echoes_kept(self.full, name, targets, batch):
+                self._keep(targets, keys, batch, unit(*args, **kwargs))
+        self._full |= targets
+
+        inputs: list[Tensor] = []
+        split: SplitArguments | None = None
+        for batch, arguments in self._replays(self.quantized, self._quantized, position):
+            part = split_arguments(arguments, batch.stop - batch.start, self.graph.rows.get(name))
+            if split is None:
+                inputs = [self.storage.allocate((len(self.samples), *x.shape[1:]), x.dtype) for x in part.inputs]
+                split = part
+            for stored, x in zip(inputs, part.inputs, strict=True):
+                stored[batch] = x
+        assert split is not None
+        tree = self.graph.outputs.get(name)
+        return UnitData(
+            inputs,
+            split.constants,
+            split.spec,
+            targets[name] if tree is None else tree.build(targets.__getitem__),
+            self.groups,
+            dtype=self.dtype,
+            folded=split.folded,
+            dtypes=split.dtypes,
+            in_files=any(self.storage.in_file(x) for x in (*inputs, *targets.values())),
+        )
+
+    @torch.no_grad()
+    def store(self, position: int, data: UnitData) -> None:
+        """Run the finished quantized unit on its inputs, keep its outputs, and free what no later unit needs.
+
+        The unit's inputs are freed too: `data` is used up.
+        """
+        name = self.graph.names[position]
+        alive = self.graph.alive_after(position)
+        keys, shapes = self.graph.keys(name), self.graph.kept_shapes(name)
+        if alive.intersection(shapes):
+            unit = self.quantized.get_submodule(name)
+            outputs = {key: self._allocate(shape) for key, shape in shapes.items() if key in alive}
+            for index, batch in zip(self._batches(), data.batches(self._batches(), self.device), strict=True):
+                with self._echoes_kept(self.quantized, name, outputs, index):
+                    self._keep(outputs, keys, index, data.run_batch(unit, self.context, batch))
+            self._quantized |= outputs
+        while data.inputs:
+            self.storage.free(data.inputs.pop())
+        for stored in (self._full, self._quantized):
+            for done in set(stored) - alive:
+                self.storage.free(stored.pop(done))
+
+    def executions(self, position: int) -> dict[str, int]:
+        """On how many samples `load` and `store` run the unit at `position`, by stream."""
+        kept = self.graph.alive_after(position).intersection(self.graph.kept_shapes(self.graph.names[position]))
+        return {"full_stream": len(self.samples), "quantized_stream": len(self.samples) if kept else 0}
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        return self.storage.allocate((len(self.samples), *shape), self.dtype)
+
+    @contextmanager
+    def _echoes_kept(self, denoiser: nn.Module, name: str, stored: dict[str, Tensor], batch: slice) -> Iterator[None]:
+        """Within, keep what a unit's echoes return while it runs on a batch."""
+
+        def keep(echo: str) -> Callable[..., None]:
+            return lambda _module, _args, output: stored[echo].__setitem__(batch, output)
+
+        echoes = self.graph.echoes.get(name, ())
+        handles = [denoiser.get_submodule(echo).register_forward_hook(keep(echo)) for echo in echoes]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def _keep(stored: dict[str, Tensor], keys: list[str], batch: slice, outputs: Outputs) -> None:
+        for key, x in zip(keys, output_tensors(outputs), strict=True):
+            if key in stored:
+                stored[key][batch] = by_sample(x, batch.stop - batch.start)
+
+    def _batches(self) -> Iterator[slice]:
+        for start in range(0, len(self.samples), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.samples)))
+
+    @torch.no_grad()
+    def _replays(
+        self, denoiser: nn.Module, stored: dict[str, Tensor], position: int
+    ) -> Iterator[tuple[slice, tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """The unit's arguments in one stream, batch by batch."""
+        with dtype_at_hand(denoiser):
+            for batch in self._batches():
+                if not self._glue_reads_values:
+                    try:
+                        arguments = self._replayed(denoiser, stored, position, batch)
+                        self._glue_reads_values = any(isinstance(x, Absent) for x in tree_leaves(arguments))
+                    except (RuntimeError, NotImplementedError):
+                        self._glue_reads_values = True
+                if self._glue_reads_values:
+                    arguments = self._replayed(denoiser, stored, position, batch)
+                yield batch, arguments
+
+    def _replayed(
+        self, denoiser: nn.Module, stored: dict[str, Tensor], position: int, batch: slice
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the unit at `position` for a batch, in the stream whose outputs are given."""
+        finished, name = self.graph.names[:position], self.graph.names[position]
+        needed = self.graph.needs[name]
+        forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored, batch, needed) for n in finished}
+        echoes = (echo for n in finished for echo in self.graph.echoes.get(n, ()))
+        forwards |= {echo: self._stub_of_echo(stored[echo][batch]) for echo in echoes}
+        forwards[name] = _stop
+        try:
+            with patched_forwards(denoiser, forwards):
+                self.samples[batch].predict(denoiser)
+        except Stop as reached:
+            return reached.args_kwargs
+        raise RuntimeError(f"unit {name} was not reached; the denoiser's path must not depend on values")
+
+    def _stub(
+        self, name: str, stored: dict[str, Tensor], batch: slice, needed: frozenset[str]
+    ) -> Callable[..., Outputs]:
+        def output(key: str) -> Tensor:
+            dtype = self.graph.output_dtypes.get(key, self.dtype)
+            if key in needed:  # a copy: glue may write in place
+                x = stored[key][batch].to(self.device, dtype, copy=True)
+            else:
+                x = self._placeholder((batch.stop - batch.start, *self.graph.output_shapes[key]), dtype)
+            return x.flatten(0, 1) if key in self.graph.folded else x
+
+        tree = self.graph.outputs.get(name)
+        return lambda *_, **__: output(name) if tree is None else tree.build(output)
+
+    def _stub_of_echo(self, stored: Tensor) -> Callable[..., Tensor]:
+        return lambda *_, **__: stored.to(self.device, self.dtype, copy=True)
+
+    def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """For what the unit's inputs do not depend on; NaN where glue looks at values all the same."""
+        if self._glue_reads_values:
+            return torch.full((), torch.nan, dtype=dtype, device=self.device).expand(shape)
+        return absent(shape, dtype, self.device)
+
+
+def _stop(*args: Any, **kwargs: Any) -> None:
+    raise Stop(args, kwargs)
+
+
+def store_peaks(
+    graph: UnitGraph,
+    inputs: Sequence[Sequence[TensorKind]],
+    samples: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    limits: dict[Tier, float],
+) -> dict[Tier, int]:
+    """Largest number of bytes that the store holds at once, by tier.
+
+    Args:
+        graph: units with their output shapes.
+        inputs: shape (without the batch axis) and type of each of the units' inputs, in execution order.
+        samples: N.
+        dtype: of the units' outputs. stored: what floating-point values are stored as.
+        limits: bytes by tier.
+
+    Raises:
+        UserError: the limits are too small.
+    """
+    ledger = Ledger(limits)
+
+    def place(shape: tuple[int, ...], kind: torch.dtype) -> tuple[Tier, int]:
+        nbytes = samples * math.prod(shape) * (stored if kind.is_floating_point else kind).itemsize
+        return ledger.place(nbytes), nbytes
+
+    outputs: dict[str, list[tuple[Tier, int]]] = {}
+    for position, name in enumerate(graph.names):
+        alive = graph.alive_after(position)
+        shapes = graph.kept_shapes(name)
+        outputs |= {key: [place(shape, dtype)] for key, shape in shapes.items()}
+        read = [place(*tensor) for tensor in inputs[position]]
+        for key in [key for key in shapes if key in alive]:
+            outputs[key].append(place(shapes[key], dtype))
+        gone = [b for n in outputs.keys() - alive for b in outputs.pop(n)]
+        for booking in (*read, *gone):
+            ledger.free(*booking)
+    return ledger.peak

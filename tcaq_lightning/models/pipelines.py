@@ -1,0 +1,330 @@
+"""Diffusers pipelines: open a directory, find the denoiser, sample with any scheduler."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.models.class_conditional import ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline
+from tcaq_lightning.models.schedulers import OWN_SCHEDULERS
+from tcaq_lightning.models.unets import denoiser_class
+
+ASSETS = Path(__file__).parent / "assets"
+DENOISER_NAMES = ("unet", "transformer")
+OWN_PIPELINES = {c.__name__: c for c in (ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline)}
+"""Pipelines that model_index.json may name and diffusers lacks."""
+SEED_STRIDE = 1_000_003
+"""Distance of the noise seeds of two runs, so that their samples share none."""
+
+
+def shipped(name: str) -> Path | None:
+    """Directory of a model or feature extractor that comes with the package, or None."""
+    path = ASSETS / name
+    return path if name and "/" not in name and path.is_dir() else None
+
+
+def quiet_diffusers(index: dict[str, Any] | None = None) -> None:
+    """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged.
+
+    Args:
+        index: of the pipeline that will be opened; transformers, if it takes any of it, is kept quiet too.
+    """
+    diffusers_logging.set_verbosity(logging.CRITICAL)
+    diffusers_logging.disable_progress_bar()
+    if any(isinstance(part, (list, tuple)) and part[0] == "transformers" for part in (index or {}).values()):
+        with suppress(ImportError):  # opening the pipeline will say what is missing
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.set_verbosity(logging.CRITICAL)
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Open a pretrained model in diffusers layout.
+
+    Args:
+        path: directory with a model_index.json, name of a shipped model, or hub id.
+        variant: of the weights' files, such as fp16. dtype: that the model computes in.
+
+    Returns:
+        The pipeline on the CPU, its denoiser frozen and in evaluation mode.
+
+    Raises:
+        UserError: no such model, no denoiser, weights missing, of other shapes, NaN or infinite.
+    """
+    directory = shipped(path) or Path(path)
+    local = directory.exists()
+    if not local and (path.count("/") != 1 or path.startswith((".", "/"))):
+        raise UserError(f"model.path: no model at {path}; expected a directory in diffusers layout or a hub id")
+    source = str(directory) if local else path
+    try:
+        index = DiffusionPipeline.load_config(source, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path} has no readable model_index.json; expected diffusers layout") from error
+    quiet_diffusers(index)
+    name = next((n for n in DENOISER_NAMES if index.get(n)), None)
+    if name is None:
+        raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
+    loading: dict[str, Any] = {
+        "use_safetensors": True,
+        "low_cpu_mem_usage": False,
+        "local_files_only": local,
+        "variant": variant,
+    }
+    if dtype != torch.float32:  # the default of diffusers; newer versions call it dtype, and warn
+        loading["torch_dtype"] = dtype
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    denoiser = _load_denoiser(source, name, str(index[name][1]), loading)
+    try:
+        pipeline = pipeline_class(index).from_pretrained(source, **loading, **{name: denoiser})
+    except Exception as error:  # whatever diffusers' loaders raise is about these files
+        raise UserError(f"model.path: cannot open {path}: {one_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    opened: DiffusionPipeline = pipeline
+    return opened
+
+
+def pipeline_class(index: dict[str, Any]) -> Any:
+    """The class that opens a pipeline, by its model_index.json."""
+    return OWN_PIPELINES.get(str(index.get("_class_name")), DiffusionPipeline)
+
+
+def _load_denoiser(source: str, name: str, class_name: str, loading: dict[str, Any]) -> nn.Module:
+    known = denoiser_class(class_name)
+    if known is None:
+        raise UserError(
+            f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
+        )
+    try:
+        denoiser, info = known.from_pretrained(source, subfolder=name, output_loading_info=True, **loading)
+    except Exception as error:  # as above
+        raise UserError(f"model.path: cannot load {name} of {source}: {one_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            raise UserError(
+                f"model.path: {name} of {source} has {len(info[kind])} {kind.replace('_', ' ')} in its weights, such "
+                f"as {min(info[kind])}; expected exactly the weights of its config.json"
+            )
+    for key, value in denoiser.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"model.path: {name} weight {key} of {source} is NaN or infinite; expected finite weights")
+    module: nn.Module = denoiser.requires_grad_(False).eval()
+    return module
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error as one line of at most about `limit` characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:limit]}"
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """Name and module of the pipeline's denoiser.
+
+    Raises:
+        UserError: none of the known components is there.
+    """
+    for name in DENOISER_NAMES:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise UserError(f"the pipeline has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
+
+
+@torch.no_grad()
+def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any] | None = None) -> None:
+    """See that the scheduler can use the denoiser: it maps (x_t, t) to a finite prediction of x_t's shape.
+
+    A scheduler of learned variances takes twice the channels.
+
+    Args:
+        denoiser: full precision. scheduler: for one run of the sampler.
+        arguments: of the denoiser for two samples, beside x_t and t.
+
+    Raises:
+        UserError: it needs further inputs, takes none of its own sample size, or predicts something else.
+    """
+    takes = f"x_t, t, {', '.join(arguments)}" if arguments else "x_t and t alone"
+    expected = f"model.path: expected a {type(denoiser).__name__} that maps {takes} to a prediction like x_t"
+    try:
+        x = torch.zeros(2, *sample_shape(denoiser), device=next(denoiser.parameters()).device)
+        t = torch.ones(2, dtype=torch.long, device=x.device)
+        prediction = denoiser(x, t, return_dict=False, **on_device(arguments or {}, x.device))[0]
+    except Exception as error:  # a model raises whatever it likes
+        raise UserError(f"{expected}, got {one_line(error)}") from error
+    doubled = str(scheduler.config.get("variance_type")).startswith("learned")
+    shape = (x.shape[0], x.shape[1] * (2 if doubled else 1), *x.shape[2:])
+    if prediction.shape != shape or not prediction.isfinite().all():
+        finite = "finite" if prediction.isfinite().all() else "NaN or infinite"
+        raise UserError(f"{expected}, got {finite} values of shape {tuple(prediction.shape)}, not {shape}")
+
+
+def other_networks(pipeline: Any, denoiser: str) -> dict[str, nn.Module]:
+    """A pipeline's networks beside the denoiser of that component name, such as a decoder and text encoders."""
+    return {n: part for n, part in sorted(pipeline.components.items()) if isinstance(part, nn.Module) and n != denoiser}
+
+
+def find_decoder(networks: Mapping[str, nn.Module]) -> Any:
+    """The autoencoder among a latent pipeline's networks, or None."""
+    return networks.get("vae") or networks.get("vqvae")
+
+
+@contextmanager
+def one_by_one(decoder: Any) -> Iterator[None]:
+    """Within, an autoencoder decodes the images of a batch one by one, if it can: together they may take gigabytes."""
+    before = getattr(decoder, "use_slicing", None)
+    if before is None:
+        yield
+        return
+    decoder.use_slicing = True
+    try:
+        yield
+    finally:
+        decoder.use_slicing = before
+
+
+def denoiser_bytes(denoiser: nn.Module) -> int:
+    """Bytes of a denoiser's parameters and buffers, which its safetensors file exceeds by a header."""
+    return sum(v.numel() * v.element_size() for v in denoiser.state_dict().values())
+
+
+def configured_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """A scheduler with the sampler's settings, its timesteps not yet set.
+
+    Args:
+        own: the pipeline's scheduler; its noise schedule and prediction type are kept.
+        sampler: class and further settings.
+        key: config key that errors name.
+
+    Raises:
+        UserError: unknown class or option.
+    """
+    scheduler_class = type(own) if sampler.scheduler is None else find_scheduler_class(sampler.scheduler)
+    if scheduler_class is None or not hasattr(scheduler_class, "set_timesteps"):
+        raise UserError(
+            f"{key}.scheduler must be a scheduler class of diffusers or one of {sorted(OWN_SCHEDULERS)}, "
+            f"got {sampler.scheduler!r}"
+        )
+    known = set(inspect.signature(scheduler_class.__init__).parameters) - {"self"}
+    unknown = sorted(set(sampler.options) - known)
+    if unknown:
+        raise UserError(
+            f"{key}.options: {scheduler_class.__name__} has no option {unknown[0]!r}; it has {sorted(known)}"
+        )
+    try:
+        return scheduler_class.from_config(own.config, **sampler.options)
+    except Exception as error:  # schedulers validate their settings each in its own way
+        raise UserError(f"{key}: {scheduler_class.__name__}: {one_line(error)}") from error
+
+
+def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
+    """`configured_scheduler` for one run of the sampler, its timesteps set.
+
+    Raises:
+        UserError: unknown class, option or number of steps.
+    """
+    scheduler = configured_scheduler(own, sampler, key)
+    try:
+        scheduler.set_timesteps(sampler.num_steps)
+    except Exception as error:  # as above
+        raise UserError(
+            f"{key}: {type(scheduler).__name__} with {sampler.num_steps} steps: {one_line(error)}"
+        ) from error
+    return scheduler
+
+
+def find_scheduler_class(name: str) -> Any:
+    """A scheduler's class by its name, of diffusers or of ours; None where neither has it."""
+    return getattr(diffusers, name, None) or OWN_SCHEDULERS.get(name)
+
+
+def initial_noise(shape: Sequence[int], indices: Sequence[int], seed: int) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise x_T of numbered samples; sample i is the same whatever batch it is drawn in.
+
+    Args:
+        shape: (C, H, W).
+        indices: numbers of the samples.
+        seed: seed of the whole set.
+
+    Returns:
+        Standard normal (B, C, H, W) on the CPU, and the generators that go on with each sample's step noise.
+    """
+    generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in indices]
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators]), generators
+
+
+@torch.no_grad()
+def sample(
+    denoiser: nn.Module,
+    own_scheduler: Any,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    seed: int,
+    arguments: dict[str, Any] | None = None,
+) -> Tensor:
+    """Sample with the denoiser, by the loop that every diffusers scheduler shares.
+
+    (`DDIMPipeline` forces DDIM, and `DDPMPipeline` passes a generator to steps that take none.)
+
+    Args:
+        denoiser: maps (x_t, t) to its prediction.
+        own_scheduler: the pipeline's scheduler.
+        sampler: the scheduler to use and its steps.
+        indices: numbers of the samples, which fix their noise.
+        seed: seed of the noise.
+        arguments: of the denoiser for these samples, beside x_t and t.
+
+    Returns:
+        Samples (B, C, H, W) in the model's range, [-1, 1] for pixels.
+    """
+    scheduler = make_scheduler(own_scheduler, sampler)
+    device = next(denoiser.parameters()).device
+    noise, generators = initial_noise(sample_shape(denoiser), indices, seed)
+    x: Tensor = noise.to(device) * scheduler.init_noise_sigma
+    known = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
+    if "generator" in known:
+        extra["generator"] = generators
+    others = on_device(arguments or {}, device)
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(x, t)
+        prediction = denoiser(model_input, t.to(device), return_dict=False, **others)[0]
+        x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+    return x
+
+
+def on_device(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments whose tensors are on a device."""
+    moved: dict[str, Any] = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, arguments)
+    return moved
+
+
+def sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the denoiser's input."""
+    config: Any = denoiser.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return config.in_channels, height, width
+
+
+def to_images(samples: Tensor) -> Tensor:
+    """Samples in [-1, 1] as images in [0, 1].
+
+    >>> to_images(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    return (samples / 2 + 0.5).clamp(0, 1)

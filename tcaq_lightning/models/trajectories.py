@@ -1,0 +1,270 @@
+"""Calibration data: the denoiser inputs that a sampler visits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tcaq_lightning.config import SamplerConfig
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.models.denoiser_calls import Call, Conditioning, Samples, watched
+from tcaq_lightning.models.pipelines import one_line
+from tcaq_lightning.models.sampling import Sampling
+from tcaq_lightning.models.units import patched_forwards
+from tcaq_lightning.runtime.distributed.collectives import gather, share
+
+
+@dataclass
+class Trajectories:
+    """Denoiser inputs along sampler trajectories.
+
+    With classifier-free guidance a sample has several rows in each of the sampler's batches. Each row counts as a call
+    of its own: first a step's first rows, then its second ones.
+
+    Attributes:
+        inputs: (S, N, C, H, W) x_t as the denoiser meets it, S denoiser calls in sampling order.
+        timesteps: (S,) their timesteps.
+        finals: (N, C, H, W) the images that the trajectories end in.
+        conditioning: what else the denoiser takes.
+        halves: rows of a sample in a batch: 2 with guidance, else 1.
+    """
+
+    inputs: Tensor
+    timesteps: Tensor
+    finals: Tensor
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    halves: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return self.inputs.shape[0]
+
+    @property
+    def num_trajectories(self) -> int:
+        """N."""
+        return self.inputs.shape[1]
+
+    def flat(self) -> Samples:
+        """All S*N samples, the steps outermost."""
+        calls, trajectories = torch.arange(self.num_steps), torch.arange(self.num_trajectories)
+        return Samples(
+            self.inputs.flatten(0, 1),
+            self.timesteps.repeat_interleave(self.num_trajectories),
+            self.conditioning,
+            calls.repeat_interleave(self.num_trajectories),
+            trajectories.repeat(self.num_steps),
+        )
+
+    def at(self, calls: Tensor, trajectories: Tensor) -> Samples:
+        """The samples (B,) of some calls and trajectories, pair by pair."""
+        return Samples(self.inputs[calls, trajectories], self.timesteps[calls], self.conditioning, calls, trajectories)
+
+    @classmethod
+    def of_samples(cls, samples: Samples) -> Trajectories:
+        """One trajectory of a call for each sample; its final image is of no meaning."""
+        whole = samples[slice(None)]
+        assert whole.calls is not None
+        assert whole.trajectories is not None
+        rows = samples.conditioning.of_samples(whole.calls, whole.trajectories)
+        return cls(samples.x.unsqueeze(1), samples.timesteps, samples.x[:1], rows)
+
+    def select(self, part: slice | Tensor) -> Trajectories:
+        """Some of the trajectories."""
+        conditioning = self.conditioning.select(part)
+        return Trajectories(self.inputs[:, part], self.timesteps, self.finals[part], conditioning, self.halves)
+
+    @staticmethod
+    def join(parts: Sequence[Trajectories]) -> Trajectories:
+        """Trajectories over the same timesteps, side by side."""
+        first = parts[0]
+        inputs, finals = torch.cat([p.inputs for p in parts], dim=1), torch.cat([p.finals for p in parts])
+        conditioning = Conditioning.side_by_side([p.conditioning for p in parts])
+        return Trajectories(inputs, first.timesteps, finals, conditioning, first.halves)
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """For a safetensors file and a JSON-ready record beside it."""
+        tensors, conditioning = self.conditioning.packed()
+        own = {"inputs": self.inputs, "timesteps": self.timesteps, "finals": self.finals}
+        return own | tensors, {"conditioning": conditioning, "halves": self.halves}
+
+    @classmethod
+    def unpacked(cls, tensors: dict[str, Tensor], record: dict[str, Any]) -> Trajectories:
+        """From what `packed` gave."""
+        own = {name: tensors[name] for name in ("inputs", "timesteps", "finals")}
+        conditioning = Conditioning.unpacked(tensors, record["conditioning"])
+        return cls(**own, conditioning=conditioning, halves=record["halves"])
+
+
+class _Recorder:
+    """Calls of a denoiser while some samples are drawn."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.calls: list[Call] = []
+        self.conditioning: list[Conditioning] = []
+
+    def see(self, call: Call) -> None:
+        """Take a call down."""
+        rows = len(call.x)
+        if rows % self.samples or (self.calls and self._rows(call) != self._rows(self.calls[0])):
+            raise UserError(
+                f"the denoiser is called with {rows} rows for {self.samples} samples; expected the same number of rows "
+                "for each sample in every step"
+            )
+        conditioning = Conditioning.of_call(call.arguments, rows, rows // self.samples)
+        if self.conditioning and conditioning == self.conditioning[0]:
+            conditioning = self.conditioning[0]
+        else:
+            conditioning = conditioning.copied()
+        self.conditioning.append(conditioning)
+        self.calls.append(Call(call.x.cpu().clone(), call.timestep.cpu().clone(), {}))
+
+    def trajectories(self, finals: Tensor) -> Trajectories:
+        """What was taken down."""
+        halves = self._rows(self.calls[0])
+        inputs = [x for call in self.calls for x in call.x.view(halves, self.samples, *call.x.shape[1:])]
+        timesteps = torch.stack([call.timestep.reshape(-1)[0] for call in self.calls]).repeat_interleave(halves)
+        conditioning = Conditioning.along_steps(self.conditioning)
+        return Trajectories(torch.stack(inputs), timesteps, finals.cpu(), conditioning, halves)
+
+    def _rows(self, call: Call) -> int:
+        return len(call.x) // self.samples
+
+
+def collect(
+    denoiser: nn.Module,
+    sampling: Sampling,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> Trajectories:
+    """Run the sampler once for each noise and keep every denoiser input: S calls for S steps, no restarts.
+
+    Args:
+        denoiser: full-precision or quantized.
+        sampling: how the pipeline is sampled.
+        sampler: sampler settings.
+        indices: numbers of the noises; the same numbers and seed give the same noise for any denoiser.
+        seed: seed of the noises.
+        batch_size: trajectories at a time.
+        advance: told the number of trajectories just done.
+    """
+    parts: list[Trajectories] = []
+    for start in range(0, len(indices), batch_size):
+        chosen = indices[start : start + batch_size]
+        recorder = _Recorder(len(chosen))
+        with watched(denoiser, recorder.see):
+            finals = sampling.sample(denoiser, sampler, chosen, seed)
+        parts.append(recorder.trajectories(finals))
+        if advance is not None:
+            advance(len(chosen))
+    return Trajectories.join(parts)
+
+
+def probe(
+    denoiser: nn.Module, sampling: Sampling, sampler: SamplerConfig, key: str = "calibration.sampler"
+) -> Trajectories:
+    """Two trajectories whose predictions after the first one are taken as zero, at the cost of one denoiser call.
+
+    They tell which calls there are, at which timesteps and with which arguments; the inputs of the first calls are
+    those of real trajectories.
+
+    Args:
+        denoiser: full precision.
+        sampling: how the pipeline is sampled.
+        sampler: sampler settings.
+        key: config key that errors name.
+
+    Raises:
+        UserError: the denoiser cannot be sampled like this.
+    """
+    sampling.check(denoiser, sampler, key)
+    first: list[Any] = []
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        if not first:
+            first.append(type(denoiser).forward(denoiser, *args, **kwargs))
+            return first[0]
+        return _zero_like(first[0])
+
+    try:
+        with patched_forwards(denoiser, {"": predict}):
+            found = collect(denoiser, sampling, sampler, [0, 1], 0, 2)
+    except UserError:
+        raise
+    except Exception as error:  # pipelines, denoisers and schedulers raise whatever they like
+        raise UserError(
+            f"{key}: {type(denoiser).__name__} cannot be sampled in {sampler.num_steps} steps like this: "
+            f"{one_line(error)}"
+        ) from error
+    if not first[0][0].isfinite().all():
+        raise UserError(f"model.path: {type(denoiser).__name__} predicts NaN or infinity; expected finite values")
+    return found
+
+
+def _zero_like(prediction: Any) -> Any:
+    """A denoiser's return value, a tuple or diffusers' output, with zeros in it."""
+    zero = torch.zeros_like(prediction[0])
+    return (zero,) if isinstance(prediction, tuple) else type(prediction)(sample=zero)
+
+
+def collect_together(
+    denoiser: nn.Module,
+    sampling: Sampling,
+    sampler: SamplerConfig,
+    indices: Sequence[int],
+    seed: int,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> Trajectories:
+    """`collect` by all ranks, each a part of the noises; every rank gets all trajectories, in their order."""
+    mine = share(indices)
+    own = collect(denoiser, sampling, sampler, mine, seed, batch_size, advance).packed() if len(mine) else None
+    parts = [Trajectories.unpacked(*part) for part in gather(own) if part is not None]
+    if advance is not None and len(mine) < len(indices):
+        advance(len(indices) - len(mine))
+    return Trajectories.join(parts)
+
+
+def mixed(full_precision: Trajectories, quantized: Trajectories, share: float, seed: int) -> Trajectories:
+    """Replace a share of the trajectories by the quantized sampler's from the same noise (METHOD section 5).
+
+    Args:
+        full_precision: N trajectories of the full-precision sampler.
+        quantized: N trajectories of the quantized sampler, same noises.
+        share: rho_m in [0, 1].
+        seed: which trajectories are replaced is drawn from it.
+    """
+    count = full_precision.num_trajectories
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    replaced = torch.zeros(count, dtype=torch.bool)
+    replaced[order[: round(share * count)]] = True
+    return Trajectories(
+        torch.where(_like(replaced, quantized.inputs[0]), quantized.inputs, full_precision.inputs),
+        full_precision.timesteps,
+        torch.where(_like(replaced, quantized.finals), quantized.finals, full_precision.finals),
+        full_precision.conditioning,
+        full_precision.halves,
+    )
+
+
+def _like(chosen: Tensor, samples: Tensor) -> Tensor:
+    """(N,) that goes with samples (N, ...)."""
+    return chosen.view(-1, *[1] * (samples.ndim - 1))
+
+
+def mismatch(quantized: Trajectories, full_precision: Trajectories) -> Tensor:
+    """Relative distance of the two samplers' x_t, by sampler step: (S / halves,); the rows of a sample have one x_t.
+
+    ||x_t^q - x_t^fp||^2 / ||x_t^fp||^2 over all trajectories of a step   (METHOD section 5)
+    """
+    met, expected = (x.inputs[:: x.halves] for x in (quantized, full_precision))
+    difference = (met - expected).flatten(1).double()
+    return difference.square().sum(1) / expected.flatten(1).double().square().sum(1)

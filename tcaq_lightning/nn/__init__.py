@@ -1,0 +1,1 @@
+"""Quantized layers and attention, and the pass that puts them into a denoiser."""

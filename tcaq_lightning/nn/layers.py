@@ -1,0 +1,232 @@
+"""Quantized layers with weights: convolution and linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, OutputQuantizer
+from tcaq_lightning.quantizers.activation import along, per_sample
+from tcaq_lightning.quantizers.output import OUTPUT_BITS
+from tcaq_lightning.quantizers.uniform import keeping_type
+from tcaq_lightning.runtime.precision import autocast_type
+
+
+class QuantLayer(nn.Module):
+    """A layer with weights whose input and weight are quantized.
+
+    Whatever the model's type, what is quantized is computed in float32: narrow types cannot hold its grids. The output
+    has the model's type again.
+
+    Attributes:
+        integer_output: whether some engine has no integer kernel of its kind that gives floats (ONNX Runtime for a
+            convolution; its matrix product gives floats, and is faster so).
+        dtype: of the output, that of the full-precision layer.
+        input_quantizer: quantizer of the input; q, k and v projections of one tensor share it.
+        weight_quantizer: maps r to the dequantized weight.
+        output_quantizer: of the output before the bias, or None where that stays in floating point.
+        bias: (O,) or None, in full precision.
+        bias_shift: (G, O) correction of the output's mean error for each timestep group, or None.
+        shift_bias: (O,) what the input's shift contributes to the output, W shift in full precision, or None. Once the
+            weights are integers it is part of the bias.
+    """
+
+    channel_dim: int
+    integer_output: bool = False
+    bias_shift: Tensor | None
+    shift_bias: Tensor | None
+
+    def __init__(
+        self,
+        weight_quantizer: AdaRoundWeight | IntegerWeight,
+        input_quantizer: ActivationQuantizer,
+        bias: Tensor | None,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.dtype = torch.float32
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+        self.output_quantizer: OutputQuantizer | None = None
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_buffer("bias_shift", None)
+        self.register_buffer("shift_bias", None)
+
+    @property
+    def learned_weight(self) -> AdaRoundWeight:
+        """The weight with its rounding variables; only while calibrating."""
+        assert isinstance(self.weight_quantizer, AdaRoundWeight)
+        return self.weight_quantizer
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.weight_quantizer.scale.shape[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """Where `to`, `half`, `bfloat16` end up: a change of type is one of the output alone."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(keeping_type(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def allow_bias_shift(self) -> None:
+        """Give the layer a (G, O) bias correction, zero until it is set."""
+        groups = self.input_quantizer.groups.num_groups
+        scale = self.weight_quantizer.scale
+        self.register_buffer("bias_shift", scale.new_zeros(groups, self.out_channels))
+
+    def quantize_output(self) -> None:
+        """Give the layer a quantizer of its output, neutral until it is set.
+
+        The input then gets one zero point for all timestep groups: it is a constant of the integer kernel, and its
+        codes in all groups must fit into 8 bits around it. Narrower ones do with zero points of their own.
+        """
+        self.input_quantizer.constant_zero = self.input_quantizer.bits == OUTPUT_BITS
+        quantizer = OutputQuantizer(self.out_channels, self.channel_dim)
+        self.output_quantizer = quantizer.to(self.weight_quantizer.scale.device).train(self.training)
+
+    @torch.no_grad()
+    def search_weight(self) -> None:
+        """Search the weight's grid for the input's r; the output keeps its range."""
+        before = self.learned_weight.scale.clone()
+        self.learned_weight.search(self.input_quantizer.r)
+        if self.output_quantizer is not None:
+            self.output_quantizer.rescale(before, self.learned_weight.scale)
+
+    @torch.no_grad()
+    def search_output(self, quantized: Tensor) -> None:
+        """Search the output's range, after those of the input and the weight.
+
+        Args:
+            quantized: input that is quantized already, (B, ...), each sample by its timestep group.
+        """
+        if self.output_quantizer is not None:
+            y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), None)
+            scale, headroom = self.weight_quantizer.scale, self.input_quantizer.headroom
+            self.output_quantizer.search(y / self._input_step(y), scale, headroom)
+
+    def _input_step(self, y: Tensor) -> Tensor:
+        """The input's step for each sample, beside an output."""
+        return per_sample(self.input_quantizer.steps(), self.input_quantizer.groups.of_rows(y.shape[0]), y.ndim)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output sees its inputs whole: a shift of the input is then a constant of the output."""
+        raise NotImplementedError
+
+    def allow_shift(self) -> None:
+        """Give the layer a contribution of its input's shift, zero until it is set."""
+        self.register_buffer("shift_bias", self.weight_quantizer.scale.new_zeros(self.out_channels))
+
+    @torch.no_grad()
+    def set_shift(self) -> None:
+        """Take over the input quantizer's shift."""
+        shift = self.input_quantizer.shift
+        if shift is not None and self.shift_bias is not None:
+            weight = self.learned_weight.weight
+            constant = along(shift, weight.ndim - 1, 0)  # (C, 1, 1) or (C,): one pixel, one token
+            self.shift_bias.copy_(self.linear_map(constant[None], weight, None).flatten())
+
+    @torch.no_grad()
+    def fold_shift(self) -> None:
+        """Make what the shift contributes part of the bias; the same bits come out.
+
+        A model in a narrower type keeps the two apart: its bias could not hold the sum.
+        """
+        if self.shift_bias is not None and self.shift_bias.dtype == self.dtype:
+            bias = self.shift_bias if self.bias is None else self.bias + self.shift_bias
+            self.bias = nn.Parameter(bias, requires_grad=False)
+            self.shift_bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input and compute the output."""
+        return self.compute(self.input_quantizer(x))
+
+    def compute(self, quantized: Tensor) -> Tensor:
+        """The layer's output for an input that is quantized already."""
+        bias: Tensor | None = self.bias
+        if self.shift_bias is not None:
+            bias = self.shift_bias if bias is None else bias + self.shift_bias
+        if self.output_quantizer is None:
+            y = self.product(quantized, bias)
+        else:
+            y = self.product(quantized, None)
+            y = self.output_quantizer(y, self._input_step(y), self.weight_quantizer.scales())
+            if bias is not None:
+                y = y + along(bias, y.ndim, self.channel_dim)
+        if self.bias_shift is not None:
+            shift = self.bias_shift[self.input_quantizer.groups.of_rows(y.shape[0])]  # (B, O)
+            shape = [shift.shape[0]] + [1] * (y.ndim - 1)
+            shape[self.channel_dim] = -1
+            shift = shift.view(shape)
+            in_place = y.dtype is shift.dtype and len(y) == len(shift)  # nothing else holds y
+            y = y.add_(shift) if in_place else y + shift
+        return y if self.dtype is torch.float32 else y.to(self.dtype)
+
+    def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:
+        """The operation on a quantized input and the layer's own weight."""
+        return self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), bias)
+
+    def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The full-precision operation with a given weight, in the wider of both operands' types, or autocast's."""
+        if autocast_type(x) is not None:
+            return self.operation(x, weight, bias)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        return self.operation(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The full-precision operation on operands of one type."""
+        raise NotImplementedError
+
+
+class QuantConv2d(QuantLayer):
+    """Quantized `nn.Conv2d`."""
+
+    channel_dim = 1
+    integer_output = True
+
+    def __init__(self, source: nn.Conv2d, *args: Any) -> None:
+        super().__init__(*args)
+        self.dtype = source.weight.dtype
+        self.stride, self.padding, self.dilation = source.stride, source.padding, source.dilation
+        self.groups, self.padding_mode = source.groups, source.padding_mode
+        self.in_channels = source.in_channels
+        self.kernel_size = source.kernel_size
+        self._pad = source._reversed_padding_repeated_twice
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1 x 1 kernel without padding."""
+        return all(size == 1 for size in self.kernel_size) and not any(self._pad)
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with a given weight."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class QuantLinear(QuantLayer):
+    """Quantized `nn.Linear`."""
+
+    channel_dim = -1
+
+    def __init__(self, source: nn.Linear, *args: Any) -> None:
+        super().__init__(*args)
+        self.dtype = source.weight.dtype
+        self.in_features = source.in_features
+
+    @property
+    def pointwise(self) -> bool:
+        """Always."""
+        return True
+
+    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The affine map with a given weight."""
+        return F.linear(x, weight, bias)

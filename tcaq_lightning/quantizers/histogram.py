@@ -1,0 +1,114 @@
+"""Streamed log-spaced histograms of attention probabilities, one row per timestep group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.distributed.collectives import total
+
+# Values binned at once: on a CPU the temporaries stay in cache (several times faster), elsewhere they bound the memory.
+_CPU_CHUNK, _DEVICE_CHUNK = 1 << 17, 1 << 24
+
+
+class LogHistogram:
+    """Streaming histogram of values in [0, 1] on a logarithmic axis, one row per timestep group.
+
+    Rows are integers and add up exactly, so pieces of a stream, workers and ranks can be combined in any order.
+
+    Args:
+        num_groups: number of timestep groups G.
+        low: left end of the first logarithmic bin; smaller values and zeros share one underflow bin.
+        bins_per_decade: resolution, at most 200.
+        device: where `counts` lives; values may come from any device.
+
+    Attributes:
+        counts: (G, 1 + bins) int64; column 0 is the underflow bin [0, low), the last bin includes 1.
+        edges: (2 + bins,) float64 on the CPU: 0, low, ..., 1.
+
+    >>> histogram = LogHistogram(num_groups=2, low=0.01, bins_per_decade=1)
+    >>> histogram.update(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 1]))
+    >>> histogram.counts.tolist()
+    [[0, 0, 2], [1, 0, 1]]
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        low: float = 1e-8,
+        bins_per_decade: int = 40,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_groups < 1:
+            raise UserError(f"num_groups must be at least 1, got {num_groups}")
+        if not 1e-30 <= low <= 0.1:
+            raise UserError(f"low must be in [1e-30, 0.1], got {low}; it is the smallest probability told apart from 0")
+        if not 1 <= bins_per_decade <= 200:
+            raise UserError(f"bins_per_decade must be in 1..200, got {bins_per_decade}")
+        bins = max(1, round(-math.log10(low) * bins_per_decade))
+        log_edges = torch.linspace(math.log(low), 0.0, bins + 1, dtype=torch.float64)
+        self.edges = torch.cat([torch.zeros(1, dtype=torch.float64), log_edges.exp()])
+        self.counts = torch.zeros(num_groups, bins + 1, dtype=torch.int64, device=device)
+        # The upper 16 bits of a float32 in [0, 1] pick a cell less than 1 % wide, with at most one edge inside: the bin
+        # is that of the cell's start, plus one from the edge on. Exact comparisons, ten times faster than a search.
+        inner = self.edges[1:-1].float()
+        cells = torch.arange(0x3F80 + 1, dtype=torch.int32) << 16
+        self._cell_bin = torch.bucketize(cells.view(torch.float32), inner, right=True, out_int32=True)
+        self._cell_edge = torch.cat([inner, torch.full((1,), math.inf)])[self._cell_bin.long()]
+
+    def update(self, values: Tensor, groups: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            values: (B, ...) probabilities; compared with the edges in float32.
+            groups: (B,) int64 timestep group of each sample, in 0..G-1.
+
+        Raises:
+            UserError: a value is not finite or outside [0, 1], or a group is out of range.
+        """
+        num_groups, width = self.counts.shape
+        if groups.ndim != 1 or values.ndim < 1 or groups.shape[0] != values.shape[0]:
+            raise UserError(
+                f"groups must hold one index per sample, shape ({values.shape[0] if values.ndim else 0},), "
+                f"got {tuple(groups.shape)} for values of shape {tuple(values.shape)}"
+            )
+        if values.numel() == 0:
+            return
+        values = values.detach()
+        smallest, largest = (float(bound) for bound in torch.aminmax(values))
+        if not (smallest >= 0 and largest <= 1.001):  # written so that NaN fails
+            raise UserError(f"attention probabilities must be finite and in [0, 1], got {smallest} to {largest}")
+        if not (int(groups.min()) >= 0 and int(groups.max()) < num_groups):
+            raise UserError(f"groups must be in 0..{num_groups - 1}, got {int(groups.min())} to {int(groups.max())}")
+        self._cell_bin = self._cell_bin.to(values.device)
+        self._cell_edge = self._cell_edge.to(values.device)
+        offsets = groups.to(values.device, torch.int32)[:, None] * width  # (B, 1)
+        flat = values.reshape(values.shape[0], -1)  # (B, N)
+        chunk = _CPU_CHUNK if values.device.type == "cpu" else _DEVICE_CHUNK
+        for part in torch.split(flat, max(1, chunk // flat.shape[0]), dim=1):
+            part = part.float().contiguous()
+            cell = (part.view(torch.int32) >> 16).bitwise_and_(0x7FFF).flatten()  # without the sign bit of -0.0
+            index = self._cell_bin.index_select(0, cell).view_as(part)
+            index += part >= self._cell_edge.index_select(0, cell).view_as(part)
+            counted = torch.bincount(index.add_(offsets).flatten(), minlength=num_groups * width)
+            self.counts += counted.view(num_groups, width).to(self.counts.device)
+
+    def merge(self, other: LogHistogram) -> None:
+        """Add the counts of another histogram with the same groups and edges.
+
+        Raises:
+            UserError: the two differ in groups or edges.
+        """
+        if self.counts.shape != other.counts.shape or not torch.equal(self.edges, other.edges):
+            raise UserError(
+                f"histograms must have the same groups and edges to be merged, got {tuple(self.counts.shape)} from "
+                f"{self.edges[1]:g} and {tuple(other.counts.shape)} from {other.edges[1]:g}"
+            )
+        self.counts += other.counts.to(self.counts.device)
+
+    def reduce(self) -> None:
+        """Add the counts of all ranks; exact."""
+        self.counts = total(self.counts.cpu()).to(self.counts.device)

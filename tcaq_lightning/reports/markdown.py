@@ -1,0 +1,310 @@
+"""What a finished run shows: metrics.json, report.md with its plots, and the table on the console."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tcaq_lightning.evaluation.evaluate import finite
+from tcaq_lightning.nn.prepare import CoverageRow
+from tcaq_lightning.runtime.files import replacing, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+Record = Mapping[str, Any]
+"""JSON-ready values by name."""
+
+NOISE_PLOT = Path("plots/noise_error.png")
+MISMATCH_PLOT = Path("plots/mismatch.png")
+
+
+def write_report(
+    run_dir: Path,
+    metrics: Record,
+    coverage: Sequence[CoverageRow],
+    seconds: Mapping[str, float],
+    units: Sequence[Record],
+    rounds: Sequence[Record] = (),
+) -> dict[str, Any]:
+    """Write RUN_DIR/metrics.json, RUN_DIR/report.md and RUN_DIR/plots.
+
+    Args:
+        run_dir: pictures in its `samples` are embedded in the report.
+        metrics: `Metrics.to_dict()`, and under `bytes` the sizes on disk of the `full` and `quantized` denoiser.
+        coverage: rows of the coverage table.
+        seconds: by stage of the run.
+        units: one record for each unit and round: `round`, `unit`, `before`, `after`, `kept`, and where they apply
+            `learned`, `undecided`, `flipped`, `executions` by stage with the number of `samples`, and `attention`, by
+            softmax quantizer `AttentionChoice.to_dict()`.
+        rounds: one record for each round: `round`, `timesteps`, `mismatch`, `mean_mismatch`, `kept`.
+
+    Returns:
+        What metrics.json holds, for `final_table`.
+    """
+    content: dict[str, Any] = {
+        **metrics,
+        "stages": dict(seconds),
+        "rounds": [dict(r) for r in rounds],
+        "units": [dict(u) for u in units],
+        "coverage": [dataclasses.asdict(row) for row in coverage],
+    }
+    content = finite(content)
+    if metrics.get("noise_error"):
+        _save(plot_noise_error(content["noise_error"]), run_dir / NOISE_PLOT)
+    if rounds:
+        _save(plot_mismatch(content["rounds"]), run_dir / MISMATCH_PLOT)
+    samples = [p.relative_to(run_dir) for p in sorted((run_dir / "samples").glob("*.png"))]
+    write_json(run_dir / "metrics.json", content)
+    write_bytes(run_dir / "report.md", render(content, samples).encode())
+    return content
+
+
+def headline(content: Record) -> list[tuple[str, str]]:
+    """The figures that matter, as (name, text) rows; what was not measured is left out.
+
+    >>> headline({"same_noise": {"mse": 0.0125, "psnr": 25.04, "num_images": 64}, "stages": {"learn": 61.2}})
+    [('same-noise image MSE (64 images)', '0.0125'), ('same-noise image PSNR', '25.04 dB'), ('seconds: learn', '61.2')]
+    """
+    rows = []
+    if noise := content.get("noise_error"):
+        rows.append(("noise error, mean over t > 0", _number(noise["summary"])))
+    if images := content.get("same_noise"):
+        rows.append((f"same-noise image MSE ({images['num_images']} images)", _number(images["mse"])))
+        # None stands for infinity: the images are equal.
+        rows.append(("same-noise image PSNR", "-" if images["psnr"] is None else f"{images['psnr']:.2f} dB"))
+    fid = content.get("fid") or {}
+    scores = content.get("scores") or {}
+    for key, label in (("full", "full precision"), ("quantized", "quantized"), ("images", "images")):
+        if f := fid.get(key):
+            rows.append((f"FID, {label}", _distance(f)))
+        rows += _score_rows(label, scores.get(key) or {})
+    if size := content.get("bytes"):
+        text = f"{size['quantized']:,} of {size['full']:,} bytes ({size['full'] / size['quantized']:.2f} times smaller)"
+        rows.append(("denoiser on disk", text))
+    rows += [(f"seconds: {stage}", f"{value:.1f}") for stage, value in (content.get("stages") or {}).items()]
+    return rows
+
+
+def _distance(fid: Record) -> str:
+    """A distance with its interval, where there is one."""
+    interval = "" if fid["low"] is None else f" [{fid['low']:.3f}, {fid['high']:.3f}]"
+    return f"{fid['value']:.3f}{interval}, {fid['num_samples']} samples"
+
+
+def _score_rows(label: str, scores: Record) -> list[tuple[str, str]]:
+    """Rows of `headline` for the metrics beside FID."""
+    rows = []
+    if s := scores.get("sfid"):
+        rows.append((f"sFID, {label}", _distance(s)))
+    if s := scores.get("is"):
+        rows.append((f"IS, {label}", f"{s['mean']:.3f} ± {s['std']:.3f} over {s['splits']} parts"))
+    if s := scores.get("kid"):
+        text = f"{s['mean']:.5f} ± {s['std']:.5f} over {s['subsets']} subsets of {s['subset_size']}"
+        rows.append((f"KID, {label}", text))
+    if s := scores.get("precision_recall"):
+        rows.append((f"precision, recall, {label}", f"{s['precision']:.4f}, {s['recall']:.4f} (k = {s['k']})"))
+    if s := scores.get("clip"):
+        rows.append((f"CLIP score, {label}", f"{s['mean']:.3f} ± {s['std_error']:.3f}, {s['num_samples']} images"))
+    return rows
+
+
+def final_table(content: Record) -> Table:
+    """The figures that matter as a table for the console."""
+    from rich.table import Table
+
+    table = Table("", "", title="Images" if "images" in content else "Quantized denoiser", show_header=False)
+    for name, text in headline(content):
+        table.add_row(name, text)
+    return table
+
+
+def render(content: Record, samples: Sequence[Path] = ()) -> str:
+    """The text of report.md.
+
+    Args:
+        content: as in metrics.json.
+        samples: pictures, relative to the report.
+    """
+    parts = ["# Quantization report", _markdown(["", ""], headline(content))]
+    if samples:
+        parts += ["## Samples", "Full precision above, quantized below, from the same noise."]
+        parts += [f"![{path.stem}]({path.as_posix()})" for path in samples]
+    if noise := content.get("noise_error"):
+        parts += ["## Noise error by timestep", f"![noise error]({NOISE_PLOT.as_posix()})"]
+        columns = zip(noise["timesteps"], noise["relative"], noise["bias"], strict=True)
+        rows = [(f"{t:g}", _number(error), _number(bias)) for t, error, bias in columns]
+        parts.append(_markdown(["t", "relative error", "mean error"], rows))
+    if rounds := content.get("rounds"):
+        parts += _rounds(rounds)
+    units = content.get("units") or []
+    if units:
+        parts += _units(units)
+    if any(u.get("executions") for u in units):
+        parts += _executions(units)
+    attention = [(u["unit"], name, a) for u in units for name, a in (u.get("attention") or {}).items()]
+    if attention:
+        parts += _attention(attention)
+    if coverage := content.get("coverage"):
+        layers = [(r["name"], r["kind"], r["bits"], r["note"], f"{r['parameters']:,}") for r in coverage]
+        parts += ["## Coverage", "Every layer with parameters and every attention matmul."]
+        parts.append(_markdown(["layer", "kind", "bits", "note", "parameters"], layers))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rounds(rounds: Sequence[Record]) -> list[str]:
+    """Mismatch of the quantized sampler's trajectories, one column for each round."""
+    text = "Relative distance of the quantized sampler's x_t from the full-precision sampler's, on held-out noise."
+    header = ["t", *(f"round {r['round']}" for r in rounds)]
+    by_step = zip(rounds[0]["timesteps"], *(r["mismatch"] for r in rounds), strict=True)
+    rows = [(f"{t:g}", *map(_number, values)) for t, *values in by_step]
+    rows.append(("mean", *(_number(r["mean_mismatch"]) for r in rounds)))
+    rows.append(("kept", *("yes" if r["kept"] else "no: the state before it" for r in rounds)))
+    return ["## Mismatch by round", text, f"![mismatch]({MISMATCH_PLOT.as_posix()})", _markdown(header, rows)]
+
+
+def _units(units: Sequence[Record]) -> list[str]:
+    """Held-out errors of the units and what the gate made of them."""
+    refused = [u for u in units if not u["kept"]]
+    gate = f"The gate kept {len(units) - len(refused)} of {len(units)} learned states."
+    if refused:
+        names = ", ".join(f"{u['unit']} (round {u['round']})" for u in refused)
+        gate += f" The state before learning was restored for: {names}."
+    rows = [
+        (
+            str(u["round"]),
+            u["unit"],
+            _number(u["before"]),
+            _number(u.get("learned")),
+            _number(u["after"]),
+            _percent(u.get("undecided")),
+            _percent(u.get("flipped")),
+            "kept" if u["kept"] else "restored",
+        )
+        for u in units
+    ]
+    header = ["round", "unit", "error before", "learned", "error after", "undecided", "flipped", "gate"]
+    text = "Errors of a unit's output on held-out calibration samples; shares of weights in per cent."
+    return ["## Units", text, gate, _markdown(header, rows)]
+
+
+def _executions(units: Sequence[Record]) -> list[str]:
+    """How often a unit ran on each calibration sample, by round and stage."""
+    counted = [u for u in units if u.get("executions")]
+    stages = list(dict.fromkeys(stage for u in counted for stage in u["executions"]))
+    rows = []
+    for number in sorted({u["round"] for u in counted}):
+        members = [u for u in counted if u["round"] == number]
+        samples = sum(u["samples"] for u in members)
+        runs = (sum(u["executions"].get(stage, 0) for u in members) / samples for stage in stages)
+        rows.append((str(number), *(f"{n:.3f}" for n in runs)))
+    text = (
+        "How often a unit ran on a calibration sample, mean over the units: once in each stream, whatever the depth "
+        "(the last unit's outputs feed no other, and are not stored), and in the stages of its own calibration."
+    )
+    return ["## Executions", text, _markdown(["round", *stages], rows)]
+
+
+def _attention(attention: Sequence[tuple[str, str, Record]]) -> list[str]:
+    """DAQ's choices, one row for each attention."""
+    rows = []
+    for unit, name, a in attention:
+        groups = len(a["logarithmic"])
+        agreed = sum(x == y for x, y in zip(a["by_likelihood"], a["by_error"], strict=True))
+        errors = [_mean(a[key]) for key in ("uniform_error", "log_error")]
+        pattern = "".join("L" if chosen else "u" for chosen in a["logarithmic"])
+        counts = [f"{count} of {groups}" for count in (sum(a["logarithmic"]), agreed)]
+        rows.append((unit, name, f"`{pattern}`", *counts, *map(_number, errors)))
+    header = ["unit", "softmax quantizer", "groups", "logarithmic", "rules agree", "uniform error", "log error"]
+    text = (
+        "One letter for each timestep group, small t first: L logarithmic, u uniform. "
+        "Errors are relative, of the attention's output, averaged over the groups."
+    )
+    return ["## DAQ", text, _markdown(header, rows)]
+
+
+def plot_noise_error(noise: Record) -> Figure:
+    """Relative and mean error of the noise against the timestep.
+
+    Args:
+        noise: `noise_error` of `Metrics.to_dict()`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5))
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.14, top=0.95, wspace=0.3)  # a layout engine is far slower
+    error, bias = figure.subplots(1, 2)
+    draw_relative_error(error, noise)
+    draw_bias(bias, noise)
+    return figure
+
+
+def draw_relative_error(axes: Axes, noise: Record) -> None:
+    """Relative error of the noise against the timestep, on a logarithmic axis."""
+    axes.plot(noise["timesteps"], points(noise["relative"]), ".-")
+    axes.set(xlabel="t", ylabel="relative noise error", yscale="log")
+    axes.invert_xaxis()
+
+
+def draw_bias(axes: Axes, noise: Record) -> None:
+    """Mean error of the noise against the timestep."""
+    axes.plot(noise["timesteps"], points(noise["bias"]), ".-")
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.set(xlabel="t", ylabel="mean noise error")
+    axes.invert_xaxis()
+
+
+def plot_mismatch(rounds: Sequence[Record]) -> Figure:
+    """Mismatch of the two samplers' x_t against the timestep, one line for each round.
+
+    Args:
+        rounds: as in `write_report`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5))
+    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.95)
+    axes = figure.subplots()
+    for record in rounds:
+        label = f"round {record['round']}" + ("" if record["kept"] else " (not kept)")
+        # At the first step both samplers start from the same noise: 0 has no place on a logarithmic axis.
+        values = [v or float("nan") for v in points(record["mismatch"])]
+        axes.plot(record["timesteps"], values, ".-", label=label)
+    axes.set(xlabel="t", ylabel="relative distance of x_t", yscale="log")
+    axes.invert_xaxis()
+    axes.legend()
+    return figure
+
+
+def points(values: Sequence[float | None]) -> list[float]:
+    """Values to draw: NaN, which leaves a gap, for what is not finite."""
+    return [float("nan") if v is None else v for v in values]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if any value is not finite."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

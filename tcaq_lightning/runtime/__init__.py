@@ -1,0 +1,1 @@
+"""Files, memory, processes and compiled kernels. Knows nothing of quantization."""

@@ -1,0 +1,1 @@
+"""The processes of a run: started, placed on cores, and what they tell each other."""

@@ -1,0 +1,1 @@
+"""Full-precision models: training of the shipped ones, conversion of published checkpoints."""

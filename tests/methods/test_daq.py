@@ -1,0 +1,75 @@
+"""DAQ's decision by likelihood, and its plot."""
+
+from __future__ import annotations
+
+import io
+import time
+import warnings
+
+import torch
+
+from tcaq_lightning.methods.daq import LogHistogram, decide_by_likelihood, fit_tail, plot_tail
+
+
+def mixed_histogram(groups: int = 20, size: int = 20_000) -> LogHistogram:
+    """Even groups hold a power law of exponent 1.5 on [1e-3, 1], odd ones an exponential of rate 50."""
+    u = torch.rand(groups, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    power_law = (1e-3**-0.5 + u * (1 - 1e-3**-0.5)) ** -2
+    exponential = (-torch.log1p(-u) / 50).clamp(max=1)
+    even = torch.arange(groups)[:, None] % 2 == 0
+    histogram = LogHistogram(groups)
+    histogram.update(torch.where(even, power_law, exponential), torch.arange(groups))
+    return histogram
+
+
+def test_every_group_gets_its_own_kind() -> None:
+    histogram = mixed_histogram()
+    fits = decide_by_likelihood(histogram)
+    assert [fit.kind for fit in fits] == ["log", "uniform"] * 10
+    assert all(fit.reliable for fit in fits)
+    for group in (0, 1):
+        assert abs(fits[group].R - fit_tail(histogram.counts[group], histogram.edges).R) < 1e-9
+
+
+def test_sharply_peaked_attention_is_log_and_flat_attention_is_uniform() -> None:
+    scores = torch.randn(2, 4, 64, 256, generator=torch.Generator().manual_seed(0))
+    histogram = LogHistogram(2)
+    histogram.update((scores * torch.tensor([0.2, 4.0])[:, None, None, None]).softmax(-1), torch.tensor([0, 1]))
+    assert [fit.kind for fit in decide_by_likelihood(histogram)] == ["uniform", "log"]
+
+
+def test_decision_for_20_groups_is_fast() -> None:
+    histogram = mixed_histogram()
+    decide_by_likelihood(histogram)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        decide_by_likelihood(histogram)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0  # about 0.07 s; the margin is for a busy machine
+
+
+def test_plot_shows_the_histogram_and_both_tails_through_its_mass() -> None:
+    histogram = mixed_histogram(2)
+    fit = decide_by_likelihood(histogram)[0]
+    figure = plot_tail(histogram.counts[0], histogram.edges, fit, "mid_block, group 0")
+    (axes,) = figure.axes
+    assert axes.get_title() == "mid_block, group 0"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.lines[0].get_label() == "histogram"
+    drawn = torch.from_numpy(axes.lines[0].get_xydata())
+    inside = drawn[(drawn[:, 0] > 2 * fit.xmin) & (drawn[:, 0] < 0.3)]
+    model = fit.tail_share * fit.power_law_density(inside[:, 0])
+    assert (inside[:, 1] / model).log().abs().mean() < 0.1
+    figure.savefig(io.BytesIO(), format="png")
+
+
+def test_plot_of_groups_without_a_tail_draws_without_warnings() -> None:
+    histogram = LogHistogram(2)
+    histogram.update(torch.ones(1, 100), torch.tensor([1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for group, fit in enumerate(decide_by_likelihood(histogram)):
+            figure = plot_tail(histogram.counts[group], histogram.edges, fit)
+            figure.savefig(io.BytesIO(), format="png")
+            assert "no tail" in figure.axes[0].get_legend().get_title().get_text()
