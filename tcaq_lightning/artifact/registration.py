@@ -7,6 +7,7 @@ they are there already, else by a finder that waits for them.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -46,6 +47,12 @@ Hook = Callable[[ModuleType], None]
 HOOKS: dict[str, Hook] = {"diffusers": _add_pipelines, "diffusers.quantizers.auto": _add_quantizer}
 """What is done once a module has been imported, by its name."""
 
+FORMER_NAMES = {
+    "tcaq_lightning.class_conditional": "tcaq_lightning.models.class_conditional",
+    "tcaq_lightning.unets": "tcaq_lightning.models.unets",
+}
+"""Modules whose former names stand in the model_index.json of older artifacts."""
+
 
 class _Calling(Loader):
     """A module's own loader, and a hook behind it."""
@@ -69,12 +76,24 @@ class _Calling(Loader):
         self.hook(sys.modules.get(module.__name__, module))  # a lazy package puts another object in its place
 
 
+class _Renamed(Loader):
+    """Gives a module under its former name."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(FORMER_NAMES[module.__name__])
+
+
 class _Waiting(MetaPathFinder):
-    """Finds the modules of `HOOKS` where everybody else does, and has their hooks called."""
+    """Finds the modules of `HOOKS` where everybody else does, and has their hooks called; and renamed ones."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if fullname in FORMER_NAMES:
+            return ModuleSpec(fullname, _Renamed())
         if fullname not in HOOKS:
             return None
         for finder in sys.meta_path:
