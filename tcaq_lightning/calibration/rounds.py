@@ -22,12 +22,13 @@ from tcaq_lightning.calibration.streams import Streams
 from tcaq_lightning.calibration.unit import reconstruct_unit
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.methods import par
+from tcaq_lightning.methods.headroom import leave_headroom
 from tcaq_lightning.methods.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.models.sampling import Sampling
-from tcaq_lightning.models.trajectories import Trajectories, collect_together, mismatch, mixed
+from tcaq_lightning.models.trajectories import Trajectories, collect_together
 from tcaq_lightning.nn.prepare import (
     check_quantization_state,
-    quant_layers,
     quantization_state,
     restore_quantization_state,
     settle,
@@ -38,12 +39,6 @@ from tcaq_lightning.runtime.hashing import weights_hash
 from tcaq_lightning.runtime.memory import freed_memory_reused, release_freed_memory
 
 log = logging.getLogger(__name__)
-
-SAMPLE_HEADROOM, COARSE_SAMPLE_HEADROOM, STREAM_HEADROOM = 1.5, 2.0, 1.35
-"""How much wider the ranges of unnormalized inputs are than what calibration sees: of the noisy sample, of it where
-activations have fewer than 6 bits and the sampler drifts farther, and of the residual stream. Where a pixel lies
-outside of a tight range on the linear path from the noisy sample to the output, the denoiser does not see how much
-noise it has, and leaves the rest in the image, amplified."""
 
 
 def calibrate(work: Calibration) -> list[dict[str, Any]] | None:
@@ -67,7 +62,7 @@ def calibrate(work: Calibration) -> list[dict[str, Any]] | None:
 
 
 def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
-    _leave_headroom(work)
+    leave_headroom(work.quantized, work.graph, work.config.quantization.activation.bits)
     _weigh_errors(work)
     rounds: list[dict[str, Any]] = []
     best: tuple[float, int, Trajectories] | None = None
@@ -75,12 +70,11 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
     samples = work.trajectories.select(slice(calibration.num_trajectories + calibration.held_out_trajectories))
     for round_index in range(work.config.num_rounds):
         if best is not None:
-            share = work.config.par.final_share * round_index / work.config.par.rounds
-            samples = _aligned_samples(work, share, round_index, best[2])
+            samples = _aligned_samples(work, round_index, best[2])
         if not _run_round(work, round_index, samples, None if best is None else best[1]):
             return None
         record, sampled = _measure_round(work, round_index)
-        if best is None or record["mean_mismatch"] < best[0]:
+        if best is None or par.helped(record["mean_mismatch"], best[0]):
             best = record["mean_mismatch"], round_index, sampled
         else:
             record["kept"] = False
@@ -110,34 +104,21 @@ def _weigh_errors(work: Calibration) -> None:
     release_freed_memory()  # the pass through the whole denoiser leaves holes that nothing later fills
 
 
-def _leave_headroom(work: Calibration) -> None:
-    """Widen the ranges of layers that read the residual stream, or the noisy sample, with no norm in between."""
-    coarse = work.config.quantization.activation.bits < 6
-    of_sample = COARSE_SAMPLE_HEADROOM if coarse else SAMPLE_HEADROOM
-    for layer in quant_layers(work.quantized).values():
-        if layer.name in work.graph.direct:
-            reads_sample = any(layer.name == unit or layer.name.startswith(f"{unit}.") for unit in work.graph.readers)
-            layer.input_quantizer.headroom = of_sample if reads_sample else STREAM_HEADROOM
-
-
-def _aligned_samples(work: Calibration, share: float, round_index: int, held_out: Trajectories) -> Trajectories:
-    """A round's samples: a share of the trajectories by the quantized sampler as it now is, from the same noise.
+def _aligned_samples(work: Calibration, round_index: int, held_out: Trajectories) -> Trajectories:
+    """A later round's samples: a share of the trajectories by the quantized sampler as it now is, from the same noise.
 
     Args:
         work: the calibration.
-        share: rho_m.
         round_index: m.
         held_out: the quantized sampler's held-out trajectories.
     """
-    total, seed = work.config.calibration.num_trajectories, work.config.seed * 1009 + round_index
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    learned = order[: work.config.learned_trajectories(round_index)]
-    replaced, unchanged = learned.tensor_split([round(share * len(learned))])
-    path = work.run.round_dir(round_index) / "trajectories.safetensors"
-    parts = [_quantized_trajectories(work, path, replaced.tolist())] if len(replaced) else []
+    drawn = par.draw(work.config, round_index)
+    redrawn = None
+    if len(drawn.replaced):
+        path = work.run.round_dir(round_index) / "trajectories.safetensors"
+        redrawn = _quantized_trajectories(work, path, drawn.replaced.tolist())
     judges = slice(work.config.calibration.held_out_trajectories)
-    judged = mixed(work.held_out.select(judges), held_out.select(judges), share, seed)
-    return Trajectories.join([*parts, work.trajectories.select(unchanged), judged])
+    return par.aligned_samples(drawn, work.trajectories, redrawn, work.held_out.select(judges), held_out.select(judges))
 
 
 def _quantized_trajectories(work: Calibration, path: Path, indices: Sequence[int]) -> Trajectories:
@@ -217,7 +198,7 @@ def _measure_round(work: Calibration, round_index: int) -> tuple[dict[str, Any],
     path = work.run.round_dir(round_index) / "held_out.safetensors"
     indices = work.config.calibration.indices[work.config.calibration.num_trajectories :]
     sampled = _quantized_trajectories(work, path, indices)
-    distances = mismatch(sampled, work.held_out)
+    distances = par.mismatch(sampled, work.held_out)
     record = {
         "round": round_index,
         "timesteps": work.trajectories.timesteps[:: work.trajectories.halves].tolist(),

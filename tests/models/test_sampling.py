@@ -13,10 +13,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, LDMPipeline
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.denoiser_errors import noise_error
+from tcaq_lightning.methods.par import mismatch
 from tcaq_lightning.models.pipelines import open_pipeline
 from tcaq_lightning.models.prompts import read_prompts
 from tcaq_lightning.models.sampling import LoopSampling, PipelineSampling, make_sampling
-from tcaq_lightning.models.trajectories import collect, mismatch, probe
+from tcaq_lightning.models.trajectories import collect, probe
 from tests.text_models import make_text_model
 from tests.toy_pipelines import PIPELINES, autoencoder, latent_unet, make_pipeline, pixel_unet
 

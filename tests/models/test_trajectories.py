@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.models.sampling import LoopSampling
-from tcaq_lightning.models.trajectories import Trajectories, collect, mismatch, mixed
+from tcaq_lightning.models.trajectories import Trajectories, collect
 
 SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"]
 
@@ -87,28 +87,6 @@ def trajectories(steps: int = 3, count: int = 8, seed: int = 0) -> Trajectories:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(steps, count, 1, 2, 2, generator=generator)
     return Trajectories(inputs, torch.tensor([900, 500, 0][:steps]), torch.randn(count, 1, 2, 2, generator=generator))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_mixed_replaces_whole_trajectories_by_share(share: float) -> None:
-    full, quantized = trajectories(seed=0), trajectories(seed=1)
-    got = mixed(full, quantized, share, seed=5)
-    replaced = 0
-    for i in range(8):
-        source = quantized if torch.equal(got.finals[i], quantized.finals[i]) else full
-        replaced += source is quantized
-        assert torch.equal(got.inputs[:, i], source.inputs[:, i])
-        assert torch.equal(got.finals[i], source.finals[i])
-    assert replaced == round(share * 8)
-    assert torch.equal(got.inputs, mixed(full, quantized, share, seed=5).inputs)
-
-
-def test_mismatch_equals_a_loop() -> None:
-    full, quantized = trajectories(seed=0), trajectories(seed=1)
-    for step, got in enumerate(mismatch(quantized, full).tolist()):
-        pairs = list(zip(quantized.inputs[step].flatten().tolist(), full.inputs[step].flatten().tolist(), strict=True))
-        assert got == pytest.approx(sum((q - f) ** 2 for q, f in pairs) / sum(f**2 for _, f in pairs))
-    assert mismatch(full, full).tolist() == [0, 0, 0]
 
 
 def test_flat_select_and_join() -> None:
