@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,9 @@ from tcaq_lightning.errors import UserError
 
 Metric = Literal["fid", "sfid", "is", "kid", "precision_recall", "clip"]
 """What can be measured on images."""
+Role = Literal["input", "output", "time", "modulation", "shortcut", "block"]
+"""What a layer is for in its denoiser: it reads the noisy sample or the context, gives the prediction, embeds the
+timestep, turns the condition into scales, shifts and gates, carries a stream past a block, or none of these."""
 INCEPTION = "inception"
 """Name of the feature extractor of published figures."""
 
@@ -196,10 +200,11 @@ class SoftmaxConfig:
 
 @dataclass
 class LayerRule:
-    """What holds for the layers whose name matches; a later rule overrides an earlier one."""
+    """What holds for the layers of a role, or for those whose name matches; a later rule overrides an earlier one."""
 
-    pattern: str
-    """Shell-style pattern on the module's name within the denoiser, such as *.time_emb_proj."""
+    pattern: str | None = None
+    """Shell-style pattern on the module's name within the denoiser, such as *.time_emb_proj. It must match something;
+    give either a pattern or a role."""
     weight_bits: int | None = None
     """Code width of the weights, null leaves it."""
     activation_bits: int | None = None
@@ -210,11 +215,24 @@ class LayerRule:
     """Leave the layer in full precision."""
     float_output: bool | None = None
     """With quantization.integer_ready: true leaves a convolution's output in floating point, false quantizes it; null:
-    only that of conv_out, the prediction itself, is left."""
+    only that of the layer with role output, the prediction itself, is left."""
+    role: Role | None = None
+    """Role of the layers, in any model: input, output, time, modulation, shortcut, or block for all others and for
+    attentions. A model may have no layer of a role."""
 
     def __post_init__(self) -> None:
+        _require(
+            (self.pattern is None) != (self.role is None),
+            "quantization.rules",
+            "rules with either a role or a pattern",
+            {"role": self.role, "pattern": self.pattern},
+        )
         for name in ("weight_bits", "activation_bits", "softmax_bits"):
-            _require_bits(getattr(self, name), f"quantization.rules[{self.pattern}].{name}")
+            _require_bits(getattr(self, name), f"quantization.rules[{self.role or self.pattern}].{name}")
+
+    def matches(self, name: str, role: Role) -> bool:
+        """Whether the rule is about the layer or attention called `name` in that role."""
+        return role == self.role if self.pattern is None else fnmatchcase(name, self.pattern)
 
 
 @dataclass
@@ -228,9 +246,9 @@ class QuantizationConfig:
     softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
     """Attention probabilities."""
     rules: list[LayerRule] = field(default_factory=list)
-    """Layers that differ or are kept: a shell-style pattern on the module's name, and weight_bits, activation_bits,
-    softmax_bits (each null or left out: unchanged), keep: true, or float_output: true or false (with integer_ready). A
-    later rule overrides an earlier one."""
+    """Layers that differ or are kept: a role (input, output, time, modulation, shortcut, block) or a shell-style
+    pattern on the module's name, and weight_bits, activation_bits, softmax_bits (each null or left out: unchanged),
+    keep: true, or float_output: true or false (with integer_ready). A later rule overrides an earlier one."""
     integer_ready: bool = False
     """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
     give floats (ONNX Runtime). They are calibrated, learned and simulated."""

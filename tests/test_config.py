@@ -13,6 +13,7 @@ from tcaq_lightning.config import (
     CalibrationConfig,
     Config,
     EvaluationConfig,
+    LayerRule,
     PARConfig,
     QuantizationConfig,
     ReconstructionConfig,
@@ -106,3 +107,9 @@ def test_every_rank_needs_its_share(key: str, value: float) -> None:
     ):
         config.check_ranks()
     Config().check_ranks()
+
+
+@pytest.mark.parametrize("settings", [{}, {"pattern": "conv_in", "role": "input"}])
+def test_a_rule_is_about_either_names_or_a_role(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"quantization\.rules must be rules with either a role or a pattern"):
+        LayerRule(**settings, keep=True)

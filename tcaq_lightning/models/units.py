@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.families import BLOCKS, is_attention, repeated_blocks
+from tcaq_lightning.models.families import LAYERS_WITH_WEIGHTS, family_of
 from tcaq_lightning.models.repeated_calls import CalledAgain
-
-LAYERS_WITH_WEIGHTS = (nn.Conv2d, nn.Linear)
 
 
 def find_units(denoiser: nn.Module, layers: tuple[type[nn.Module], ...] = LAYERS_WITH_WEIGHTS) -> list[str]:
     """Names of the units: blocks, and attentions and layers with weights outside of any, in definition order."""
     units: list[str] = []
-    repeated = repeated_blocks(denoiser)
+    family = family_of(denoiser)
 
     def visit(module: nn.Module, name: str) -> None:
-        if isinstance(module, (*BLOCKS, *layers)) or type(module).__name__ in repeated or is_attention(module):
+        if isinstance(module, layers) or family.is_block(denoiser, module):
             units.append(name)
             return
         for child_name, child in module.named_children():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from tcaq_lightning.models.families import inner_output_layer
-from tcaq_lightning.models.units import LAYERS_WITH_WEIGHTS
+from tcaq_lightning.models.families import LAYERS_WITH_WEIGHTS, inner_output_layer
 from tcaq_lightning.nn.layers import QuantLayer
 
 

@@ -14,9 +14,9 @@ from diffusers.models import attention_processor
 from diffusers.models.embeddings import GaussianFourierProjection
 from torch import Tensor, nn
 
-from tcaq_lightning.config import QuantizationConfig
+from tcaq_lightning.config import QuantizationConfig, Role
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.families import is_attention
+from tcaq_lightning.models.families import family_of, is_attention
 from tcaq_lightning.models.units import find_units
 from tcaq_lightning.nn.attention import PROCESSORS, processor_name, separate_projections
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLayer, QuantLinear
@@ -44,9 +44,9 @@ ELEMENTWISE = "added or multiplied elementwise"
 """Note of parameters that are no layer's: tables, gates, tokens."""
 UNKNOWN_ATTENTION = "unknown attention"
 """How the note begins of matmuls in full precision because no quantized processor is known."""
-PREDICTION = "conv_out"
-"""Convolution whose output is diffusers' UNets' prediction: 8 bits of it cost more error than those of all others, and
-its integer kernel saves next to nothing."""
+PREDICTION: Role = "output"
+"""Role of the convolution whose output is a UNet's prediction: 8 bits of it cost more error than those of all others,
+and its integer kernel saves next to nothing."""
 DYNAMIC = "dynamic per token"
 """Note of layers whose inputs are quantized with steps found at run time."""
 
@@ -79,6 +79,7 @@ class CoverageRow:
         bits: such as `W4 A8`, with a quantized output `W4 A8 O8`, or `float`.
         note: why it is in full precision, or empty.
         parameters: number of parameters that the row accounts for.
+        role: of a layer with weights, what it is for in the denoiser; else empty.
     """
 
     name: str
@@ -86,22 +87,24 @@ class CoverageRow:
     bits: str
     note: str
     parameters: int
+    role: str = ""
 
 
-def bits_of(name: str, config: QuantizationConfig) -> LayerBits:
+def bits_of(name: str, config: QuantizationConfig, role: Role = "block") -> LayerBits:
     """Bits of the layer or attention called `name`: the general ones, changed by every rule that matches, in order.
 
     >>> from tcaq_lightning.config import LayerRule
-    >>> bits_of("conv_in", QuantizationConfig(rules=[LayerRule("conv_*", weight_bits=8)]))
-    LayerBits(weight=8, activation=8, softmax=8, output=None)
+    >>> rules = [LayerRule("conv_*", weight_bits=8), LayerRule(role="input", activation_bits=6)]
+    >>> bits_of("conv_in", QuantizationConfig(rules=rules), "input")
+    LayerBits(weight=8, activation=6, softmax=8, output=None)
     """
     weight: int | None = config.weight.bits
     activation: int | None = config.activation.bits
     softmax = config.softmax.bits or config.activation.bits
-    float_output = name == PREDICTION
+    float_output = role == PREDICTION
     kept = False
     for rule in config.rules:
-        if fnmatchcase(name, rule.pattern):
+        if rule.matches(name, role):
             about_bits = any((rule.weight_bits, rule.activation_bits, rule.softmax_bits))
             kept = rule.keep or (kept and rule.float_output is not None and not about_bits)
             weight = rule.weight_bits or weight
@@ -132,10 +135,12 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     rows = _separate_projections(denoiser)
     sharing: list[list[str]] = []
     integers: list[str] = []
+    roles = family_of(denoiser).roles_of(denoiser)
     for name, module in list(denoiser.named_modules()):
-        bits = bits_of(name, config)
+        role = roles.get(name, "block")
+        bits = bits_of(name, config, role)
         if type(module) in LAYERS:
-            rows.append(_layer_row(name, module, bits, config))
+            rows.append(_layer_row(name, module, bits, config, role))
             if not bits.kept:
                 set_submodule(denoiser, name, _quantized_layer(module, bits, groups, config, name))
                 integers += [name] * _quantizes_output(module, bits, config)
@@ -189,27 +194,27 @@ def _check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
         if is_attention(module) or any(True for _ in module.parameters(recurse=False))
     ]
     for rule in config.rules:
-        if not any(fnmatchcase(name, rule.pattern) for name in names):
+        if rule.pattern is not None and not any(fnmatchcase(name, rule.pattern) for name in names):
             raise UserError(
                 f"quantization.rules: pattern {rule.pattern!r} matches no layer or attention of "
                 f"{type(denoiser).__name__}; expected shell-style patterns on names such as {names[-1]}"
             )
         if rule.float_output is not None and not config.integer_ready:
             raise UserError(
-                f"quantization.rules: {rule.pattern!r} sets float_output, which is about quantized outputs; expected "
-                "quantization.integer_ready: true beside it"
+                f"quantization.rules: {rule.role or rule.pattern!r} sets float_output, which is about quantized "
+                "outputs; expected quantization.integer_ready: true beside it"
             )
 
 
-def _layer_row(name: str, module: nn.Module, bits: LayerBits, config: QuantizationConfig) -> CoverageRow:
+def _layer_row(name: str, module: nn.Module, bits: LayerBits, config: QuantizationConfig, role: Role) -> CoverageRow:
     kind, parameters = type(module).__name__, _own_parameters(module)
     if bits.kept:
-        return CoverageRow(name, kind, "float", KEPT_BY_RULE, parameters)
+        return CoverageRow(name, kind, "float", KEPT_BY_RULE, parameters, role)
     dynamic = config.activation.dynamic_per_token and isinstance(module, nn.Linear)
     widths = f"W{bits.weight} A{bits.activation}"
     if _quantizes_output(module, bits, config):
         widths += f" O{bits.output}"
-    return CoverageRow(name, kind, widths, DYNAMIC if dynamic else "", parameters)
+    return CoverageRow(name, kind, widths, DYNAMIC if dynamic else "", parameters, role)
 
 
 def _quantizes_output(module: nn.Module, bits: LayerBits, config: QuantizationConfig) -> bool:

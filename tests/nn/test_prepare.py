@@ -93,11 +93,11 @@ def test_integer_ready_quantizes_the_outputs_of_convolutions(make_unet: Any) -> 
 
 def test_a_rule_quantizes_the_prediction_too() -> None:
     ready = QuantizationConfig(integer_ready=True)
-    assert bits_of("conv_out", ready).output is None
+    assert bits_of("conv_out", ready, "output").output is None
     assert bits_of("down.conv_out", ready).output == 8
     ready.rules = [LayerRule("conv_*", float_output=False)]
-    assert bits_of("conv_out", ready).output == 8
-    assert bits_of("conv_out", QuantizationConfig(rules=ready.rules)).output is None
+    assert bits_of("conv_out", ready, "output").output == 8
+    assert bits_of("conv_out", QuantizationConfig(rules=ready.rules), "output").output is None
 
 
 def test_a_rule_about_outputs_leaves_kept_layers_kept(make_unet: Any) -> None:
@@ -153,6 +153,28 @@ def test_bits_follow_the_rules(make_unet: Any) -> None:
     assert (hidden.weight_quantizer.bits, hidden.input_quantizer.bits) == (4, 6)
     processor = unet.mid_block.attentions[0].processor
     assert (processor.probabilities.bits, processor.query.bits) == (3, 6)
+
+
+def test_a_rule_about_a_role_does_what_one_about_its_layers_names_does(make_unet: Any) -> None:
+    by_role = [LayerRule(role="input", weight_bits=8), LayerRule(role="shortcut", activation_bits=8)]
+    by_name = [LayerRule("conv_in", weight_bits=8), LayerRule("*.conv_shortcut", activation_bits=8)]
+    rows = [quantize(make_unet(), config(*rules), groups()) for rules in (by_role, by_name)]
+    assert rows[0] == rows[1]
+    found = {row.name: (row.bits, row.role) for row in rows[0]}
+    assert found["conv_in"] == ("W8 A6", "input")
+    assert found["up_blocks.0.resnets.0.conv_shortcut"] == ("W4 A8", "shortcut")
+    assert found["conv_out"] == ("W4 A6", "output")
+    assert found["mid_block.resnets.0.conv1"] == ("W4 A6", "block")
+
+
+def test_a_rule_about_blocks_is_about_attentions_too(make_unet: Any) -> None:
+    rows = quantize(make_unet(), config(LayerRule(role="block", softmax_bits=3)), groups())
+    assert {row.bits for row in rows if row.name.endswith("(P v)")} == {"P3 A6"}
+
+
+def test_a_role_that_a_model_has_no_layers_of_is_no_mistake(make_unet: Any) -> None:
+    rows = quantize(make_unet(), config(LayerRule(role="modulation", weight_bits=8)), groups())
+    assert not any("W8" in row.bits for row in rows)
 
 
 def test_kept_layers_stay_and_are_listed(make_unet: Any) -> None:

@@ -218,10 +218,10 @@ def _input_kinds(units: dict[str, UnitData], graph: UnitGraph) -> list[list[Tens
 
 
 def coverage_table(rows: list[CoverageRow]) -> Table:
-    """Every layer with parameters and every attention matmul, with its bits."""
+    """Every layer with parameters and every attention matmul, with its role and bits."""
     table = Table(title="coverage", title_justify="left")
-    for heading in ("layer", "kind", "bits", "note"):
+    for heading in ("layer", "kind", "role", "bits", "note"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(row.name, row.kind, row.bits, row.note)
+        table.add_row(row.name, row.kind, row.role, row.bits, row.note)
     return table
