@@ -29,7 +29,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv quickstart test test-all lint format lock clean
+.PHONY: help venv quickstart test test-all lint docs format lock clean
 
 help: ## Show this list
 	@echo "Usage: make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
@@ -67,6 +67,10 @@ lint: $(STAMP) ## Check style, formatting and types; change nothing
 	echo "ruff format --check"; $(BIN)/ruff format --check . || failed="$$failed ruff-format"; \
 	echo "mypy"; $(BIN)/mypy || failed="$$failed mypy"; \
 	if [ -n "$$failed" ]; then echo "lint failed:$$failed" >&2; exit 1; fi
+
+docs: $(STAMP) ## Build the site into build/site; a broken link or a warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(if $(CI),--quiet)
+	@echo "built build/site/index.html"
 
 format: $(STAMP) ## Fix what ruff can fix, and reformat
 	$(BIN)/ruff check --fix .
