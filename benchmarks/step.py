@@ -112,8 +112,8 @@ class Comparison:
         name, times, undecided = work.graph.names[position], StepTimes(), 0.0
         chosen = train[torch.arange(self.batch_size) % len(train)]
         plain = PlainTraining(work.full.get_submodule(name), data.read(chosen, work.device))
-        before, learners = quantization_state(unit), work.learners
-        work.learners = [*learners, times]
+        before, callbacks = quantization_state(unit), work.callbacks
+        work.callbacks = [*callbacks, times]
         ours, limit = self.times[phase].setdefault(name, ([], []))
         for _ in range(self.repetitions):
             limit += plain.seconds(iterations)
@@ -121,7 +121,7 @@ class Comparison:
             undecided = self.fit_unit(work, unit, data, train, held_out, phase, iterations, *place)
             ours += times.seconds
         self.every, self.counted = work.config.reconstruction.input_steps_every, iterations - 1
-        work.learners = learners
+        work.callbacks = callbacks
         return undecided
 
     def _typical(self, seconds: list[float]) -> float:

@@ -1,32 +1,40 @@
-"""Per-timestep, per-channel ranges of every activation that a unit quantizes."""
+"""Per-timestep, per-channel ranges of every activation that a unit quantizes, before and after TCR."""
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.hooks import QuantizerInputs
-from tcaq_lightning.calibration.observation import UnitObservation
+from tcaq_lightning.calibration.callback import CalibrationCallback
+from tcaq_lightning.calibration.initialize import Choices, Observations
+from tcaq_lightning.calibration.visit import Visit
+from tcaq_lightning.nn.prepare import quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.statistics import range_heat_maps
 
 
-class ActivationStatistics(QuantizerInputs):
-    """Gather ranges during an observation pass, into the observation's `observed.ranges` (METHOD section 3)."""
+class ActivationStatistics(CalibrationCallback):
+    """Draw the ranges that calibration has observed, what TCR made of them, and the errors it chose by.
 
-    kind = ActivationQuantizer
+    Args:
+        writer: the run's event writer.
+    """
 
-    def receive(self, observation: UnitObservation, name: str, quantizer: nn.Module, x: Tensor) -> None:
-        """Widen the ranges of each channel in each timestep group."""
-        assert isinstance(quantizer, ActivationQuantizer)
-        ranges, context = observation.observed.ranges, observation.context
-        if name not in ranges:
-            ranges[name] = RangeStatistics(context.num_groups, x.shape[quantizer.channel_dim])
-        ranges[name].update(x, context.current, quantizer.channel_dim)
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer = writer
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the hooks and reduce the ranges over the ranks."""
-        super().on_predict_end(trainer, pl_module)
-        assert isinstance(pl_module, UnitObservation)
-        for ranges in pl_module.observed.ranges.values():
-            ranges.reduce()
+    def on_unit_initialized(self, visit: Visit, unit: nn.Module, observed: Observations, choices: Choices) -> None:
+        """Draw each quantizer's ranges before and after the shift and the division by r."""
+        modules = quantizers(unit)
+        for name, ranges in observed.ranges.items():
+            module = modules[name]
+            assert isinstance(module, ActivationQuantizer)
+            if module.r.numel() > 1:
+                centred = ranges if module.shift is None else ranges.shifted(module.shift.cpu())
+                after = centred.magnitude() / module.r.cpu()  # (G, C)
+                figure = range_heat_maps(ranges.magnitude(), after, f"{visit.tag} {name}")
+                self.writer.add_figure(f"ranges/{visit.tag}/{name}", figure)
+                self.writer.add_histogram(f"r/{visit.tag}/{name}", module.r)
+        for name, errors in choices.reparameterization.items():
+            for label, value in zip(("r_1", "r_chosen"), errors, strict=True):
+                self.writer.add_scalar(f"tcr_output_error/{visit.tag}/{name}/{label}", value)

@@ -1,32 +1,40 @@
-"""Distributions of post-softmax values: streamed histograms, and DAQ's fits at the end of the pass."""
+"""Distributions of post-softmax values, the fits of their tails, and what DAQ chose by them."""
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.hooks import QuantizerInputs
-from tcaq_lightning.calibration.observation import UnitObservation
-from tcaq_lightning.methods.daq import LogHistogram, decide_by_likelihood
-from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.calibration.callback import CalibrationCallback
+from tcaq_lightning.calibration.initialize import Choices, Observations
+from tcaq_lightning.calibration.visit import Visit
+from tcaq_lightning.methods.daq import plot_tail
 
 
-class DistributionFitting(QuantizerInputs):
-    """Gather histograms during an observation pass and fit their tails (METHOD section 4)."""
+class DistributionFitting(CalibrationCallback):
+    """Draw the histograms that calibration has observed with their fits, and DAQ's choice in each timestep group.
 
-    kind = SoftmaxQuantizer
+    Args:
+        writer: the run's event writer.
+    """
 
-    def receive(self, observation: UnitObservation, name: str, quantizer: nn.Module, x: Tensor) -> None:
-        """Count the values of each timestep group."""
-        histograms, context = observation.observed.histograms, observation.context
-        if name not in histograms:
-            histograms[name] = LogHistogram(context.num_groups, device=x.device)
-        histograms[name].update(x, context.current)
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer = writer
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the hooks, reduce the histograms over the ranks and fit every group's tail."""
-        super().on_predict_end(trainer, pl_module)
-        assert isinstance(pl_module, UnitObservation)
-        for name, histogram in pl_module.observed.histograms.items():
-            histogram.reduce()
-            pl_module.observed.fits[name] = decide_by_likelihood(histogram)
+    def on_unit_initialized(self, visit: Visit, unit: nn.Module, observed: Observations, choices: Choices) -> None:
+        """Log every group's figures, and draw the tails of the first and the last group."""
+        for name, choice in choices.attention.items():
+            tag = f"daq/{visit.tag}/{name}"
+            for group, fit in enumerate(choice.fits):
+                self.writer.add_scalar(f"{tag}/likelihood_ratio", fit.R, group)
+                for label, values in (
+                    ("logarithmic", choice.logarithmic),
+                    ("uniform_error", choice.uniform_error),
+                    ("log_error", choice.log_error),
+                ):
+                    self.writer.add_scalar(f"{tag}/{label}", float(values[group]), group)
+            histogram = observed.histograms[name]
+            for group in sorted({0, len(choice.fits) - 1}):
+                title = f"{visit.tag} {name}, group {group}"
+                figure = plot_tail(histogram.counts[group], histogram.edges, choice.fits[group], title)
+                self.writer.add_figure(tag, figure, group)

@@ -13,12 +13,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.reconstruction import BlockReconstruction
+from tcaq_lightning.calibration.visit import Visit
+from tcaq_lightning.models.trajectories import Trajectories
 
 
 @contextmanager
 def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` samples, or a plain line where there is no terminal; gives the function that advances it."""
+    """Show a bar over samples, or a plain line where there is no terminal; gives the function that advances it.
+
+    Args:
+        console: where to draw.
+        label: what is counted.
+        total: number of samples.
+    """
     if not console.is_terminal:
         console.print(f"{label}: {total} samples")
     bar = _bar(console)
@@ -39,7 +48,7 @@ def _bar(console: Console) -> Bar:
     )
 
 
-class Progress(pl.Callback):
+class Progress(CalibrationCallback):
     """The run's progress, counted in optimisation steps over all rounds and units.
 
     Args:
@@ -69,10 +78,12 @@ class Progress(pl.Callback):
     ) -> None:
         self.bar.stop()
 
-    def unit_started(self, round_index: int, position: int, name: str) -> None:
+    def on_unit_start(self, visit: Visit) -> None:
         """Show the unit."""
-        self._base = sum(self.weights[:round_index]) * self.num_units + self.weights[round_index] * position
-        label = f"round {round_index + 1}/{len(self.weights)}  unit {position + 1}/{self.num_units}  {name}"
+        before, here = sum(self.weights[: visit.round_index]), self.weights[visit.round_index]
+        self._base = before * self.num_units + here * visit.position
+        label = f"round {visit.round_index + 1}/{len(self.weights)}  unit {visit.position + 1}/{self.num_units}"
+        label += f"  {visit.name}"
         self.bar.update(self.task, completed=self._base, description=label)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -85,16 +96,24 @@ class Progress(pl.Callback):
         """Optimisation steps of the whole calibration."""
         return sum(self.weights) * self.num_units
 
-    def unit_finished(self, round_index: int, position: int, record: dict[str, Any]) -> None:
+    def on_unit_end(self, visit: Visit, record: dict[str, Any]) -> None:
         """Advance to the unit's end, and write a line where there is no terminal."""
-        completed = self._base + self.weights[round_index]
+        completed = self._base + self.weights[visit.round_index]
         self.bar.update(self.task, completed=completed)
         if not self.console.is_terminal:
             elapsed = time.monotonic() - self.started
             left = elapsed / completed * (self.total - completed)
             self.console.print(
-                f"round {round_index + 1}/{len(self.weights)} unit {position + 1}/{self.num_units} {record['unit']}: "
+                f"round {visit.round_index + 1}/{len(self.weights)} unit {visit.position + 1}/{self.num_units} "
+                f"{visit.name}: "
                 f"held-out error {record['before']:.4g} -> {record['after']:.4g}"
                 f"{'' if record['kept'] else ' (kept as before)'}, {elapsed:.0f} s, about {left:.0f} s left",
                 soft_wrap=True,
             )
+
+    def on_round_end(self, round_index: int, record: dict[str, Any], samples: Trajectories) -> None:
+        """Write the round's mismatch."""
+        note = "" if record["kept"] else "; it did not fall, so the state before the round is kept"
+        self.console.print(
+            f"round {round_index + 1}: mean held-out mismatch {record['mean_mismatch']:.4g}{note}", soft_wrap=True
+        )

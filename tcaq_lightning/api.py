@@ -1,59 +1,66 @@
-"""The main job from an opened pipeline to the report, as `train.py` and Python callers run it."""
+"""The main job, one function a step: open, collect, calibrate, save, measure, report.
+
+`train.py` calls them in this order and shows what they do; `quantize` is the same for a pipeline at hand. Each step
+keeps what it has done in the run's directory, so that the same calls again go on where the last ones stopped. With
+several processes every rank makes the same calls, within `launched(config)`.
+
+    with Run(config) as run:
+        model = open_model(config, earlier_plan=run.manifest.get("plan"))
+        run.start(**model.facts())
+        trajectories = collect_trajectories(model, run)
+        calibrated = calibrate(model, trajectories, run)
+        save(model, run)
+        metrics = measure(model, run)
+        report(model, calibrated, metrics, run)
+        run.finish()
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from diffusers import DiffusionPipeline
-from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
+from torch import nn
 
 from tcaq_lightning.artifact.directory import artifact_sizes, freeze, save_artifact
 from tcaq_lightning.backends.load import load_quantized
-from tcaq_lightning.calibration.planning.cost import DEVICE_TFLOPS
-from tcaq_lightning.calibration.planning.plan import coverage_table, make_plan, sketch_plan
-from tcaq_lightning.calibration.rounds import calibrate, calibration_trajectories
+from tcaq_lightning.calibration.planning.plan import Plan, check_stop, make_plan
+from tcaq_lightning.calibration.rounds import calibration_trajectories, run_rounds
 from tcaq_lightning.calibration.run_dir import Run, settings_of_result
-from tcaq_lightning.calibration.state import Calibration, seconds_by_stage
+from tcaq_lightning.calibration.state import Calibrated, Calibration
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.evaluate import evaluate, open_features, planned_samples
+from tcaq_lightning.evaluation.evaluate import Metrics, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
-from tcaq_lightning.models.architectures import (
-    architecture_scheduler,
-    example_samples,
-    find_architecture,
-    meta_denoiser,
-)
 from tcaq_lightning.models.pipelines import (
     denoiser_bytes,
     find_denoiser,
-    make_scheduler,
+    open_pipeline,
     other_networks,
     quiet_diffusers,
     to_images,
 )
-from tcaq_lightning.models.sampling import Inputs, make_sampling
-from tcaq_lightning.models.trajectories import probe
-from tcaq_lightning.models.units import trace_units
+from tcaq_lightning.models.sampling import Inputs, Sampling, make_sampling
+from tcaq_lightning.models.trajectories import Trajectories, probe
+from tcaq_lightning.models.units import UnitGraph, trace_units
+from tcaq_lightning.nn.prepare import CoverageRow, shared_copy
 from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
-from tcaq_lightning.nn.prepare import shared_copy
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, group_boundaries
-from tcaq_lightning.reports.markdown import final_table, write_report
-from tcaq_lightning.runtime.allocation_trace import SIZES
+from tcaq_lightning.reports.markdown import write_report
 from tcaq_lightning.runtime.call_stack import with_room_for_frames
-from tcaq_lightning.runtime.distributed.collectives import is_main, on_main
+from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.kernels import compiled_kernels
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
 
-ARTIFACT = "quantized"
-"""Directory of the artifact in RUN_DIR."""
+Advance = Callable[[int], None]
+"""Told the number of samples just done, for a progress bar."""
 
 
 def quantize(
@@ -65,21 +72,24 @@ def quantize(
 ) -> DiffusionPipeline:
     """Quantize a pipeline's denoiser: calibrate on its own samples, write an integer artifact, measure what it cost.
 
-    The same call again resumes where the last one stopped, in `run_dir`; a finished run is opened.
+    The same call again resumes where the last one stopped, in `run_dir`; a finished run is opened. The directory gets
+    the artifact, metrics.json and report.md. Nothing is printed and no event files are written: those are the business
+    of the callbacks that are handed in.
 
     Args:
         pipeline: any diffusers pipeline from noise to images, such as `DDPMPipeline(unet, scheduler)`. Its denoiser is
             frozen and put on the device that `config.trainer` says.
         config: what a YAML file would say; `config.model` is taken down, not opened.
         run_dir: directory of everything that is written; None takes `config.run_dir`.
-        callbacks: further Lightning callbacks of each unit's fit.
-        inputs: for a denoiser with arguments that the pipeline's call does not know: they by the samples' numbers.
+        callbacks: Lightning callbacks of each unit's observation and fits; a `CalibrationCallback` is told about
+            units and rounds too.
+        inputs: gives the denoiser's arguments that the pipeline's call does not know, for numbered samples.
 
     Returns:
         The pipeline with its integer denoiser, as `load_quantized` opens it.
 
     Raises:
-        UserError: settings, or a pipeline, that cannot be worked with.
+        UserError: the settings or the pipeline cannot be worked with.
 
     >>> from diffusers import DDPMPipeline
     >>> quantize(DDPMPipeline(unet, scheduler), Config(), "runs/mine")  # doctest: +SKIP
@@ -89,97 +99,79 @@ def quantize(
     if config.trainer.stop_after is not None:
         raise UserError(
             f"trainer.stop_after is {config.trainer.stop_after!r}, but `quantize` returns the whole pipeline; expected "
-            "null: call `run_job` or train.py to stop early"
+            "null: call train.py, or the functions of `tcaq_lightning.api` one by one, to stop early"
         )
     quiet_diffusers()
     quiet_lightning()
-    with launched(config):
-        run_job(config, lambda: pipeline, callbacks=callbacks, inputs=inputs)
-    return load_quantized(config.run_dir / ARTIFACT)
+    with launched(config), Run(config) as run:
+        if not run.finished:
+            model = open_model(config, pipeline, inputs, run.manifest.get("plan"))
+            run.start(**model.facts())
+            trajectories = collect_trajectories(model, run)
+            calibrated = calibrate(model, trajectories, run, callbacks)
+            assert calibrated is not None  # nothing stops it early
+            save(model, run)
+            metrics = measure(model, run)
+            report(model, calibrated, metrics, run)
+            run.finish()
+    return load_quantized(run.artifact)
 
 
-def check_stop(config: Config, units: Sequence[str]) -> None:
-    """See that the unit to stop after is one.
+@dataclass(frozen=True)
+class OpenedModel:
+    """A pretrained pipeline, ready for calibration.
 
-    Raises:
-        UserError: it is not.
+    Attributes:
+        config: the run's configuration.
+        pipeline: the diffusers pipeline, on the device.
+        name: component name of its denoiser, such as `unet`.
+        full: that denoiser, in full precision.
+        quantized: its twin with quantized layers, which shares its weights.
+        sampling: how the pipeline is sampled.
+        groups: timestep groups of the quantized denoiser.
+        graph: units in execution order.
+        coverage: what became of every layer.
+        plan: counts, memory and time of the run.
     """
-    last = config.trainer.stop_after
-    if last is not None and last not in units:
-        near = difflib.get_close_matches(last, units, n=1, cutoff=0) or units[:1]
-        raise UserError(
-            f"trainer.stop_after: {last!r} is no unit of the model; expected one such as {near[0]}, or null"
-        )
+
+    config: Config
+    pipeline: Any
+    name: str
+    full: nn.Module
+    quantized: nn.Module
+    sampling: Sampling
+    groups: TimestepGroups
+    graph: UnitGraph
+    coverage: list[CoverageRow]
+    plan: Plan
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's manifest says about the model, JSON-ready."""
+        return {"plan": self.plan.to_dict(), "units": self.graph.names}
 
 
-def sketch_job(config: Config) -> None:
-    """Print the plan and the coverage of a model whose weights are not at hand, from `model.architecture`."""
-    assert config.model.architecture is not None
-    console = Console(log_path=False)
-    architecture = find_architecture(config.model.architecture)
-    denoiser = meta_denoiser(architecture)
-    own = architecture_scheduler(architecture)
-    timesteps = make_scheduler(own, config.calibration.sampler).timesteps.tolist()
-    guidance = config.conditioning.guidance_scale
-    halves = 2 if guidance is not None and guidance > 1 else 1
-    context = TimestepGroups(group_boundaries(timesteps, config.quantization.activation.timestep_groups))
-    coverage = quantize_denoiser(shared_copy(denoiser), config.quantization, context)
-    samples = example_samples(denoiser, SIZES[1])
-    graph = trace_units(denoiser, lambda: samples.predict(denoiser))
-    check_stop(config, graph.names)
-    plan = sketch_plan(config, denoiser, graph, coverage, samples, halves * len(timesteps))
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    console.print(plan.table())
-    console.print(coverage_table(coverage))
-    console.print(
-        f"{architecture.name}: {parameters / 1e6:,.1f} million parameters, from its configuration alone; time for "
-        f"{plan.processes} x {DEVICE_TFLOPS:g} TFLOP/s, which is assumed",
-        soft_wrap=True,
-    )
-
-
-def run_job(
+def open_model(
     config: Config,
-    open_model: Callable[[], Any],
-    dry_run: bool = False,
-    callbacks: Sequence[pl.Callback] = (),
+    pipeline: Any = None,
     inputs: Inputs | None = None,
-) -> None:
-    """The main job, as each rank runs it.
+    earlier_plan: Mapping[str, Any] | None = None,
+) -> OpenedModel:
+    """Open the pretrained model, build its quantized twin, and check everything that can be wrong with either.
+
+    Nothing is written.
 
     Args:
         config: the run's configuration.
-        open_model: opens the pipeline, where there is work to do.
-        dry_run: print the plan and the coverage, and stop.
-        callbacks, inputs: as in `quantize`.
+        pipeline: the diffusers pipeline; None opens `config.model`.
+        inputs: as in `quantize`.
+        earlier_plan: plan in the manifest of a run that goes on, whose measured memory is taken over.
+
+    Raises:
+        UserError: the settings or the pipeline cannot be worked with.
     """
-    run = Run(config)
-    try:
-        with_room_for_frames(lambda: _work(config, run, open_model, dry_run, callbacks, inputs))
-    finally:
-        run.release()
-
-
-def _work(
-    config: Config,
-    run: Run,
-    open_model: Callable[[], Any],
-    dry_run: bool,
-    callbacks: Sequence[pl.Callback],
-    inputs: Inputs | None,
-) -> None:
-    from callbacks import ActivationStatistics, DistributionFitting, LearningCurves, Progress
-    from callbacks.progress import counting
-    from callbacks.run_log import RunLog, log_results
-
-    console = Console(log_path=False, quiet=not is_main())
-    run.read()
-    if run.finished and not dry_run:
-        console.print(f"{run.directory} is finished; nothing to do. See {run.directory / 'report.md'}")
-        return
-
-    # the pretrained model, and everything that can be wrong with it or with the settings
-    pipeline = open_model()
+    if pipeline is None:
+        settings = config.model
+        pipeline = open_pipeline(settings.path, settings.variant, getattr(torch, settings.dtype))
     name, full = find_denoiser(pipeline)
     full.requires_grad_(False).eval()
     pipeline.to(choose_device(config.trainer))
@@ -189,79 +181,124 @@ def _work(
         probe(full, sampling, config.evaluation.sampler, "evaluation.sampler")
     open_features(config.evaluation, sampling.channels(full))
 
-    # its quantized twin: same module tree, layers replaced, every one accounted for
+    # the same module tree, layers replaced, every one accounted for
     boundaries = group_boundaries(probed.timesteps.tolist(), config.quantization.activation.timestep_groups)
-    context = TimestepGroups(boundaries)
+    groups = TimestepGroups(boundaries)
     quantized = shared_copy(full)
-    coverage = quantize_denoiser(quantized, config.quantization, context)
+    coverage = quantize_denoiser(quantized, config.quantization, groups)
+
     first = probed.flat()[: 2 * probed.halves]
     traced = first.to(next(full.parameters()).device)
     graph = trace_units(full, lambda: traced.predict(full), traced.x)
     check_stop(config, graph.names)
     others = other_networks(pipeline, name)
-    plan = make_plan(config, full, others, graph, coverage, first, probed.num_steps, run.manifest.get("plan"))
-    console.print(plan.table())
-    if dry_run:
-        console.print(coverage_table(coverage))
-        return
-    run.start(plan=plan.to_dict(), units=graph.names)
+    plan = make_plan(config, full, others, graph, coverage, first, probed.num_steps, earlier_plan)
+    return OpenedModel(config, pipeline, name, full, quantized, sampling, groups, graph, coverage, plan)
 
-    # calibration data: the denoiser inputs that the full-precision sampler visits
-    calibration = config.calibration
-    with counting(console, "trajectories", len(calibration.indices)) as advance:
-        trajectories = calibration_trajectories(config, run, full, sampling, advance)
 
-    # rounds and units
-    writer = SummaryWriter(str(run.directory / "tensorboard")) if config.logging.tensorboard and is_main() else None
-    curves = [LearningCurves(writer, graph.names, config.logging.every_n_steps)] if writer else []
-    with Progress(console, config.steps_by_round(), len(graph.names)) as progress:
-        held_out = trajectories.finals[calibration.num_trajectories :]
-        work = Calibration(
-            config=config,
-            run=run,
-            full=full,
-            quantized=quantized,
-            sampling=sampling,
-            graph=graph,
-            context=context,
-            limits=plan.limits,
-            trajectories=trajectories,
-            listener=RunLog(progress, writer, held_out, config.logging.grid_images),
-            observers=[ActivationStatistics(), DistributionFitting()],
-            learners=[*curves, progress, *callbacks],
+def collect_trajectories(model: OpenedModel, run: Run, advance: Advance | None = None) -> Trajectories:
+    """Collect the calibration data: the denoiser inputs that the full-precision sampler visits.
+
+    Args:
+        model: the opened model.
+        run: keeps the trajectories; those that it has are read.
+        advance: told the number of trajectories just done, `len(config.calibration.indices)` in all.
+    """
+    return calibration_trajectories(model.config, run, model.full, model.sampling, advance)
+
+
+def calibrate(
+    model: OpenedModel, trajectories: Trajectories, run: Run, callbacks: Sequence[pl.Callback] = ()
+) -> Calibrated | None:
+    """Calibrate the quantized denoiser: rounds, and in each round the units in execution order.
+
+    Args:
+        model: the opened model, whose `quantized` is set and learned.
+        trajectories: calibration data, held-out trajectories last.
+        run: keeps the state of every finished unit.
+        callbacks: as in `quantize`.
+
+    Returns:
+        What was done; None if `trainer.stop_after` ended it early.
+
+    Raises:
+        UserError: the full-precision model's own trajectories are not finite.
+    """
+    work = Calibration(
+        config=model.config,
+        run=run,
+        full=model.full,
+        quantized=model.quantized,
+        sampling=model.sampling,
+        graph=model.graph,
+        context=model.groups,
+        limits=model.plan.limits,
+        trajectories=trajectories,
+        callbacks=callbacks,
+    )
+    with compiled_kernels(model.config.reconstruction.compile_kernels):
+        rounds = with_room_for_frames(lambda: run_rounds(work))
+    return None if rounds is None else Calibrated(work.records, rounds)
+
+
+def save(model: OpenedModel, run: Run) -> Path:
+    """Round the quantized denoiser to integers and write the artifact: the pipeline with it in its denoiser's place.
+
+    Args:
+        model: the opened model, calibrated.
+        run: where to.
+
+    Returns:
+        The artifact's directory, for `load_quantized`.
+    """
+    freeze(model.quantized)
+    metadata = {"config": settings_of_result(model.config), "coverage": len(model.coverage)}
+    on_main(lambda: save_artifact(model.pipeline, model.name, model.quantized, run.artifact, metadata))
+    return run.artifact
+
+
+def measure(model: OpenedModel, run: Run, advance: Advance | None = None) -> Metrics:
+    """Measure what quantization costs: error of the noise, images from the same noise, FID and the other metrics.
+
+    Args:
+        model: the opened model, saved.
+        run: keeps finished batches of images.
+        advance: told the number of samples just done, `planned_samples(config.evaluation)` in all.
+    """
+    config = model.config
+    with compiled_kernels(config.reconstruction.compile_kernels):
+        return evaluate(
+            model.full,
+            model.quantized,
+            model.sampling,
+            config.calibration.sampler,
+            config.evaluation,
+            config.seed,
+            run.directory / "evaluation",
+            advance,
         )
-        with compiled_kernels(config.reconstruction.compile_kernels):
-            rounds = calibrate(work)
-    if rounds is None:
-        last = config.trainer.stop_after
-        console.print(f"stopped after {last}; the same command without trainer.stop_after goes on", soft_wrap=True)
-        return
 
-    # the artifact, and what it costs
-    artifact = run.directory / ARTIFACT
-    freeze(quantized)
-    metadata = {"config": settings_of_result(config), "coverage": len(coverage)}
-    on_main(lambda: save_artifact(pipeline, name, quantized, artifact, metadata))
-    console.print(f"artifact: {artifact}; measuring it", soft_wrap=True)
-    cache = run.directory / "evaluation"
-    with (
-        compiled_kernels(config.reconstruction.compile_kernels),
-        counting(console, "evaluation", planned_samples(config.evaluation)) as advance,
-    ):
-        metrics = evaluate(
-            full, quantized, sampling, calibration.sampler, config.evaluation, config.seed, cache, advance
-        )
 
-    def show() -> None:
-        images = [to_images(x) for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
-        full_grid, quantized_grid = (x[: config.logging.grid_images] for x in images)
-        save_grid(full_grid, quantized_grid, run.directory / "samples" / "grid.png")
-        seconds = seconds_by_stage(work.records, rounds) | metrics.seconds
-        content = metrics.to_dict() | {"bytes": {"full": denoiser_bytes(full), "quantized": artifact_sizes(artifact)}}
-        summary = write_report(run.directory, content, coverage, seconds, work.records, rounds)
-        if writer is not None:
-            log_results(writer, config, summary, *images)
-        console.print(final_table(summary))
+def report(model: OpenedModel, calibrated: Calibrated, metrics: Metrics, run: Run) -> dict[str, Any]:
+    """Write report.md, metrics.json, plots and a grid of images.
 
-    on_main(show)
-    run.finish()
+    Args:
+        model: the opened model.
+        calibrated: what was done in calibration.
+        metrics: what was measured.
+        run: where to.
+
+    Returns:
+        What metrics.json holds.
+    """
+
+    def write() -> dict[str, Any]:
+        rows = [x for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
+        pictures = [to_images(row[: model.config.logging.grid_images]) for row in rows]
+        save_grid(pictures[0], pictures[1], run.directory / "samples" / "grid.png")
+        sizes = {"full": denoiser_bytes(model.full), "quantized": artifact_sizes(run.artifact)}
+        content = metrics.to_dict() | {"bytes": sizes}
+        seconds = calibrated.seconds() | metrics.seconds
+        return write_report(run.directory, content, model.coverage, seconds, calibrated.units, calibrated.rounds)
+
+    return on_main(write)

@@ -12,17 +12,14 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from tcaq_lightning.calibration.initialize import Choices, Observations, initialize
+from tcaq_lightning.calibration.observation import observing
 from tcaq_lightning.calibration.probes import probe_indices
 from tcaq_lightning.calibration.storage import ActivationStorage
 from tcaq_lightning.calibration.streams import Streams, UnitData
 from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
-from tcaq_lightning.methods.daq import decide_by_likelihood
 from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.units import UnitGraph, trace_units
-from tcaq_lightning.nn.prepare import full_precision, quantize, quantizers
-from tcaq_lightning.quantizers import SoftmaxQuantizer
-from tcaq_lightning.quantizers.histogram import LogHistogram
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.nn.prepare import full_precision, quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 CPU = torch.device("cpu")
@@ -108,27 +105,11 @@ def make_twins() -> Callable[..., Twins]:
 
 @pytest.fixture(scope="session")
 def observe() -> Callable[..., Observations]:
-    """Ranges, histograms and fits of a unit over all its data, by plain hooks."""
+    """Ranges, histograms and fits of a unit over all its data."""
 
     def run(unit: nn.Module, data: UnitData, context: TimestepGroups) -> Observations:
-        observed, inputs = Observations(), {}
-        handles = [
-            q.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
-            for n, q in quantizers(unit).items()
-        ]
-        with torch.no_grad(), full_precision(unit):
-            data.run(unit, context, torch.arange(len(data)), torch.device("cpu"))
-        for handle in handles:
-            handle.remove()
-        for name, quantizer in quantizers(unit).items():
-            x = inputs[name]
-            if isinstance(quantizer, SoftmaxQuantizer):
-                observed.histograms[name] = LogHistogram(context.num_groups)
-                observed.histograms[name].update(x, data.groups)
-                observed.fits[name] = decide_by_likelihood(observed.histograms[name])
-            else:
-                observed.ranges[name] = RangeStatistics(context.num_groups, x.shape[quantizer.channel_dim])
-                observed.ranges[name].update(x, data.groups, quantizer.channel_dim)
+        with torch.no_grad(), observing(unit, context) as observed:
+            data.run(unit, context, torch.arange(len(data)), CPU)
         return observed
 
     return run

@@ -75,6 +75,13 @@ def test_no_module_is_in_a_circle() -> None:
     assert [module for module in graph if module in reached[module]] == []
 
 
+def test_callbacks_are_handed_in() -> None:
+    importing = [
+        module for module in FILES for target, _ in imports(FILES[module]) if target.split(".")[0] == "callbacks"
+    ]
+    assert importing == []
+
+
 def test_no_private_name_is_imported() -> None:
     private = [
         f"{module} imports {target}.{name}"

@@ -72,13 +72,11 @@ def fit_unit(
         shifted_layer(work, unit, work.graph.names[position]),
         before,
     )
-    callbacks = [*work.learners, UnitCheckpoint(path, config.trainer.checkpoint_every)]
+    callbacks = [*work.callbacks, UnitCheckpoint(path, config.trainer.checkpoint_every)]
     if (patience := config.reconstruction.patience) is not None:
         error = partial(held_out_error, work, unit, data, held_out)
         callbacks.insert(0, EarlyStop(error, iterations, patience))  # first: a checkpoint holds what it has found
-    trainer = make_trainer(
-        config.trainer, callbacks, work.logger, iterations, config.logging.every_n_steps, work.device
-    )
+    trainer = make_trainer(config.trainer, callbacks, None, iterations, config.logging.every_n_steps, work.device)
     with deterministic(work.device):
         trainer.fit(module, ckpt_path=str(path) if resumed else None, weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0

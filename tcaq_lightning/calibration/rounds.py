@@ -20,6 +20,7 @@ from tcaq_lightning.calibration.state import Calibration
 from tcaq_lightning.calibration.storage import ActivationStorage
 from tcaq_lightning.calibration.streams import Streams
 from tcaq_lightning.calibration.unit import reconstruct_unit
+from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods import par
@@ -41,7 +42,7 @@ from tcaq_lightning.runtime.memory import freed_memory_reused, release_freed_mem
 log = logging.getLogger(__name__)
 
 
-def calibrate(work: Calibration) -> list[dict[str, Any]] | None:
+def run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
     """Run all rounds, or what is left of them.
 
     Returns:
@@ -83,7 +84,8 @@ def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
                 settle(work.quantized.get_submodule(work.graph.names[position]))
             log.info("round %d raised the held-out mismatch: the state before it is kept", round_index)
         rounds.append(record)
-        work.listener.round_finished(round_index, record, sampled)
+        for listener in work.listeners:
+            listener.on_round_end(round_index, record, sampled)
     return rounds
 
 
@@ -233,12 +235,15 @@ def _run_round(work: Calibration, round_index: int, samples: Trajectories, start
         own = samples.select(shard.trajectories).flat()
         streams = Streams(work.full, work.quantized, work.graph, work.context, own, work.batch_size, storage)
     for position, (name, record) in enumerate(zip(names, restored, strict=True)):
-        work.listener.unit_started(round_index, position, name)
+        visit = Visit(round_index, position, name, start)
+        for listener in work.listeners:
+            listener.on_unit_start(visit)
         if streams is not None:
             record = _advance(work, round_index, position, streams, shard, record, start)
         assert record is not None
         work.records.append(record)
-        work.listener.unit_finished(round_index, position, record)
+        for listener in work.listeners:
+            listener.on_unit_end(visit, record)
         if name == work.config.trainer.stop_after:
             return False
     return True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import yaml
@@ -28,11 +29,14 @@ class Run:
 
     Rank 0 alone looks at it and writes to it; the other ranks are told what it found, errors too.
 
+    As a context it looks at what an earlier command left, and lets other commands work there afterwards.
+
     Args:
         config: the run's configuration; a directory made with another one that affects the result is refused.
 
     Attributes:
-        directory: RUN_DIR. manifest: hash, versions, model, plan, and what is finished.
+        directory: RUN_DIR.
+        manifest: hash, versions, model, plan, and what is finished.
     """
 
     def __init__(self, config: Config) -> None:
@@ -41,10 +45,24 @@ class Run:
         self.manifest: dict[str, Any] = {}
         self._lock: int | None = None
 
+    def __enter__(self) -> Run:
+        self.read()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
     @property
     def finished(self) -> bool:
         """Whether the run has written its report."""
         return bool(self.manifest.get("finished"))
+
+    @property
+    def artifact(self) -> Path:
+        """Directory of the quantized pipeline."""
+        return self.directory / "quantized"
 
     def read(self) -> None:
         """Look at what an earlier command left.

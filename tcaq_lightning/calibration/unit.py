@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from tcaq_lightning.calibration.fit import fit_unit, held_out_error, shifted_layer
 from tcaq_lightning.calibration.initialize import Observations, initialize
-from tcaq_lightning.calibration.observation import UnitObservation
+from tcaq_lightning.calibration.observation import UnitObservation, observing
 from tcaq_lightning.calibration.probes import probe_indices
 from tcaq_lightning.calibration.reconstruction import Phase, mean_errors, squared_errors
 from tcaq_lightning.calibration.shards import Shard
 from tcaq_lightning.calibration.state import Calibration
 from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.methods.sensitivity import normalized_weights
 from tcaq_lightning.nn.prepare import (
-    full_precision,
     quant_layers,
     quantization_state,
     quantizers,
@@ -73,7 +73,8 @@ def reconstruct_unit(
             data.executed += probes.executed
         path = work.run.statistics_file(round_index, position, name)
         on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))
-        work.listener.unit_initialized(tag, unit, observed, choices)
+        for listener in work.listeners:
+            listener.on_unit_initialized(Visit(round_index, position, name), unit, observed, choices)
         if config.reconstruction.enabled:
             with clock("gate"):
                 _correct_bias(work, unit, name, data, shard)  # so that learning need not make up for mean errors
@@ -116,10 +117,10 @@ def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -
     if not len(samples):  # every rank takes part in the reductions at the end
         samples = shard.here(shard.train)[:1]
     module = UnitObservation(unit, data, samples, work.context, work.config.judged_batch_size)
-    trainer = make_trainer(work.config.trainer, work.observers, work.logger, device=work.device)
-    with full_precision(unit):
+    trainer = make_trainer(work.config.trainer, work.callbacks, device=work.device)
+    with observing(unit, work.context) as observed:
         trainer.predict(module, return_predictions=False)
-    return module.observed
+    return observed
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from tcaq_lightning.api import sketch_job
+from tcaq_lightning.calibration.planning.sketch import sketch_run
 from tcaq_lightning.config import Config, ModelConfig, QuantizationConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models import architectures
@@ -90,17 +90,17 @@ def architecture(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_plan_without_weights(architecture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_without_weights(architecture: Path) -> None:
     config = Config(model=ModelConfig("nowhere", str(architecture)), quantization=QuantizationConfig())
     config.conditioning.guidance_scale = 3.0
-    sketch_job(config)
-    shown = capsys.readouterr().out
+    sketch = sketch_run(config)
     samples = config.calibration.num_trajectories + config.calibration.held_out_trajectories
-    assert f" {2 * 20 * samples} " in shown  # both rows of a guided sample
+    assert sketch.plan.samples == 2 * 20 * samples  # both rows of a guided sample
     parameters = sum(p.numel() for p in meta_denoiser(architecture).parameters())
-    assert f"{parameters / 1e6:,.1f} million parameters" in shown
-    assert "W4 A8" in shown
-    assert "TFLOP/s, which is assumed" in shown
+    assert f"{parameters / 1e6:,.1f} million parameters" in str(sketch)
+    assert "W4 A8" in sketch.plan.layers
+    assert "W4 A8" in {row.bits for row in sketch.coverage}
+    assert "TFLOP/s, which is assumed" in str(sketch)
 
 
 def test_no_such_architecture(tmp_path: Path) -> None:

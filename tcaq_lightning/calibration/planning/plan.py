@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,24 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def check_stop(config: Config, units: Sequence[str]) -> None:
+    """Check that `trainer.stop_after` names a unit.
+
+    Args:
+        config: the run's configuration.
+        units: names of the model's units.
+
+    Raises:
+        UserError: it does not.
+    """
+    last = config.trainer.stop_after
+    if last is not None and last not in units:
+        near = difflib.get_close_matches(last, units, n=1, cutoff=0) or units[:1]
+        raise UserError(
+            f"trainer.stop_after: {last!r} is no unit of the model; expected one such as {near[0]}, or null"
+        )
 
 
 def make_plan(
