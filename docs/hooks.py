@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -84,16 +86,21 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _type(hint: Any) -> str:
-    text = str(hint).replace("typing.", "").replace("pathlib.", "").replace("tcaq_lightning.config.", "")
-    if isinstance(hint, type) and not typing.get_args(hint):
-        text = hint.__name__
-    return f"`{text}`".replace("|", "\\|").replace("NoneType", "None")
+    """A type as YAML knows it, without the modules that it comes from."""
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    text = re.sub(r"\b(?:\w+\.)+", "", text).replace("NoneType", "null").replace("None", "null")
+    text = re.sub(r"Optional\[(.*)\]", r"\1 | null", text)
+    return "`" + re.sub(r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text) + "`"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return f"`{'null' if field.default is None else field.default}`"
-    return f"`{field.default_factory()}`" if field.default_factory is not dataclasses.MISSING else "required"
+        return f"`{_yaml(field.default)}`"
+    return f"`{_yaml(field.default_factory())}`" if field.default_factory is not dataclasses.MISSING else "required"
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 GENERATED = {
