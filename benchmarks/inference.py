@@ -33,7 +33,8 @@ from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightCo
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 

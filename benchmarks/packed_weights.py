@@ -19,7 +19,7 @@ from tcaq_lightning.artifact.directory import save_artifact
 from tcaq_lightning.backends.graph.inputs import example_inputs, nest
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 
 
 def packed_weights(

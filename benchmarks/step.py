@@ -32,7 +32,7 @@ from tcaq_lightning.calibration.fit import fit_unit
 from tcaq_lightning.calibration.reconstruction import Phase, block_error
 from tcaq_lightning.calibration.state import Calibration
 from tcaq_lightning.calibration.streams import Batch, UnitData
-from tcaq_lightning.nn.prepare import quantization_state, restore_quantization_state
+from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.memory import freed_memory_reused
 from tcaq_lightning.runtime.precision import autocasts
 

@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.initialize import Choices, Observations
 from tcaq_lightning.calibration.visit import Visit
-from tcaq_lightning.nn.prepare import quantizers
+from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.statistics import range_heat_maps
 

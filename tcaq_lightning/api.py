@@ -49,8 +49,9 @@ from tcaq_lightning.models.pipelines import (
 from tcaq_lightning.models.sampling import Inputs, Sampling, make_sampling
 from tcaq_lightning.models.trajectories import Trajectories, probe
 from tcaq_lightning.models.units import UnitGraph, trace_units
-from tcaq_lightning.nn.prepare import CoverageRow, shared_copy
+from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
+from tcaq_lightning.nn.prepare import shared_copy
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, group_boundaries
 from tcaq_lightning.reports.markdown import write_report
 from tcaq_lightning.runtime.call_stack import with_room_for_frames

@@ -19,7 +19,8 @@ from tcaq_lightning.calibration.streams import Streams, UnitData
 from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
 from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.units import UnitGraph, trace_units
-from tcaq_lightning.nn.prepare import full_precision, quantize
+from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from tcaq_lightning.config import (
     TrainerConfig,
 )
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 
 
 class Steps(pl.Callback):

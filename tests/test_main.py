@@ -19,7 +19,8 @@ from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor,
 from tcaq_lightning.evaluation.images import ImageWriter, open_images
 from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
 from tcaq_lightning.models.pipelines import find_denoiser
-from tcaq_lightning.nn.prepare import quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tests.evaluation.inception_weights import pictures, random_weights
 

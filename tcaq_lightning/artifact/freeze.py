@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.nn.attention import PROCESSORS, QuantAttnProcessor
-from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import LAYERS, quant_layers, set_submodule
+from tcaq_lightning.nn.layers import LAYERS, QuantLayer
+from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, PackedWeight, TokenQuantizer
 from tcaq_lightning.quantizers.packing import packed_size
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, TimestepHook

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcaq_lightning.backends.engines import require
-from tcaq_lightning.nn.layers import QuantLayer, QuantLinear
-from tcaq_lightning.nn.prepare import LAYERS, quant_layers, set_submodule
+from tcaq_lightning.nn.layers import LAYERS, QuantLayer, QuantLinear
+from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers import IntegerWeight, TokenQuantizer
 from tcaq_lightning.quantizers.activation import along, per_sample
 

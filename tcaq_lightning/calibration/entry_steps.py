@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tcaq_lightning.nn.prepare import quantizers
+from tcaq_lightning.nn.parts import quantizers
 
 
 class EntrySteps:

@@ -18,12 +18,8 @@ from tcaq_lightning.calibration.state import Calibration
 from tcaq_lightning.calibration.streams import UnitData
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.output_layers import output_layer
-from tcaq_lightning.nn.prepare import (
-    check_quantization_state,
-    quant_layers,
-    quantization_state,
-    restore_quantization_state,
-)
+from tcaq_lightning.nn.parts import quant_layers
+from tcaq_lightning.nn.state import check_quantization_state, quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main, world_size
 from tcaq_lightning.runtime.files import DamagedFileError, read_checkpoint
 from tcaq_lightning.runtime.lightning import UnitCheckpoint, make_trainer

@@ -17,12 +17,8 @@ from tcaq_lightning.methods import tcr
 from tcaq_lightning.methods.attention_choice import AttentionChoice, set_softmax
 from tcaq_lightning.methods.daq import LogHistogram, TailFit
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLayer
-from tcaq_lightning.nn.prepare import (
-    quantization_state,
-    quantizers,
-    readers,
-    restore_quantization_state,
-)
+from tcaq_lightning.nn.parts import quantizers, readers
+from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import (

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tcaq_lightning.calibration.initialize import Observations
 from tcaq_lightning.calibration.streams import UnitData
 from tcaq_lightning.methods.daq import LogHistogram, decide_by_likelihood
-from tcaq_lightning.nn.prepare import full_precision, quantizers
+from tcaq_lightning.nn.parts import quantizers
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.statistics import RangeStatistics
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups

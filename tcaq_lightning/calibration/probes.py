@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.calibration.streams import UnitData
-from tcaq_lightning.nn.prepare import full_precision, quantizers
+from tcaq_lightning.nn.parts import quantizers
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import widened
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups

@@ -18,7 +18,7 @@ from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.methods.sensitivity import beside_channels, channel_means, mean_squares
 from tcaq_lightning.models.unit_outputs import Outputs, channel_count, output_tensors
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import output_quantizers, quant_layers, quantizers
+from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.adaround import adaround_regularizer, annealed_beta, undecided_share
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups

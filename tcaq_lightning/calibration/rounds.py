@@ -28,12 +28,7 @@ from tcaq_lightning.methods.headroom import leave_headroom
 from tcaq_lightning.methods.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.models.sampling import Sampling
 from tcaq_lightning.models.trajectories import Trajectories, collect_together
-from tcaq_lightning.nn.prepare import (
-    check_quantization_state,
-    quantization_state,
-    restore_quantization_state,
-    settle,
-)
+from tcaq_lightning.nn.state import check_quantization_state, quantization_state, restore_quantization_state, settle
 from tcaq_lightning.runtime.distributed.collectives import broadcast, on_main, total
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors, naming, save_tensors
 from tcaq_lightning.runtime.hashing import weights_hash

@@ -21,12 +21,8 @@ from tcaq_lightning.calibration.state import Calibration
 from tcaq_lightning.calibration.streams import UnitData
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.methods.sensitivity import normalized_weights
-from tcaq_lightning.nn.prepare import (
-    quant_layers,
-    quantization_state,
-    quantizers,
-    restore_quantization_state,
-)
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.files import save_tensors
 from tcaq_lightning.runtime.lightning import make_trainer

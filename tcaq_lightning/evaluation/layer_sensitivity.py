@@ -22,7 +22,7 @@ from tcaq_lightning.models.sampling import make_sampling
 from tcaq_lightning.models.trajectories import Trajectories, collect
 from tcaq_lightning.nn.attention import QuantAttnProcessor
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import quant_layers, set_submodule
+from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, TimestepHook
 from tcaq_lightning.runtime.json_shape import MEASURED, NUMBER, TEXT, Named
 

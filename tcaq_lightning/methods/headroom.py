@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from tcaq_lightning.models.units import UnitGraph
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 
 SAMPLE_HEADROOM = 1.5
 """Factor on the ranges of the noisy sample."""

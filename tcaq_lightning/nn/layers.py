@@ -230,3 +230,7 @@ class QuantLinear(QuantLayer):
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The affine map with a given weight."""
         return F.linear(x, weight, bias)
+
+
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+"""Layers with weights, and what replaces them. Extend to add a kind."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tcaq_lightning.evaluation.evaluate import finite
-from tcaq_lightning.nn.prepare import CoverageRow
+from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.runtime.files import replacing, write_bytes, write_json
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.nn.prepare import quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers import PackedWeight, SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tests.text_models import make_text_model

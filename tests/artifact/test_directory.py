@@ -21,7 +21,8 @@ from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import LayerRule, QuantizationConfig, SamplerConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import sample
-from tcaq_lightning.nn.prepare import output_quantizers, quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tests.tiny_models import tiny_unet

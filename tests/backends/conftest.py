@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tcaq_lightning.artifact.directory import freeze, save_artifact
 from tcaq_lightning.config import LayerRule, QuantizationConfig, WeightConfig
-from tcaq_lightning.nn.prepare import quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tests.tiny_models import tiny_unet

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.conftest import set_parameters
 from torch import Tensor
 
 from tcaq_lightning.artifact.directory import freeze
@@ -21,6 +20,7 @@ from tcaq_lightning.backends.stand_in import EngineDenoiser
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.architectures import Sizes
+from tests.backends.conftest import set_parameters
 from tests.families import FAMILIES, W4A8, Family, make_family
 
 pytest.importorskip("onnxruntime")

@@ -16,7 +16,7 @@ from tcaq_lightning.backends.kernels import SATURATION, Kernel
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.quantizers.packing import packed_size
 
 onnx = pytest.importorskip("onnx")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.export.conftest import set_outputs, set_parameters
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact.directory import freeze
@@ -24,8 +23,10 @@ from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.backends.stand_in import EngineDenoiser
 from tcaq_lightning.config import ActivationConfig, LayerRule, QuantizationConfig, WeightConfig
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import output_quantizers, quant_layers, quantize
+from tcaq_lightning.nn.parts import output_quantizers, quant_layers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tests.backends.conftest import set_outputs, set_parameters
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.conftest import set_parameters
 
 from tcaq_lightning.artifact.directory import freeze, save_artifact
 from tcaq_lightning.backends.kernels import check_kernels
@@ -16,6 +15,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import find_denoiser
 from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tests.backends.conftest import set_parameters
 from tests.families import W4A8
 from tests.text_models import CALL_OPTIONS, TEXT_MODELS, TOKENS, make_text_model
 from tests.toy_pipelines import PIPELINES, make_pipeline

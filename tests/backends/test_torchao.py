@@ -13,7 +13,8 @@ from tcaq_lightning.backends.torchao import LayerKernel, TorchAOLinear, TorchAOW
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLinear
-from tcaq_lightning.nn.prepare import quant_layers, quantize
+from tcaq_lightning.nn.parts import quant_layers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers import IntegerWeight
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
@@ -164,7 +165,7 @@ def test_full_precision_input_while_its_quantizer_is_off() -> None:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    from tests.test_artifact import BOUNDARIES, as_pipeline, calibrated, config_of, save_artifact
+    from tests.artifact.test_directory import BOUNDARIES, as_pipeline, calibrated, config_of, save_artifact
 
     pipeline = as_pipeline(calibrated(config_of(4), BOUNDARIES))
     freeze(pipeline.unet)
@@ -173,7 +174,7 @@ def artifact(tmp_path: Path) -> Path:
 
 
 def test_backend_of_an_artifact(artifact: Path, tmp_path: Path) -> None:
-    from tests.test_artifact import SAMPLERS, mixed_prediction, samples
+    from tests.artifact.test_directory import SAMPLERS, mixed_prediction, samples
 
     simulated, loaded = load_quantized(artifact), load_quantized(artifact, device="cpu", backend="torchao")
     kernels = layer_kernels(loaded.unet)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers import AuraFlowTransformer2DModel, AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from tests.test_artifact import set_parameters
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -40,12 +39,16 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.models.unit_outputs import by_sample, output_tensors
 from tcaq_lightning.models.units import find_units, patched_forwards, trace_units
+from tcaq_lightning.nn.coverage import uncovered
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLinear
 from tcaq_lightning.nn.output_layers import output_layer
-from tcaq_lightning.nn.prepare import full_precision, quant_layers, quantize, quantizers, uncovered
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import TokenQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.lightning import make_trainer
+from tests.artifact.test_directory import set_parameters
 from tests.families import FAMILIES, SAMPLES, W4A8, Family, make_denoiser, make_family
 
 CPU = torch.device("cpu")

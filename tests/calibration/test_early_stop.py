@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tcaq_lightning.calibration.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.config import TrainerConfig
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.runtime.files import read_checkpoint
 from tcaq_lightning.runtime.lightning import UnitCheckpoint, make_trainer

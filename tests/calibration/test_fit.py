@@ -8,7 +8,8 @@ import torch
 
 from tcaq_lightning.calibration.fit import _checkpointed_state
 from tcaq_lightning.config import QuantizationConfig
-from tcaq_lightning.nn.prepare import quant_layers, quantize
+from tcaq_lightning.nn.parts import quant_layers
+from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.files import CheckedCheckpointIO
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tcaq_lightning.calibration import initialize as initialization
 from tcaq_lightning.calibration.initialize import Choices
 from tcaq_lightning.config import QuantizationConfig, TCRConfig
-from tcaq_lightning.nn.prepare import full_precision, quant_layers, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import search_symmetric

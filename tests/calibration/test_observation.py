@@ -9,7 +9,7 @@ import torch
 
 from tcaq_lightning.calibration.observation import UnitObservation, observing
 from tcaq_lightning.config import TrainerConfig
-from tcaq_lightning.nn.prepare import quantizers
+from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.runtime.lightning import make_trainer
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tcaq_lightning.calibration import probes
 from tcaq_lightning.calibration.probes import capture_inputs, probe_indices
 from tcaq_lightning.config import LayerRule, QuantizationConfig
-from tcaq_lightning.nn.prepare import quantizers
+from tcaq_lightning.nn.parts import quantizers
 
 CPU = torch.device("cpu")
 ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"

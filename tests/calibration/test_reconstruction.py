@@ -31,7 +31,8 @@ from tcaq_lightning.config import (
     TrainerConfig,
     WeightConfig,
 )
-from tcaq_lightning.nn.prepare import quant_layers, quantization_state, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.state import quantization_state
 from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.runtime import compilation
 from tcaq_lightning.runtime.lightning import make_trainer

@@ -13,7 +13,8 @@ from tcaq_lightning.calibration.rounds import _reopen, _restored, _weigh_errors
 from tcaq_lightning.calibration.run_dir import unit_path
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.nn.prepare import quant_layers, quantization_state, settle
+from tcaq_lightning.nn.parts import quant_layers
+from tcaq_lightning.nn.state import quantization_state, settle
 from tcaq_lightning.runtime.files import save_tensors
 
 NAME = "mid_block.resnets.0"

@@ -27,7 +27,7 @@ from tcaq_lightning.evaluation.layer_sensitivity import (
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.models.sampling import LoopSampling
 from tcaq_lightning.models.trajectories import collect
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 
 TRAJECTORIES = 2
 ATTENTION = "down_blocks.0.attentions.0"

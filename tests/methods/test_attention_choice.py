@@ -7,7 +7,7 @@ import torch
 
 from tcaq_lightning.calibration.probes import capture_inputs, probe_indices
 from tcaq_lightning.config import DAQConfig
-from tcaq_lightning.nn.prepare import quantizers
+from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 
 from tcaq_lightning.methods.headroom import leave_headroom
 from tcaq_lightning.models.units import trace_units
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 
 
 @pytest.mark.parametrize(("bits", "of_sample"), [(4, 2.0), (6, 1.5), (8, 1.5)])

@@ -23,7 +23,9 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.nn.attention import PROCESSORS, mask_by_head, processor_name
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import full_precision, quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 

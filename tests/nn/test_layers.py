@@ -10,7 +10,9 @@ from torch import nn
 from tcaq_lightning.config import QuantizationConfig
 from tcaq_lightning.nn.attention import QuantAttnProcessor, shares_input_quantizer
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import full_precision, quant_layers, quantize, quantizers
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 CONVOLUTIONS = {

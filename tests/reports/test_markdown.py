@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tcaq_lightning.calibration.initialize import AttentionChoice
 from tcaq_lightning.methods.daq import LogHistogram, TailFit, decide_by_likelihood
-from tcaq_lightning.nn.prepare import CoverageRow
+from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.reports.markdown import final_table, headline, render, write_report
 
 COVERAGE = [

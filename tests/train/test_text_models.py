@@ -13,7 +13,7 @@ from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.models.pipelines import find_denoiser
 from tcaq_lightning.models.sampling import make_sampling
-from tcaq_lightning.nn.prepare import quant_layers
+from tcaq_lightning.nn.parts import quant_layers
 from tests.text_models import CALL_OPTIONS, TEXT_MODELS, make_text_model
 
 pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.nn.attention import QuantAttnProcessor
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import quant_layers, set_submodule
+from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers.timestep_groups import TimestepHook
 
 

@@ -30,15 +30,9 @@ from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.models.unit_outputs import Outputs, by_sample
 from tcaq_lightning.models.units import UnitGraph
 from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.prepare import (
-    output_quantizers,
-    quant_layers,
-    quantization_state,
-    quantize,
-    quantizers,
-    readers,
-    shared_copy,
-)
+from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers, readers
+from tcaq_lightning.nn.prepare import quantize, shared_copy
+from tcaq_lightning.nn.state import quantization_state
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups

@@ -16,8 +16,9 @@ from tcaq_lightning.models.architectures import (
 )
 from tcaq_lightning.models.pipelines import make_scheduler
 from tcaq_lightning.models.units import trace_units
-from tcaq_lightning.nn.prepare import CoverageRow, shared_copy
+from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
+from tcaq_lightning.nn.prepare import shared_copy
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, group_boundaries
 from tcaq_lightning.runtime.allocation_trace import SIZES
 

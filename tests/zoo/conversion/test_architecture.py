@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from tests.conversion.published import BEDROOMS, CHURCHES, DDIM_CIFAR10, DDIM_LSUN, IMAGENET, STABLE_DIFFUSION
 
 from tcaq_lightning.zoo.conversion import ddim, latent_config
 from tcaq_lightning.zoo.conversion.architecture import ARCHITECTURES, INDEX, Architecture, names, read_architecture
+from tests.zoo.conversion.published import BEDROOMS, CHURCHES, DDIM_CIFAR10, DDIM_LSUN, IMAGENET, STABLE_DIFFUSION
 
 PARAMETERS = {
     "ddpm-cifar10-32": 35_746_307,  # 35.7 M (Ho et al. 2020, appendix B)

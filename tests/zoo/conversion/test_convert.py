@@ -11,16 +11,6 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMPipeline, DiffusionPipeline, LDMPipeline
-from tests.conversion.originals import DDIMModel, LatentDiffusion, LatentUNet, randomized, relative_error
-from tests.conversion.published import (
-    DDIM_CIFAR10,
-    DDIM_SMALL,
-    KL_SMALL,
-    SMALL_LATENT,
-    STABLE_DIFFUSION,
-    changed,
-    small,
-)
 
 from tcaq_lightning.__main__ import main
 from tcaq_lightning.config import SamplerConfig
@@ -30,6 +20,16 @@ from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample
 from tcaq_lightning.zoo.conversion import latent, latent_config
 from tcaq_lightning.zoo.conversion.architecture import ARCHITECTURES, Component, read_architecture
 from tcaq_lightning.zoo.conversion.convert import assemble, read_tokenizer
+from tests.zoo.conversion.originals import DDIMModel, LatentDiffusion, LatentUNet, randomized, relative_error
+from tests.zoo.conversion.published import (
+    DDIM_CIFAR10,
+    DDIM_SMALL,
+    KL_SMALL,
+    SMALL_LATENT,
+    STABLE_DIFFUSION,
+    changed,
+    small,
+)
 
 TIMESTEPS = torch.tensor([1, 500, 999])
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conversion.originals import DDIMModel, randomized, relative_error
-from tests.conversion.published import DDIM_CIFAR10, DDIM_LSUN, DDIM_SMALL, changed
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.zoo.conversion import ddim
 from tcaq_lightning.zoo.conversion.architecture import load_exactly
+from tests.zoo.conversion.originals import DDIMModel, randomized, relative_error
+from tests.zoo.conversion.published import DDIM_CIFAR10, DDIM_LSUN, DDIM_SMALL, changed
 
 TIMESTEPS = torch.tensor([0, 1, 500, 999])
 

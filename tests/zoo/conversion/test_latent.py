@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conversion.originals import (
+from torch import Tensor
+
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.zoo.conversion import latent, latent_config
+from tcaq_lightning.zoo.conversion.architecture import Component, load_exactly
+from tcaq_lightning.zoo.conversion.convert import assemble
+from tests.zoo.conversion.originals import (
     KLFirstStage,
     LatentDiffusion,
     LatentUNet,
@@ -16,7 +22,7 @@ from tests.conversion.originals import (
     randomized,
     relative_error,
 )
-from tests.conversion.published import (
+from tests.zoo.conversion.published import (
     BEDROOMS,
     CHURCHES,
     FIRST,
@@ -31,12 +37,6 @@ from tests.conversion.published import (
     changed,
     small,
 )
-from torch import Tensor
-
-from tcaq_lightning.errors import UserError
-from tcaq_lightning.zoo.conversion import latent, latent_config
-from tcaq_lightning.zoo.conversion.architecture import Component, load_exactly
-from tcaq_lightning.zoo.conversion.convert import assemble
 
 TIMESTEPS = torch.tensor([0, 1, 500, 999])
 

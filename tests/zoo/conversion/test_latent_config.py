@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conversion.published import BEDROOMS, CHURCHES, FIRST, IMAGENET, STABLE_DIFFUSION, UNET, changed
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.zoo.conversion import latent_config
+from tests.zoo.conversion.published import BEDROOMS, CHURCHES, FIRST, IMAGENET, STABLE_DIFFUSION, UNET, changed
 
 PARAMS = "model__params__"
 
