@@ -1,4 +1,4 @@
-"""README's benchmark table and plot, from the JSON lines of the other scripts.
+"""The table and plot of docs/benchmarks.md, from the JSON lines of the other scripts.
 
     python -m benchmarks.step --threads 1 >> results.jsonl
     python -m benchmarks.summary --results results.jsonl --plot benchmarks.png
