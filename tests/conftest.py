@@ -124,7 +124,7 @@ def initialized(observe: Callable[..., Observations]) -> Callable[..., tuple[nn.
         twins: Twins, name: str, tcr: TCRConfig | None = None, daq: DAQConfig | None = None
     ) -> tuple[nn.Module, UnitData, Choices]:
         unit, data, context = twins.unit(name), twins.data_of(name), twins.context
-        probes = data.select(probe_indices(data.groups, context.num_groups))
+        probes = data.select(probe_indices(data.groups, context.num_groups, 40))
         settings = observe(unit, data, context), tcr or TCRConfig(), daq or DAQConfig(), torch.device("cpu")
         choices = initialize(unit, probes, context, *settings)
         return unit, data, choices

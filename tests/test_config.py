@@ -13,11 +13,13 @@ from tcaq_lightning.config import (
     CalibrationConfig,
     Config,
     EvaluationConfig,
+    HeadroomConfig,
     LayerRule,
     PARConfig,
     QuantizationConfig,
     ReconstructionConfig,
     SamplerConfig,
+    SensitivityConfig,
     TCRConfig,
     TrainerConfig,
     WeightConfig,
@@ -59,7 +61,16 @@ def test_without_reconstruction_there_is_one_round_of_no_steps() -> None:
     [
         (lambda: WeightConfig(bits=1), "quantization.weight.bits"),
         (lambda: ActivationConfig(bits=9), "quantization.activation.bits"),
-        (lambda: SamplerConfig(eta=1.5), "sampler.eta"),
+        (lambda: CalibrationConfig(sampler=SamplerConfig(eta=1.5)), "^calibration.sampler.eta"),
+        (lambda: EvaluationConfig(sampler=SamplerConfig(num_steps=0)), "^evaluation.sampler.num_steps"),
+        (lambda: CalibrationConfig(bias_samples=0), "calibration.bias_samples"),
+        (lambda: HeadroomConfig(stream=0.9), "headroom.stream"),
+        (lambda: HeadroomConfig(coarse_below=1), "headroom.coarse_below"),
+        (lambda: SensitivityConfig(data_variance=0.0), "sensitivity.data_variance"),
+        (lambda: SensitivityConfig(probes=0), "sensitivity.probes"),
+        (lambda: ReconstructionConfig(bias_rate=1.5), "reconstruction.bias_rate"),
+        (lambda: ReconstructionConfig(refine_logit=0.0), "reconstruction.refine_logit"),
+        (lambda: ReconstructionConfig(fastest_rounding=float("nan")), "reconstruction.fastest_rounding"),
         (lambda: PARConfig(final_share=0.0), "par.final_share"),
         (lambda: ReconstructionConfig(step_lr=float("inf")), "reconstruction.step_lr"),
         (lambda: ReconstructionConfig(rounding_lr=float("nan")), "reconstruction.rounding_lr"),
@@ -113,3 +124,25 @@ def test_every_rank_needs_its_share(key: str, value: float) -> None:
 def test_a_rule_is_about_either_names_or_a_role(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"quantization\.rules must be rules with either a role or a pattern"):
         LayerRule(**settings, keep=True)
+
+
+def test_headroom_can_be_left_out() -> None:
+    headroom = HeadroomConfig()
+    assert (headroom.of_sample(5), headroom.of_sample(6), headroom.of_stream) == (2.0, 1.5, 1.35)
+    off = HeadroomConfig(enabled=False)
+    assert (off.of_sample(5), off.of_sample(6), off.of_stream) == (1.0, 1.0, 1.0)
+
+
+@given(st.integers(1, 100_000))
+def test_the_rounding_rate_is_bounded(iterations: int) -> None:
+    config = ReconstructionConfig()
+    assert config.rounding_rate(iterations) == min(0.2, 20 / iterations)
+    assert ReconstructionConfig(rounding_lr=0.03).rounding_rate(iterations) == 0.03
+
+
+def test_values_that_were_set_later_are_checked_by_check() -> None:
+    config = Config()
+    config.check()
+    config.calibration.sampler.num_steps = 0
+    with pytest.raises(UserError, match=r"^calibration\.sampler\.num_steps must be at least 1, got 0$"):
+        config.check()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.calibration.probes import PROBES, capture_inputs
+from tcaq_lightning.calibration.probes import capture_inputs
 from tcaq_lightning.calibration.streams import UnitData
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.methods import tcr
@@ -84,7 +84,7 @@ def initialize(
     tcr_config: TCRConfig,
     daq_config: DAQConfig,
     device: torch.device,
-    batch_size: int = PROBES,
+    batch_size: int | None = None,
 ) -> Choices:
     """Set every quantizer of a unit from its quantized-stream inputs.
 
@@ -97,7 +97,7 @@ def initialize(
         observed: ranges and histograms over all calibration samples.
         tcr_config, daq_config: settings.
         device: where to compute.
-        batch_size: samples per pass.
+        batch_size: samples per pass; None takes all probes at once.
     """
     choices = Choices()
     inputs = capture_inputs(unit, probes, context, device, batch_size)

@@ -16,13 +16,11 @@ from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import widened
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
-PROBES = 40
-"""Samples that the searches look at, spread evenly over the timestep groups."""
 QUERIES = 256
 """So many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
 
 
-def probe_indices(groups: Tensor, num_groups: int, total: int = PROBES) -> Tensor:
+def probe_indices(groups: Tensor, num_groups: int, total: int) -> Tensor:
     """Samples spread evenly over the groups, the same number in each, sorted by group.
 
     >>> probe_indices(torch.tensor([1, 0, 0, 1, 1]), num_groups=2, total=4)
@@ -42,15 +40,18 @@ def capture_inputs(
     probes: UnitData,
     context: TimestepGroups,
     device: torch.device,
-    batch_size: int = PROBES,
+    batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     """Inputs of every quantizer while the unit runs in full precision, none narrower than float32.
 
     Of probabilities, (B, heads, T, S), `QUERIES` of the T queries are kept, the one with the largest value among them.
 
     Args:
-        unit: quantized unit. probes: samples of it. context: timestep groups of the denoiser.
-        device: where to compute. batch_size: samples in one pass.
+        unit: quantized unit.
+        probes: samples of it.
+        context: timestep groups of the denoiser.
+        device: where to compute.
+        batch_size: samples in one pass; None takes all of them.
     """
     captured: dict[str, list[Tensor]] = defaultdict(list)
     passed: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ def capture_inputs(
         return receive
 
     handles = [q.register_forward_pre_hook(hook(n, q)) for n, q in quantizers(unit).items()]
-    batches = torch.arange(len(probes)).tensor_split(math.ceil(len(probes) / batch_size))
+    batches = torch.arange(len(probes)).tensor_split(1 if batch_size is None else math.ceil(len(probes) / batch_size))
     try:
         with full_precision(unit):
             for batch in batches:

@@ -30,14 +30,6 @@ from tcaq_lightning.runtime.precision import autocasts
 Phase = Literal["r", "v"]
 """r phase: log r and activation steps, weights to nearest. V phase: rounding and steps, r frozen."""
 
-FASTEST_ROUNDING = 0.2
-TRAVEL = 20.0
-"""Adam moves V by about its rate a step, and the regulariser moves it only late in the phase, when beta is small: a
-rate of 20 / iterations lets V travel far enough (METHOD section 2). Slower, a short phase leaves much undecided."""
-
-BIAS_RATE = 0.1
-"""Share of a sample's mean error that the bias correction of its group takes over in one step."""
-
 
 def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None) -> Tensor:
     """Squared difference summed over channels, averaged over the rest (METHOD section 2).
@@ -246,7 +238,7 @@ class BlockReconstruction(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with a rate for each kind of parameter, annealed to 0 but for V's."""
         rates = {
-            "v": self.config.rounding_lr or min(FASTEST_ROUNDING, TRAVEL / self.iterations),
+            "v": self.config.rounding_rate(self.iterations),
             "r": self.config.r_lr,
             "steps": self.config.step_lr,
             "weight_scales": self.config.scale_lr,
@@ -345,7 +337,8 @@ class BlockReconstruction(pl.LightningModule):
             layer, factor = self.shifted
             assert layer.bias_shift is not None
             counts = (groups[:, None] == groups).sum(1, keepdim=True)  # bincount would wait for the device
-            rate = BIAS_RATE / (BIAS_RATE * counts).clamp(min=1)  # many samples of a group must not overshoot
+            share = self.config.bias_rate
+            rate = share / (share * counts).clamp(min=1)  # many samples of a group must not overshoot
             layer.bias_shift.index_add_(0, groups, channel_means(residual) * rate, alpha=factor)
 
     def undecided(self) -> float:

@@ -58,7 +58,7 @@ def run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
 
 
 def _run_rounds(work: Calibration) -> list[dict[str, Any]] | None:
-    leave_headroom(work.quantized, work.graph, work.config.quantization.activation.bits)
+    leave_headroom(work.quantized, work.graph, work.config.headroom, work.config.quantization.activation.bits)
     _weigh_errors(work)
     rounds: list[dict[str, Any]] = []
     best: tuple[float, int, Trajectories] | None = None
@@ -93,9 +93,16 @@ def _weigh_errors(work: Calibration) -> None:
     if found is not None:
         work.sensitivities = found[0]
         return
-    gain = sampler_gain(work.sampling.scheduler, work.trajectories.timesteps)
+    gain = sampler_gain(work.sampling.scheduler, work.trajectories.timesteps, work.config.sensitivity.data_variance)
     work.sensitivities = unit_sensitivities(
-        work.full, work.graph, work.context, work.trajectories, gain, work.batch_size, work.config.seed
+        work.full,
+        work.graph,
+        work.context,
+        work.trajectories,
+        gain,
+        work.batch_size,
+        work.config.seed,
+        work.config.sensitivity.probes,
     )
     on_main(lambda: save_tensors(path, work.sensitivities))
     release_freed_memory()  # the pass through the whole denoiser leaves holes that nothing later fills

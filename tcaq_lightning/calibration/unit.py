@@ -30,15 +30,6 @@ from tcaq_lightning.runtime.memory import freed_memory_reused, release_freed_mem
 
 log = logging.getLogger(__name__)
 
-OBSERVED_SAMPLES = 640
-"""About as many samples give ranges and distributions: every image has many pixels."""
-BIAS_SAMPLES = 320
-"""About as many samples give the mean errors of a unit's output channels."""
-JUDGED_SAMPLES = 320
-"""About as many held-out samples tell how good a unit is."""
-REFINE_LOGIT = 2.0
-"""Logits of a later round start within [-2, 2]: close to the rounded weights, yet a rounding can still flip."""
-
 
 def reconstruct_unit(
     work: Calibration, round_index: int, position: int, data: UnitData, shard: Shard
@@ -54,7 +45,8 @@ def reconstruct_unit(
     config, name = work.config, work.graph.names[position]
     unit = work.quantized.get_submodule(name)
     tag = f"round{round_index}/{position:02d}-{name}"
-    train, held_out = shard.here(shard.train), shard.here(_some(shard.held_out, JUDGED_SAMPLES))
+    train = shard.here(shard.train)
+    held_out = shard.here(_some(shard.held_out, config.calibration.judged_samples))
     clock = _Clock(data)
     record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
 
@@ -62,7 +54,9 @@ def reconstruct_unit(
         with clock("observe"):
             observed = _observe(work, unit, data, shard)
         with clock("search"):
-            chosen = shard.train[probe_indices(shard.groups[shard.train], work.context.num_groups)]
+            chosen = shard.train[
+                probe_indices(shard.groups[shard.train], work.context.num_groups, config.calibration.probe_samples)
+            ]
             probes = shard.collected(data, chosen)
             settings = observed, config.tcr, config.daq, work.device, config.judged_batch_size
             choices = initialize(unit, probes, work.context, *settings)
@@ -84,7 +78,7 @@ def reconstruct_unit(
     record["before"] = record["after"] = float((squares * weights).sum())
     if config.reconstruction.enabled and quantizers(unit):
         if round_index:
-            _soften(unit)
+            _soften(unit, config.reconstruction.refine_logit)
         undecided = 0.0
         for (phase_round, phase), iterations in config.phase_iterations().items():
             if phase_round == round_index:
@@ -109,7 +103,7 @@ def reconstruct_unit(
 
 
 def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -> Observations:
-    samples = shard.here(_some(shard.train, OBSERVED_SAMPLES))
+    samples = shard.here(_some(shard.train, work.config.calibration.observed_samples))
     if not len(samples):  # every rank takes part in the reductions at the end
         samples = shard.here(shard.train)[:1]
     module = UnitObservation(unit, data, samples, work.context, work.config.judged_batch_size)
@@ -120,10 +114,10 @@ def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -
 
 
 @torch.no_grad()
-def _soften(unit: nn.Module) -> None:
+def _soften(unit: nn.Module, largest: float) -> None:
     """Let roundings flip again in a later round."""
     for layer in quant_layers(unit).values():
-        layer.learned_weight.logits.clamp_(-REFINE_LOGIT, REFINE_LOGIT)
+        layer.learned_weight.logits.clamp_(-largest, largest)
 
 
 @torch.no_grad()
@@ -141,7 +135,7 @@ def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData,
         return
     layer, factor = shifted
     assert layer.bias_shift is not None
-    samples = shard.here(_some(shard.train, BIAS_SAMPLES))
+    samples = shard.here(_some(shard.train, work.config.calibration.bias_samples))
     errors = mean_errors(unit, data, samples, work.context, work.config.judged_batch_size, work.device)
     corrected = layer.bias_shift + errors.to(layer.bias_shift) * factor
     layer.bias_shift.copy_(corrected.half())  # the artifact holds float16: nothing is left to round off there

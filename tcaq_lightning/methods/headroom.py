@@ -9,19 +9,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from tcaq_lightning.config import HeadroomConfig
 from tcaq_lightning.models.units import UnitGraph
 from tcaq_lightning.nn.parts import quant_layers
 
-SAMPLE_HEADROOM = 1.5
-"""Factor on the ranges of the noisy sample."""
-COARSE_SAMPLE_HEADROOM = 2.0
-"""The same where activations have fewer than `COARSE_BITS` bits: the sampler drifts farther."""
-STREAM_HEADROOM = 1.35
-"""Factor on the ranges of the residual stream."""
-COARSE_BITS = 6
 
-
-def leave_headroom(quantized: nn.Module, graph: UnitGraph, activation_bits: int) -> None:
+def leave_headroom(quantized: nn.Module, graph: UnitGraph, config: HeadroomConfig, activation_bits: int) -> None:
     """Widen the ranges of layers that read the noisy sample or the residual stream with no norm in between.
 
     The factor is noted in the layers' input quantizers, and applied when their ranges are searched.
@@ -29,10 +22,11 @@ def leave_headroom(quantized: nn.Module, graph: UnitGraph, activation_bits: int)
     Args:
         quantized: denoiser with quantized layers.
         graph: its units, which know what their layers read.
+        config: the factors.
         activation_bits: code width of activations, `quantization.activation.bits`.
     """
-    of_sample = COARSE_SAMPLE_HEADROOM if activation_bits < COARSE_BITS else SAMPLE_HEADROOM
+    of_sample = config.of_sample(activation_bits)
     for layer in quant_layers(quantized).values():
         if layer.name in graph.direct:
             reads_sample = any(layer.name == unit or layer.name.startswith(f"{unit}.") for unit in graph.readers)
-            layer.input_quantizer.headroom = of_sample if reads_sample else STREAM_HEADROOM
+            layer.input_quantizer.headroom = of_sample if reads_sample else config.of_stream

@@ -26,14 +26,8 @@ from tcaq_lightning.models.units import UnitGraph, patched_forwards
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import is_mine, total
 
-DATA_VARIANCE = 4.0
-"""Variance of the data along the smooth directions that a denoiser's errors have. The shipped model's sampler carries
-single-step errors of a quantized denoiser to its images as the formula says with this value, to a factor of three."""
-PROBES = 4
-"""Samples of each denoiser call that the Jacobians are estimated from."""
 
-
-def sampler_gain(scheduler: Any, timesteps: Tensor) -> Tensor:
+def sampler_gain(scheduler: Any, timesteps: Tensor, data_variance: float) -> Tensor:
     """Squared error of the final sample by squared error of the prediction at each denoiser call.
 
     With the noise level sigma_t = sqrt((1 - abar_t) / abar_t), an error in eps moves x_0's estimate by
@@ -43,6 +37,7 @@ def sampler_gain(scheduler: Any, timesteps: Tensor) -> Tensor:
     Args:
         scheduler: a diffusers scheduler. Of one without `alphas_cumprod`, all calls weigh the same.
         timesteps: (S,) of the denoiser calls of a trajectory.
+        data_variance: v.
 
     Returns:
         (S,), mean 1.
@@ -55,7 +50,7 @@ def sampler_gain(scheduler: Any, timesteps: Tensor) -> Tensor:
     sigma = ((1 - alpha) / alpha).sqrt()
     levels = torch.cat([torch.zeros(1, dtype=sigma.dtype), torch.unique(sigma)])  # ascending; the sampler ends at 0
     following = levels[torch.searchsorted(levels, sigma) - 1]
-    gain = (sigma - following) ** 2 * DATA_VARIANCE / (DATA_VARIANCE + following**2)
+    gain = (sigma - following) ** 2 * data_variance / (data_variance + following**2)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "v_prediction":
         gain = gain * alpha  # eps = sqrt(abar) v + sqrt(1 - abar) x_t
@@ -72,7 +67,7 @@ def unit_sensitivities(
     gain: Tensor,
     batch_size: int,
     seed: int,
-    probes: int = PROBES,
+    probes: int,
 ) -> dict[str, Tensor]:
     """Weight of every unit's squared output error, by timestep group and channel.
 

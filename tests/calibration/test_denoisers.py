@@ -188,7 +188,7 @@ def initialize_unit(family: Family, name: str, observe: Any) -> tuple[nn.Module,
     """A quantized unit, its quantizers set from its inputs, everything before it in full precision."""
     unit: nn.Module = family.quantized.get_submodule(name)
     data = data_of(family, name)
-    probes = data.select(probe_indices(data.groups, family.context.num_groups))
+    probes = data.select(probe_indices(data.groups, family.context.num_groups, 40))
     initialize(unit, probes, family.context, observe(unit, data, family.context), TCRConfig(), DAQConfig(), CPU)
     return unit, data
 

@@ -32,7 +32,7 @@ def test_probes_are_balanced_sorted_and_distinct(drawn: list[int], total: int) -
 def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
     twins = make_twins()
     unit, data = twins.unit(RESNET), twins.data_of(RESNET)
-    probe = probe_indices(data.groups, 2)
+    probe = probe_indices(data.groups, 2, 40)
     captured = capture_inputs(unit, data.select(probe), twins.context, CPU)
     assert set(captured) == set(quantizers(unit))
     assert all(len(v) == len(probe) for v in captured.values())

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tcaq_lightning.calibration.reconstruction import (
-    FASTEST_ROUNDING,
-    TRAVEL,
     BlockReconstruction,
     Phase,
     block_error,
@@ -294,7 +292,7 @@ def test_rates_are_annealed_but_for_the_roundings(prepare: Any) -> None:
 
     module.on_train_batch_start = record  # type: ignore[method-assign]
     fit(module)
-    assert seen["v"] == [min(FASTEST_ROUNDING, TRAVEL / 4)] * 4
+    assert seen["v"] == [min(0.2, 20 / 4)] * 4
     assert seen["steps"] == pytest.approx([module.config.step_lr * f for f in (1, 0.8535534, 0.5, 0.1464466)])
 
 

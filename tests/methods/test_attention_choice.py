@@ -28,7 +28,7 @@ def test_error_rule_picks_the_smaller_output_error(make_twins: Any, initialized:
     assert torch.equal(quantizer.tau > 0, choice.logarithmic)
 
     # the recorded error of what was chosen, computed anew by the module itself
-    probes = data.select(probe_indices(data.groups, 2))
+    probes = data.select(probe_indices(data.groups, 2, 40))
     inputs = capture_inputs(unit, probes, twins.context, CPU)
     p, values = inputs[SOFTMAX], inputs["processor.value"]
     heads = p.shape[1]

@@ -8,8 +8,10 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
-from tcaq_lightning.methods.sensitivity import DATA_VARIANCE, normalized_weights, sampler_gain, unit_sensitivities
+from tcaq_lightning.methods.sensitivity import normalized_weights, sampler_gain, unit_sensitivities
 from tcaq_lightning.models.trajectories import Trajectories
+
+VARIANCE = 4.0
 
 
 def scheduler_of(kind: Any, steps: int = 5, **options: Any) -> Any:
@@ -20,9 +22,9 @@ def scheduler_of(kind: Any, steps: int = 5, **options: Any) -> Any:
 
 def test_gain_equals_the_formula_and_falls_towards_the_end() -> None:
     scheduler = scheduler_of(DDIMScheduler, steps=20)
-    gain = sampler_gain(scheduler, scheduler.timesteps)
+    gain = sampler_gain(scheduler, scheduler.timesteps, VARIANCE)
     sigmas = [((1 - a) / a) ** 0.5 for a in scheduler.alphas_cumprod[scheduler.timesteps].double().tolist()] + [0.0]
-    expected = torch.tensor([(s - n) ** 2 * DATA_VARIANCE / (DATA_VARIANCE + n**2) for s, n in pairwise(sigmas)])
+    expected = torch.tensor([(s - n) ** 2 * VARIANCE / (VARIANCE + n**2) for s, n in pairwise(sigmas)])
     torch.testing.assert_close(gain, (expected / expected.mean()).float())
     assert gain[0] > 3 * gain[10] > 3 * gain[-1]
 
@@ -35,12 +37,12 @@ def test_gain_of_a_flow_of_gaussian_data_is_what_its_sampler_does() -> None:
     def run(x: Tensor, disturbed: int | None) -> Tensor:
         for call, t in enumerate(scheduler.timesteps):
             alpha = alphas[t]
-            eps = x * (1 - alpha).sqrt() / (alpha * DATA_VARIANCE + 1 - alpha)
+            eps = x * (1 - alpha).sqrt() / (alpha * VARIANCE + 1 - alpha)
             x = scheduler.step(eps + (1e-3 if call == disturbed else 0.0), t, x).prev_sample
         return x
 
     start = torch.randn(4, dtype=torch.float64)
-    gain = sampler_gain(scheduler, scheduler.timesteps)
+    gain = sampler_gain(scheduler, scheduler.timesteps, VARIANCE)
     chosen = (20, 100, 150)
     effects = torch.stack([(run(start, call) - run(start, None)).square().mean() for call in chosen])
     predicted = gain[list(chosen)].double()
@@ -49,7 +51,7 @@ def test_gain_of_a_flow_of_gaussian_data_is_what_its_sampler_does() -> None:
 
 def test_gain_follows_the_kind_of_prediction() -> None:
     eps, v, sample = (
-        sampler_gain(scheduler_of(DDIMScheduler, prediction_type=kind), torch.tensor([800, 400, 0]))
+        sampler_gain(scheduler_of(DDIMScheduler, prediction_type=kind), torch.tensor([800, 400, 0]), VARIANCE)
         for kind in ("epsilon", "v_prediction", "sample")
     )
     alpha = scheduler_of(DDIMScheduler).alphas_cumprod[[800, 400, 0]]
@@ -61,7 +63,7 @@ def test_gain_follows_the_kind_of_prediction() -> None:
 @pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
 def test_gain_is_finite_for_any_scheduler(kind: Any) -> None:
     scheduler = scheduler_of(kind)
-    gain = sampler_gain(scheduler, scheduler.timesteps)
+    gain = sampler_gain(scheduler, scheduler.timesteps, VARIANCE)
     assert gain.shape == scheduler.timesteps.shape
     assert bool(gain.isfinite().all())
     assert bool((gain >= 0).all())
@@ -101,7 +103,7 @@ def test_sensitivities_cover_all_units_and_leave_the_model_alone(make_twins: Any
     trajectories = Trajectories(inputs, torch.tensor([900, 600, 300, 0]), inputs[0])
     before = twins.full(inputs[0], 5).sample
     found = [
-        unit_sensitivities(twins.full, twins.graph, twins.context, trajectories, torch.ones(4), size, 0)
+        unit_sensitivities(twins.full, twins.graph, twins.context, trajectories, torch.ones(4), size, 0, 4)
         for size in (4, 4)
     ]
     assert list(found[0]) == twins.graph.names

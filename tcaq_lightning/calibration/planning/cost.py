@@ -8,10 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcaq_lightning.calibration.probes import PROBES
-from tcaq_lightning.calibration.unit import BIAS_SAMPLES, JUDGED_SAMPLES, OBSERVED_SAMPLES
 from tcaq_lightning.config import Config
-from tcaq_lightning.methods.sensitivity import PROBES as SENSITIVITY_PROBES
 from tcaq_lightning.models.denoiser_calls import Samples
 
 EVALUATION = ("noise_error", "full_images", "quantized_images", "fid")
@@ -65,17 +62,19 @@ def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float
     steps = dict.fromkeys(("r", "v"), 0)
     for (_, phase), iterations in config.phase_iterations().items():
         steps[phase] += iterations
-    judged = 2 * min(JUDGED_SAMPLES, held_out) * config.num_rounds + corrections * min(BIAS_SAMPLES, calls * learned[0])
+    judged = 2 * min(data.judged_samples, held_out) * config.num_rounds + corrections * min(
+        data.bias_samples, calls * learned[0]
+    )
     redrawn = sum(calls * n * config.par.final_share * (m + 1) / config.par.rounds for m, n in enumerate(learned[1:]))
     sampler = config.evaluation.sampler or data.sampler
     images = config.evaluation.num_images * calls * sampler.num_steps / data.sampler.num_steps
     return {
         "trajectories": calls * len(data.indices) + rates.quantized * redrawn,
-        "sensitivity": SENSITIVITY_PROBES * calls * rates.sensitivity,
+        "sensitivity": config.sensitivity.probes * calls * rates.sensitivity,
         "streams": sum(samples) * rates.streams,
         "store": sum(samples) * rates.store,
-        "observe": min(OBSERVED_SAMPLES, calls * learned[0]) * rates.observe,
-        "search": PROBES * rates.search,
+        "observe": min(data.observed_samples, calls * learned[0]) * rates.observe,
+        "search": data.probe_samples * rates.search,
         "gate": judged * rates.gate,
         "learn_r": steps["r"] * batch * rates.learn_r,
         "learn_v": steps["v"] * batch * rates.learn_v,

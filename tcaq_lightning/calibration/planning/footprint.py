@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from tcaq_lightning.calibration.probes import PROBES, capture_inputs
+from tcaq_lightning.calibration.probes import capture_inputs
 from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase, block_error
 from tcaq_lightning.calibration.streams import SplitArguments, UnitData, split_arguments
 from tcaq_lightning.config import Config
@@ -130,7 +130,7 @@ def measure_footprint(
     trajectories = len(data.indices)
     of_trajectories = SAMPLE_COPIES * trajectories * (calls * samples.x[0].nbytes + samples.conditioning_bytes())
     groups = config.quantization.activation.timestep_groups
-    probes = min(groups * max(1, PROBES // groups), calls * data.num_trajectories)
+    probes = min(groups * max(1, data.probe_samples // groups), calls * data.num_trajectories)
 
     def measured(work: TrialWork) -> Footprint:
         distinct = work.distinct()

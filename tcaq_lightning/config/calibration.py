@@ -1,0 +1,81 @@
+"""The data that the model is calibrated on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tcaq_lightning.config.checks import Section, require, require_count
+from tcaq_lightning.config.sampler import SamplerConfig
+
+
+@dataclass
+class MemoryBudget(Section):
+    """Gigabytes (10^9 bytes) for each process' stored activations; the device is filled first, then host, then disk."""
+
+    device: float | None = None
+    """In the memory of a GPU; null: half of what is free there. A CPU's memory counts as the host's."""
+    host: float | None = None
+    """In host memory; null: half of what is available, shared by a node's processes."""
+    disk: float | None = None
+    """In memory-mapped files in RUN_DIR; null: what is free there, shared by a node's processes."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        for name in ("device", "host", "disk"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value < math.inf,
+                f"calibration.memory_budget.{name}",
+                "finite and at least 0, or null",
+                value,
+            )
+
+
+@dataclass
+class CalibrationConfig(Section):
+    """The model's own samples that it is calibrated on."""
+
+    num_trajectories: int = 64
+    """Trajectories to calibrate on; each gives one sample per sampler step."""
+    held_out_trajectories: int = 8
+    """Further trajectories, for the held-out losses and the gate."""
+    mismatch_trajectories: int = 32
+    """Trajectories after the first num_trajectories that the two samplers' mismatch is measured on."""
+    batch_size: int = 64
+    """Samples per forward pass outside of the optimisation."""
+    observed_samples: int = 640
+    """About so many samples of a unit give its ranges and distributions; each has many pixels."""
+    probe_samples: int = 40
+    """Samples that the searches of ranges, r and quantizers look at, spread evenly over the timestep groups."""
+    bias_samples: int = 320
+    """About so many samples give the mean errors of a unit's output channels."""
+    judged_samples: int = 320
+    """About so many held-out samples tell how good a unit is."""
+    storage: Literal["float32", "bfloat16"] = "float32"
+    """What stored activations are kept as; bfloat16 takes half the memory and rounds them to 8 bits."""
+    memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
+    """Memory for stored activations."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Sampler of the trajectories; images are evaluated with it too, unless evaluation.sampler says otherwise."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require_count(self.num_trajectories, "calibration.num_trajectories")
+        require_count(self.held_out_trajectories, "calibration.held_out_trajectories")
+        require(
+            self.mismatch_trajectories >= self.held_out_trajectories,
+            "calibration.mismatch_trajectories",
+            f"at least calibration.held_out_trajectories ({self.held_out_trajectories})",
+            self.mismatch_trajectories,
+        )
+        for name in ("batch_size", "observed_samples", "probe_samples", "bias_samples", "judged_samples"):
+            require_count(getattr(self, name), f"calibration.{name}")
+        self.memory_budget.check()
+        self.sampler.check("calibration.sampler")
+
+    @property
+    def indices(self) -> range:
+        """Numbers of all noises that calibration samples from."""
+        return range(self.num_trajectories + self.mismatch_trajectories)

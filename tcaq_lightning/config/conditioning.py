@@ -1,0 +1,38 @@
+"""What the samples are of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tcaq_lightning.config.checks import Section, require
+
+
+@dataclass
+class ConditioningConfig(Section):
+    """What the samples are of; nothing of it concerns an unconditional model."""
+
+    prompts: Path | None = None
+    """Text file with one prompt a line; sample i takes line i, from the start again after the last one."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, for all samples."""
+    class_labels: list[int] | None = None
+    """Classes that the samples take in turn; null: all of a class-conditional model's."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, in calibration, sampling and evaluation; null: the pipeline's own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's call, such as height and width."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        self.prompts = None if self.prompts is None else Path(self.prompts)
+        require(
+            self.class_labels is None or len(self.class_labels) > 0,
+            "conditioning.class_labels",
+            "null or not empty",
+            [],
+        )
+        scale = self.guidance_scale
+        require(scale is None or 0 <= scale < math.inf, "conditioning.guidance_scale", "finite and at least 0", scale)

@@ -1,0 +1,20 @@
+"""DAQ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tcaq_lightning.config.checks import Section
+
+
+@dataclass
+class DAQConfig(Section):
+    """Dynamically adaptive quantization of post-softmax layers (docs/method.md, "DAQ")."""
+
+    enabled: bool = True
+    """Off: every group is uniform."""
+    rule: Literal["likelihood", "error"] = "error"
+    """likelihood: the better fitting tail; error: the smaller error of the attention's output. Both are recorded."""
+    family: Literal["log2", "log_sqrt2", "adalog"] = "log2"
+    """Which logarithmic quantizer stands against the uniform one."""

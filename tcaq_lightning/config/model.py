@@ -1,0 +1,23 @@
+"""The pretrained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tcaq_lightning.config.checks import Section
+
+
+@dataclass
+class ModelConfig(Section):
+    """Which pretrained model to quantize."""
+
+    path: str = "fashion-mnist-ddpm"
+    """A directory in diffusers layout (model_index.json), a hub id, or the name of a shipped model."""
+    architecture: str | None = None
+    """What --dry_run plans with where there is nothing at model.path: name of a shipped configuration without weights,
+    such as stable-diffusion-v1-4, or a directory with one."""
+    variant: str | None = None
+    """Variant of the weights' files, such as fp16; null takes the ones without."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in; quantizers and rounding are always computed in float32."""

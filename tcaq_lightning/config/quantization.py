@@ -1,0 +1,120 @@
+"""Bits and granularity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from tcaq_lightning.config.checks import Section, require, require_bits, require_count
+
+
+@dataclass
+class WeightConfig(Section):
+    """Weight quantizers: one step per output channel."""
+
+    bits: int = 4
+    """Code width, 2..8."""
+    symmetric: bool = True
+    """Constant zero point, as integer kernels want it; false searches a zero point per channel, for comparison."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require_bits(self.bits, "quantization.weight.bits")
+
+
+@dataclass
+class ActivationConfig(Section):
+    """Activation quantizers: one step and zero point per tensor and timestep group."""
+
+    bits: int = 8
+    """Code width, 2..8."""
+    timestep_groups: int = 20
+    """Number of timestep intervals G with their own parameters; 1 is static."""
+    dynamic_per_token: bool = False
+    """Give the inputs of linear layers a step and zero point for every token, from its values at run time, in place of
+    those of its timestep group: for transformers. Convolutions, and q, k, v, keep theirs."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require_bits(self.bits, "quantization.activation.bits")
+        require_count(self.timestep_groups, "quantization.activation.timestep_groups")
+
+
+@dataclass
+class SoftmaxConfig(Section):
+    """Quantizers of post-softmax values; daq decides their kind."""
+
+    bits: int | None = None
+    """Code width, 2..8; null takes quantization.activation.bits."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require_bits(self.bits, "quantization.softmax.bits")
+
+
+Role = Literal["input", "output", "time", "modulation", "shortcut", "block"]
+"""What a layer is for in its denoiser: it reads the noisy sample or the context, gives the prediction, embeds the
+timestep, turns the condition into scales, shifts and gates, carries a stream past a block, or none of these."""
+
+
+@dataclass
+class LayerRule(Section):
+    """What holds for the layers of a role, or for those whose name matches; a later rule overrides an earlier one."""
+
+    pattern: str | None = None
+    """Shell-style pattern on the module's name within the denoiser, such as *.time_emb_proj. It must match something;
+    give either a pattern or a role."""
+    weight_bits: int | None = None
+    """Code width of the weights, null leaves it."""
+    activation_bits: int | None = None
+    """Code width of the inputs (for an attention: of q, k and v), null leaves it."""
+    softmax_bits: int | None = None
+    """Code width of an attention's probabilities, null leaves it."""
+    keep: bool = False
+    """Leave the layer in full precision."""
+    float_output: bool | None = None
+    """With quantization.integer_ready: true leaves a convolution's output in floating point, false quantizes it; null:
+    only that of the layer with role output, the prediction itself, is left."""
+    role: Role | None = None
+    """Role of the layers, in any model: input, output, time, modulation, shortcut, or block for all others and for
+    attentions. A model may have no layer of a role."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require(
+            (self.pattern is None) != (self.role is None),
+            "quantization.rules",
+            "rules with either a role or a pattern",
+            {"role": self.role, "pattern": self.pattern},
+        )
+        for name in ("weight_bits", "activation_bits", "softmax_bits"):
+            require_bits(getattr(self, name), f"quantization.rules[{self.role or self.pattern}].{name}")
+
+    def matches(self, name: str, role: Role) -> bool:
+        """Whether the rule is about the layer or attention called `name` in that role."""
+        return role == self.role if self.pattern is None else fnmatchcase(name, self.pattern)
+
+
+@dataclass
+class QuantizationConfig(Section):
+    """Bits and granularity."""
+
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    """Weights."""
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    """Inputs of layers, and q, k, v."""
+    softmax: SoftmaxConfig = field(default_factory=SoftmaxConfig)
+    """Attention probabilities."""
+    rules: list[LayerRule] = field(default_factory=list)
+    """Layers that differ or are kept: a role (input, output, time, modulation, shortcut, block) or a shell-style
+    pattern on the module's name, and weight_bits, activation_bits, softmax_bits (each null or left out: unchanged),
+    keep: true, or float_output: true or false (with integer_ready). A later rule overrides an earlier one."""
+    integer_ready: bool = False
+    """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
+    give floats (ONNX Runtime). They are calibrated, learned and simulated."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        for section in (self.weight, self.activation, self.softmax, *self.rules):
+            section.check()

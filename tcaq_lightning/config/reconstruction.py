@@ -1,0 +1,92 @@
+"""Block reconstruction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tcaq_lightning.config.checks import Section, require, require_count, require_share
+
+
+@dataclass
+class ReconstructionConfig(Section):
+    """Optimisation of each unit against its full-precision output (docs/method.md, "Learned rounding")."""
+
+    enabled: bool = True
+    """Off: rounding to nearest with searched ranges."""
+    iterations: int = 400
+    """Optimisation steps for each unit, over all phases and rounds together."""
+    batch_size: int = 32
+    """Samples per step, over all processes together."""
+    rounding_lr: float | None = None
+    """Adam's rate for the rounding logits V; null: rounding_travel / iterations of the phase, at most
+    fastest_rounding."""
+    fastest_rounding: float = 0.2
+    """Largest rate that rounding_lr: null takes."""
+    rounding_travel: float = 20.0
+    """How far V may travel in a phase, in logits, with rounding_lr: null. Adam moves V by about its rate a step, and
+    the regulariser moves it only late in the phase, when beta is small: with less, a short phase leaves much
+    undecided."""
+    refine_logit: float = 2.0
+    """Logits of a later round start within [-refine_logit, refine_logit]: close to the rounded weights, yet a rounding
+    can still flip."""
+    step_lr: float = 1e-2
+    """Adam's rate for the logarithms of activation steps."""
+    r_lr: float = 3e-2
+    """Adam's rate for log r, in the r phase."""
+    scale_lr: float = 1e-3
+    """Adam's rate for the logarithms of the weights' scales; 0 keeps them where the search put them."""
+    rounding_weight: float = 0.01
+    """lambda, the weight of the rounding regulariser."""
+    warmup: float = 0.2
+    """Share of the V phase without regulariser."""
+    patience: int | None = None
+    """Stop a phase when its held-out error, looked at ten times in it, has not fallen for so many looks; null:
+    never."""
+    autocast: bool | Literal["auto"] = "auto"
+    """Multiply matrices in bfloat16 during the optimisation; rounding and loss stay in float32. auto: where the device
+    does it natively (AMX, tensor cores) and the model is in float32."""
+    input_steps_every: int = 4
+    """Learn the activation steps and r of what a unit reads at every so many-th optimisation step only: nothing else
+    needs the backward pass through its first layers. 1 with `compile`."""
+    compile_kernels: bool = True
+    """Compile the element-wise work of quantization with torch.compile, for all sizes at once: up to a minute once on
+    a machine, seconds in later runs. Without a compiler a warning says that it goes on without."""
+    compile: bool = False
+    """Compile the units with torch.compile, once for units of equal shape. That takes seconds to minutes for each
+    shape, so it pays with thousands of iterations."""
+    qdrop: float = 0.0
+    """Probability with which an element of an activation stays in full precision during optimisation (QDrop)."""
+    weighting: Literal["sensitivity", "uniform"] = "sensitivity"
+    """sensitivity: a unit's errors weigh, by timestep group and channel, what they do to the final sample; uniform: all
+    weigh the same."""
+    bias_correction: bool = True
+    """Correct the mean error of each unit's output channels, for each timestep group."""
+    bias_rate: float = 0.1
+    """Share of a sample's mean error that the bias correction of its group takes over in one step; 0: the correction
+    does not follow while rounding is learned."""
+    gate: bool = True
+    """Keep a unit's result only if its held-out error is no worse than before."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require_count(self.iterations, "reconstruction.iterations")
+        require_count(self.batch_size, "reconstruction.batch_size")
+        for name in ("step_lr", "r_lr", "scale_lr", "rounding_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"reconstruction.{name}", "finite and at least 0", value)
+        if self.rounding_lr is not None:
+            require(0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr)
+        for name in ("fastest_rounding", "rounding_travel", "refine_logit"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"reconstruction.{name}", "finite and positive", value)
+        require_share(self.bias_rate, "reconstruction.bias_rate")
+        require_count(self.input_steps_every, "reconstruction.input_steps_every")
+        require_count(self.patience, "reconstruction.patience")
+        require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
+        require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
+
+    def rounding_rate(self, iterations: int) -> float:
+        """Adam's rate for V in a phase of so many steps."""
+        return self.rounding_lr or min(self.fastest_rounding, self.rounding_travel / iterations)

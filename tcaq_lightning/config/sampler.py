@@ -1,0 +1,34 @@
+"""How images are sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tcaq_lightning.config.checks import require_count, require_share
+
+
+@dataclass
+class SamplerConfig:
+    """How images are sampled; any scheduler of diffusers will do."""
+
+    scheduler: str | None = None
+    """Class name in diffusers, such as DDIMScheduler or UniPCMultistepScheduler; null keeps the model's own."""
+    num_steps: int = 20
+    """Sampler steps S."""
+    eta: float = 0.0
+    """DDIM's noise share: 0 is deterministic, 1 is DDPM-like."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the scheduler, such as clip_sample or timestep_spacing."""
+
+    def check(self, key: str) -> None:
+        """See that all values can be worked with. A sampler stands in several places, so it is checked in its place.
+
+        Args:
+            key: where it stands, such as `calibration.sampler`.
+
+        Raises:
+            UserError: a value is out of range; the message names its whole key.
+        """
+        require_count(self.num_steps, f"{key}.num_steps")
+        require_share(self.eta, f"{key}.eta")

@@ -1,0 +1,30 @@
+"""TCR."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tcaq_lightning.config.checks import Section, require
+
+
+@dataclass
+class TCRConfig(Section):
+    """Timestep-channel joint reparameterization (docs/method.md, "TCR")."""
+
+    enabled: bool = True
+    """Off: r = 1 everywhere."""
+    formula: Literal["searched", "profile"] = "searched"
+    """searched: the candidate of least output error; profile: the published timestep-weighted formula alone."""
+    truncation: float = 10.0
+    """r lies in [1 / truncation, truncation]."""
+    learn: bool = True
+    """Learn log r in round 0's r phase, after the search."""
+    share: float = 0.25
+    """Share of round 0's iterations that the r phase takes."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require(1 <= self.truncation < math.inf, "tcr.truncation", "finite and at least 1", self.truncation)
+        require(0 < self.share < 1, "tcr.share", "between 0 and 1", self.share)

@@ -1,0 +1,39 @@
+"""Where and how a run works."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tcaq_lightning.config.checks import Section, require, require_count
+
+
+@dataclass
+class TrainerConfig(Section):
+    """Where and how it runs; changes nothing in the result but the order of float sums."""
+
+    accelerator: str = "auto"
+    """Lightning accelerator: auto, cpu, gpu, mps."""
+    devices: int = 1
+    """Processes on each node, one device each; torchrun and SLURM set it themselves. A run may go on with another
+    number: finished units are kept, the one that was being learned is begun again."""
+    num_nodes: int = 1
+    """Nodes; torchrun and SLURM set it themselves. Only the first process reads and writes run_dir."""
+    timeout: float = 30.0
+    """Minutes that a process waits for another one, for example while rank 0 writes, before the run ends."""
+    threads: int | None = None
+    """CPU threads of each process; null leaves torch's choice, or with several processes shares the cores among them.
+    Bit-identical repeats need the same number."""
+    checkpoint_every: int = 100
+    """Optimisation steps between two checkpoints inside a unit."""
+    stop_after: str | None = None
+    """Name of a unit with which the command ends, in its first round: a trial of what a large model takes. The same
+    command with null goes on from there."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        require_count(self.devices, "trainer.devices")
+        require_count(self.num_nodes, "trainer.num_nodes")
+        require(0 < self.timeout < math.inf, "trainer.timeout", "finite and positive", self.timeout)
+        require(self.threads is None or self.threads >= 1, "trainer.threads", "at least 1 or null", self.threads)
+        require_count(self.checkpoint_every, "trainer.checkpoint_every")
