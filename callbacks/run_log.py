@@ -13,7 +13,8 @@ from callbacks.image_grid import ImageGrid
 from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.config import Config
-from tcaq_lightning.evaluation.evaluate import Metrics
+from tcaq_lightning.evaluation.evaluate import Evaluation
+from tcaq_lightning.evaluation.scores import row_of
 from tcaq_lightning.models.pipelines import to_images
 from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.runtime.files import naming
@@ -61,7 +62,7 @@ def whole_steps(timesteps: Sequence[float]) -> list[int]:
     return [round(unit * t) for t in timesteps]
 
 
-def log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any], metrics: Metrics) -> None:
+def log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any], metrics: Evaluation) -> None:
     """Write the final metrics with the run's hyperparameters, and the image grid.
 
     Args:
@@ -74,16 +75,17 @@ def log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any
         _log_results(writer, config, summary, metrics)
 
 
-def _log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any], metrics: Metrics) -> None:
+def _log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any], metrics: Evaluation) -> None:
     full, quantized = metrics.full_samples, metrics.quantized_samples
     if full is not None and quantized is not None:
         grid = ImageGrid(writer, config.logging.grid_images)
         grid.show("images", to_images(full), to_images(quantized), 0)
-    noise, images, fid = summary["noise_error"], summary["same_noise"], summary["fid"]["quantized"]
+    noise, images = summary["noise_error"], summary["same_noise"]
     for step, value in zip(whole_steps(noise["timesteps"]), noise["relative"], strict=True):
         writer.add_scalar("noise_error/by_timestep", value, step)
     values = {"noise_error": noise["summary"], "image_mse": images["mse"], "image_psnr": images["psnr"]}
-    values |= {"fid": fid["value"]} if fid else {}
+    for name, record in summary["scores"].get("quantized", {}).items():
+        values |= row_of(name, record).values
     hparams = {k: v for k, v in _flat(config.to_dict()).items() if isinstance(v, (bool, int, float, str))}
     finite = {f"final/{k}": v for k, v in values.items() if v is not None}
     writer.add_hparams(hparams, finite, run_name=".")

@@ -36,7 +36,7 @@ from tcaq_lightning.calibration.run_dir import Run, settings_of_result
 from tcaq_lightning.calibration.state import Calibrated, Calibration
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.evaluate import Metrics, evaluate, open_features
+from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.models.pipelines import (
     denoiser_bytes,
@@ -258,7 +258,7 @@ def save(model: OpenedModel, run: Run) -> Path:
     return run.artifact
 
 
-def measure(model: OpenedModel, run: Run, advance: Advance | None = None) -> Metrics:
+def measure(model: OpenedModel, run: Run, advance: Advance | None = None) -> Evaluation:
     """Measure what quantization costs: error of the noise, images from the same noise, FID and the other metrics.
 
     Args:
@@ -280,7 +280,7 @@ def measure(model: OpenedModel, run: Run, advance: Advance | None = None) -> Met
         )
 
 
-def report(model: OpenedModel, calibrated: Calibrated, metrics: Metrics, run: Run) -> dict[str, Any]:
+def report(model: OpenedModel, calibrated: Calibrated, metrics: Evaluation, run: Run) -> dict[str, Any]:
     """Write report.md, metrics.json, plots and a grid of images.
 
     Args:

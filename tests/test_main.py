@@ -17,7 +17,7 @@ from tcaq_lightning.artifact.directory import freeze, save_artifact
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
 from tcaq_lightning.evaluation.images import ImageWriter, open_images
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.models.pipelines import find_denoiser
 from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.prepare import quantize
@@ -116,7 +116,7 @@ def test_evaluate_compares(models: dict[str, str], tmp_path: Path, capsys: pytes
     content = json.loads(output.read_text())
     assert 0 < content["noise_error"]["summary"] < 1
     assert content["same_noise"]["mse"] > 0
-    assert content["fid"]["full"]["num_samples"] == content["fid"]["quantized"]["num_samples"] == 6
+    assert content["scores"]["full"]["fid"]["num_samples"] == content["scores"]["quantized"]["fid"]["num_samples"] == 6
 
 
 @pytest.mark.parametrize("which", ["full", "quantized"])
@@ -125,7 +125,7 @@ def test_evaluate_one_model(which: str, models: dict[str, str], tmp_path: Path) 
     assert evaluate(models[which], models, "--output", output, "--cache", cache) == 0
     content = json.loads(output.read_text())
     assert content["noise_error"] is content["same_noise"] is None
-    assert [name for name, fid in content["fid"].items() if fid] == [which]
+    assert list(content["scores"]) == [which]
     assert len(list(cache.rglob("*.safetensors"))) == 2
 
 
@@ -221,7 +221,7 @@ def test_images_against_statistics(
     for name in ("FID, images", "sFID, images", "IS, images", "KID, images", "precision, recall, images"):
         assert name in table
     content = json.loads(output.read_text())
-    assert content["fid"]["images"]["num_samples"] == 8
+    assert content["scores"]["images"]["fid"]["num_samples"] == 8
     assert content["images"] == str(protocol["fake"])
     assert content["protocol"]["checksum"]
 
@@ -231,9 +231,9 @@ def test_samples_are_saved_and_measured_again(models: dict[str, str], tmp_path: 
     assert evaluate(models["quantized"], models, "--save_images", tmp_path / "out", "--output", outputs[0]) == 0
     assert len(open_images(tmp_path / "out", "path")) == 6
     assert run("evaluate", tmp_path / "out", "--features", models["features"], "--output", outputs[1]) == 0
-    sampled, written = (json.loads(o.read_text())["fid"] for o in outputs)
+    sampled, written = (json.loads(o.read_text())["scores"] for o in outputs)
     # An own extractor sees samples before they are rounded to bytes.
-    assert written["images"]["value"] == pytest.approx(sampled["quantized"]["value"], rel=0.05)
+    assert written["images"]["fid"]["value"] == pytest.approx(sampled["quantized"]["fid"]["value"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_two_processes_measure_what_one_does(protocol: dict[str, Path], models: 
     for devices in (1, 2):
         saved = ["--save_images", tmp_path / f"pictures{devices}", "--output", tmp_path / "m.json"]
         assert command("evaluate", models["full"], *samples, *saved, "--devices", devices) == (0, "")
-        contents.append(json.loads((tmp_path / "m.json").read_text())["fid"])
+        contents.append(json.loads((tmp_path / "m.json").read_text())["scores"])
     assert contents[2] == contents[3]
     one, two = (open_images(tmp_path / f"pictures{n}", "path").read(range(6)) for n in (1, 2))
     assert torch.equal(one, two)

@@ -88,46 +88,70 @@ def in_batches(
         advance: told the number of images just done.
     """
     starts = range(0, wanted.total, wanted.batch_size)
+    files = _Files(wanted, directory, writer)
+    batches: dict[int, Batch] = {}
 
-    def path(start: int) -> Path | None:
-        return None if directory is None else directory / f"{start:06d}.safetensors"
-
-    def numbers(start: int) -> range:
-        return range(start, start + wanted.size(start))
-
-    def read(start: int) -> dict[str, Any] | None:
-        if writer is not None and not writer.has(numbers(start)):
-            return None
-        return _read_batch(path(start), wanted.size(start, wanted.kept), wanted.size(start, wanted.measured), wanted)
-
-    def write(start: int, batch: Batch) -> None:
-        if writer is not None and batch.pixels is not None:
-            writer.write(numbers(start), batch.pixels)
-        _write_batch(path(start), batch)
-
-    def done(start: int) -> None:
+    def finish(start: int, batch: Batch) -> None:
+        batches[start] = _lightened(batch)
         if advance is not None:
             advance(wanted.size(start))
 
-    batches = {}
-    found = on_main(lambda: [read(start) for start in starts])
+    found = on_main(lambda: [files.read(start) for start in starts])
     for start, values in zip(starts, found, strict=True):
         if values:
-            batches[start] = _lightened(Batch(**values))
-            done(start)
+            finish(start, Batch(**values))
     missing = [start for start in starts if start not in batches]
     for first in range(0, len(missing), world_size()):
         dealt = missing[first : first + world_size()]  # one batch for each rank
         for start, batch in zip(dealt, _draw(draw, dealt), strict=True):
-            on_main(partial(write, start, batch))
-            batches[start] = _lightened(batch)
-            done(start)
-    ordered = [batches[start] for start in starts]
-    measured = [b.features for b in ordered if b.features]
+            on_main(partial(files.write, start, batch))
+            finish(start, batch)
+    return _joined([batches[start] for start in starts])
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Batches and pictures on disk, as rank 0 reads and writes them.
+
+    Attributes:
+        wanted: how many images there are to be.
+        directory: of the batches; None keeps none.
+        writer: of pictures, or None.
+    """
+
+    wanted: Wanted
+    directory: Path | None
+    writer: ImageWriter | None
+
+    def read(self, start: int) -> dict[str, Any] | None:
+        """Fields of a finished batch; None if it is not there whole, or a picture of it is missing."""
+        if self.directory is None or (self.writer is not None and not self.writer.has(self._numbers(start))):
+            return None
+        return _read_batch(self._path(self.directory, start), start, self.wanted)
+
+    def write(self, start: int, batch: Batch) -> None:
+        """Write the pictures of a batch, then the batch."""
+        if self.writer is not None and batch.pixels is not None:
+            self.writer.write(self._numbers(start), batch.pixels)
+        if self.directory is not None:
+            tensors = {"samples": batch.samples, **batch.features}
+            save_tensors(self._path(self.directory, start), tensors, {"seconds": batch.seconds})
+
+    def _path(self, directory: Path, start: int) -> Path:
+        return directory / f"{start:06d}.safetensors"
+
+    def _numbers(self, start: int) -> range:
+        return range(start, start + self.wanted.size(start))
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """All batches as one, in their order."""
+    measured = [batch.features for batch in batches if batch.features]
+    names = measured[0] if measured else {}
     return Batch(
-        torch.cat([b.samples for b in ordered]),
-        {name: torch.cat([features[name] for features in measured]) for name in measured[0]} if measured else {},
-        sum(b.seconds for b in ordered),
+        torch.cat([batch.samples for batch in batches]),
+        {name: torch.cat([features[name] for features in measured]) for name in names},
+        sum(batch.seconds for batch in batches),
     )
 
 
@@ -152,15 +176,11 @@ def _lightened(batch: Batch) -> Batch:
     return Batch(batch.samples, batch.features if is_main() else {}, batch.seconds)
 
 
-def _write_batch(path: Path | None, batch: Batch) -> None:
-    if path is not None:
-        save_tensors(path, {"samples": batch.samples, **batch.features}, {"seconds": batch.seconds})
-
-
-def _read_batch(path: Path | None, keep: int, measure: int, wanted: Wanted) -> dict[str, Any] | None:
+def _read_batch(path: Path, start: int, wanted: Wanted) -> dict[str, Any] | None:
     """Fields of a batch in the cache; None if it is missing, damaged, or holds other numbers of samples or features."""
-    if path is None or not path.exists():
+    if not path.exists():
         return None
+    keep, measure = wanted.size(start, wanted.kept), wanted.size(start, wanted.measured)
     try:
         tensors, record = load_tensors(path)
     except DamagedFileError as error:
@@ -173,7 +193,7 @@ def _read_batch(path: Path | None, keep: int, measure: int, wanted: Wanted) -> d
     return {"samples": samples, "features": features, "seconds": float(record["seconds"])}
 
 
-def fingerprint(models: Sequence[nn.Module | None], key: Any) -> str:
+def fingerprint(models: Sequence[nn.Module], key: Any) -> str:
     """Name for everything that determines images and their features.
 
     Args:
@@ -182,8 +202,6 @@ def fingerprint(models: Sequence[nn.Module | None], key: Any) -> str:
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode())
     for model in models:
-        if model is None:
-            continue
         for name, module in model.named_modules():
             # Bits, kinds and timestep groups are plain attributes, in no state dict.
             settings = {k: str(v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, Enum))}

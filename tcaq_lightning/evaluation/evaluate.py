@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,12 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.batches import Batch, Wanted, fingerprint, in_batches
 from tcaq_lightning.evaluation.denoiser_errors import ImageError, NoiseError, image_error, noise_error
 from tcaq_lightning.evaluation.images import ImageSet, ImageWriter, to_pixels
-from tcaq_lightning.evaluation.metrics.fid import FIDResult
-from tcaq_lightning.evaluation.scores import plain, score
+from tcaq_lightning.evaluation.json_values import finite
+from tcaq_lightning.evaluation.scores import check_metrics, score
 from tcaq_lightning.evaluation.spaces import FeatureSpace, measure_images, open_space
 from tcaq_lightning.models.sampling import Sampling
 from tcaq_lightning.models.trajectories import collect
 from tcaq_lightning.runtime.distributed.collectives import on_main, share
-
-log = logging.getLogger(__name__)
 
 # Calibration counts its noises from 0. Other seeds would not keep clear of them for certain: torch's CPU generator
 # looks at the lower 32 bits of a seed only, and seed * SEED_STRIDE + index wraps around there.
@@ -35,36 +32,36 @@ HELD_OUT_START = 400_000
 IMAGES_START = 500_000
 """Number of the first image's noise."""
 
+Advance = Callable[[int], None]
+"""Told the number of samples just done."""
+
 
 @dataclass
-class Metrics:
+class Evaluation:
     """What was measured.
 
     Attributes:
         noise: error of the noise on held-out full-precision trajectories; None without both models.
         images: error of the same-noise images; None without both models.
         num_images: number of same-noise images.
-        fid_full, fid_quantized: FID of either model's images; None if not asked for or not finite.
+        scores: figures of the metrics, JSON-ready, by `full`, `quantized` or `images` and then by metric; images that
+            are not finite have none.
+        protocol: what features were compared, JSON-ready; None if none were.
         sampler: sampler of the images, as a dictionary; empty for images from elsewhere.
         seconds: by part, those of samples taken from the cache included.
-        full_samples, quantized_samples: (num_images, C, H, W) on the CPU, in the model's range; not in `to_dict`.
-        fid_images: FID of images from elsewhere.
-        scores: the other metrics, by `full`, `quantized` or `images` and then by name.
-        protocol: what features were compared, JSON-ready; None if none were.
+        full_samples: (num_images, C, H, W) on the CPU, in the model's range; not in `to_dict`.
+        quantized_samples: likewise.
     """
 
-    noise: NoiseError | None
-    images: ImageError | None
-    num_images: int
-    fid_full: FIDResult | None
-    fid_quantized: FIDResult | None
-    sampler: dict[str, Any]
-    seconds: dict[str, float]
+    noise: NoiseError | None = None
+    images: ImageError | None = None
+    num_images: int = 0
+    scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    protocol: dict[str, Any] | None = None
+    sampler: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     full_samples: Tensor | None = field(default=None, repr=False)
     quantized_samples: Tensor | None = field(default=None, repr=False)
-    fid_images: FIDResult | None = None
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    protocol: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; None stands for what was not measured or is not finite."""
@@ -74,13 +71,10 @@ class Metrics:
             noise = {"summary": self.noise.summary, **lists}
         if self.images is not None:
             images = {"mse": self.images.mse, "psnr": self.images.psnr, "num_images": self.num_images}
-        fid = {"full": self.fid_full, "quantized": self.fid_quantized}
-        fid |= {"images": self.fid_images} if self.fid_images is not None else {}
         values: dict[str, Any] = finite(
             {
                 "noise_error": noise,
                 "same_noise": images,
-                "fid": {k: None if v is None else dataclasses.asdict(v) for k, v in fid.items()},
                 "scores": self.scores,
                 "protocol": self.protocol,
                 "sampler": self.sampler,
@@ -90,17 +84,45 @@ class Metrics:
         return values
 
 
-def finite(value: Any) -> Any:
-    """The same JSON-ready values with None for NaN and infinity, which JSON has not.
+@dataclass(frozen=True)
+class ImageSampling:
+    """How the images of an evaluation are sampled: in the same way with every model.
 
-    >>> finite({"mse": [0.5, float("inf")]})
-    {'mse': [0.5, None]}
+    Attributes:
+        sampling: how the pipeline is sampled.
+        sampler: sampler settings.
+        seed: the run's seed.
+        batch_size: images at a time.
+        kept: number of samples to keep as they are.
+        measured: number of samples to take features of.
+        space: what to take of them, or None.
+        cache_dir: where finished batches are kept; None keeps none.
+        advance: told the number of samples just done.
     """
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    sampling: Sampling
+    sampler: SamplerConfig
+    seed: int
+    batch_size: int
+    kept: int
+    measured: int
+    space: FeatureSpace | None = None
+    cache_dir: Path | None = None
+    advance: Advance | None = None
+
+    @property
+    def key(self) -> list[Any]:
+        """JSON-ready: all that determines the samples, beside the model."""
+        own = self.sampling.scheduler
+        schedule = {k: v for k, v in own.config.items() if not k.startswith("_")}  # paths and versions aside
+        settings = dataclasses.asdict(self.sampler)
+        return [settings, type(own).__name__, schedule, self.seed, self.batch_size, self.sampling.manifest()]
+
+    @property
+    def wanted(self) -> Wanted:
+        """How many images there are to be."""
+        names = () if self.space is None else self.space.names
+        return Wanted(self.kept, 0 if self.space is None else self.measured, names, self.batch_size)
 
 
 def open_features(config: EvaluationConfig, channels: int) -> FeatureSpace | None:
@@ -114,8 +136,9 @@ def open_features(config: EvaluationConfig, channels: int) -> FeatureSpace | Non
         None if nothing is to be measured on images.
 
     Raises:
-        UserError: no such extractor or reference, too few samples, or images that it does not take.
+        UserError: an unknown metric, no such extractor or reference, too few samples, or images that it does not take.
     """
+    check_metrics(config)
     if config.fid_samples == 0:
         return None
     space = open_space(config)
@@ -128,7 +151,7 @@ def planned_samples(config: EvaluationConfig, models: int = 2) -> int:
 
     Args:
         config: numbers of trajectories and images.
-        models: 2 for a comparison, 1 for the FID of one model.
+        models: 2 for a comparison, 1 for the metrics of one model.
 
     >>> planned_samples(EvaluationConfig(num_trajectories=32, num_images=64, fid_samples=100))
     232
@@ -146,12 +169,12 @@ def evaluate(
     config: EvaluationConfig,
     seed: int,
     cache_dir: Path | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> Metrics:
-    """Compare a quantized denoiser with the full-precision one; with one of them alone, measure its FID only.
+    advance: Advance | None = None,
+) -> Evaluation:
+    """Compare a quantized denoiser with the full-precision one; with one of them alone, measure its images only.
 
-    The noise error is taken along the calibration's sampler, images and FID along `config.sampler` where it is given.
-    No noise is shared with calibration, and both models' images come from the same noise.
+    The noise error is taken along the calibration's sampler, images along `config.sampler` where it is given. No noise
+    is shared with calibration, and both models' images come from the same noise.
 
     Args:
         full: full-precision denoiser f, or None.
@@ -164,58 +187,79 @@ def evaluate(
         advance: told the number of samples just done, `planned_samples` in all.
 
     Raises:
-        UserError: an unknown scheduler or extractor, or nothing to measure.
+        UserError: an unknown scheduler, extractor or metric, or nothing to measure.
     """
     models = {name: m for name, m in (("full", full), ("quantized", quantized)) if m is not None}
+    space = _open(models, sampling, calibration_sampler, config)
+    sampler = config.sampler or calibration_sampler
+    result = Evaluation(sampler=dataclasses.asdict(sampler), protocol=_protocol(config, space))
+    if full is not None and quantized is not None:
+        result.num_images = config.num_images
+        with _timed(result.seconds, "noise_error"):
+            result.noise = _noise_error(full, quantized, sampling, calibration_sampler, config, seed, advance)
+    if space is not None and space.lacks_reference(config):
+        with _timed(result.seconds, "reference"):
+            device = next(next(iter(models.values())).parameters()).device
+            space = space.to(device).with_reference_measured(config, cache_dir)
+    how = ImageSampling(
+        sampling,
+        sampler,
+        seed,
+        config.batch_size,
+        result.num_images,
+        config.fid_samples,
+        space,
+        cache_dir,
+        advance,
+    )
+    drawn = {name: sample_images(m, how, _pictures(config, name, models)) for name, m in models.items()}
+    result.seconds |= {f"{name}_images": images.seconds for name, images in drawn.items()}
+    with _timed(result.seconds, "scores"):
+        result.scores = _scores({name: images.features for name, images in drawn.items()}, space, config, seed)
+    if result.num_images:
+        result.full_samples, result.quantized_samples = drawn["full"].samples, drawn["quantized"].samples
+        result.images = image_error(result.quantized_samples, result.full_samples)
+    return result
+
+
+def _open(
+    models: Mapping[str, nn.Module], sampling: Sampling, calibration_sampler: SamplerConfig, config: EvaluationConfig
+) -> FeatureSpace | None:
+    """Find mistakes before anything is sampled, and open what looks at the images."""
     if not models or (len(models) == 1 and config.fid_samples == 0):
         raise UserError(
             "evaluation.fid_samples is 0 and there is one model only, nothing to measure; "
             "give a full-precision model to compare with or a number of FID samples"
         )
-    sampler = config.sampler or calibration_sampler
     key = "calibration.sampler" if config.sampler is None else "evaluation.sampler"
-    sampling.check_sampler(sampler, key)
-    space = open_features(config, sampling.channels(next(iter(models.values()))))
-    seconds: dict[str, float] = {}
-    noise = None
-    if full is not None and quantized is not None:
-        began = time.perf_counter()
-        held_out = range(HELD_OUT_START, HELD_OUT_START + config.num_trajectories)
-        mine = share(held_out)
-        paths = collect(full, sampling, calibration_sampler, mine, seed, config.batch_size, advance)
-        if advance is not None and len(mine) < len(held_out):
-            advance(len(held_out) - len(mine))
-        noise = noise_error(full, quantized, paths, config.batch_size)
-        seconds["noise_error"] = time.perf_counter() - began
-    if space is not None and space.reference.missing(config.metrics):
-        began = time.perf_counter()
-        device = next(next(iter(models.values())).parameters()).device
-        space = space.to(device).with_reference_measured(config, cache_dir)
-        seconds["reference"] = time.perf_counter() - began
-    kept = config.num_images if len(models) == 2 else 0
-    drawn = {}
-    for name, model in models.items():
-        drawn[name] = sample_images(
-            model, sampling, sampler, config, kept, space, seed, cache_dir, advance, _pictures(config, name, models)
-        )
-        seconds[f"{name}_images"] = drawn[name].seconds
+    sampling.check_sampler(config.sampler or calibration_sampler, key)
+    return open_features(config, sampling.channels(next(iter(models.values()))))
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Note how long the block takes."""
     began = time.perf_counter()
-    scores = _scores({name: images.features for name, images in drawn.items()}, space, config, seed)
-    seconds["fid"] = time.perf_counter() - began
-    samples = {name: images.samples for name, images in drawn.items()} if kept else {}
-    return Metrics(
-        noise=noise,
-        images=image_error(samples["quantized"], samples["full"]) if kept else None,
-        num_images=kept,
-        fid_full=scores.get("full", {}).pop("fid", None),
-        fid_quantized=scores.get("quantized", {}).pop("fid", None),
-        sampler=dataclasses.asdict(sampler),
-        seconds=seconds,
-        full_samples=samples.get("full"),
-        quantized_samples=samples.get("quantized"),
-        scores={name: plain(values) for name, values in scores.items() if values},
-        protocol=_protocol(config, space),
-    )
+    yield
+    seconds[part] = time.perf_counter() - began
+
+
+def _noise_error(
+    full: nn.Module,
+    quantized: nn.Module,
+    sampling: Sampling,
+    sampler: SamplerConfig,
+    config: EvaluationConfig,
+    seed: int,
+    advance: Advance | None,
+) -> NoiseError:
+    """Noise error on held-out trajectories, which the ranks share."""
+    held_out = range(HELD_OUT_START, HELD_OUT_START + config.num_trajectories)
+    mine = share(held_out)
+    paths = collect(full, sampling, sampler, mine, seed, config.batch_size, advance)
+    if advance is not None and len(mine) < len(held_out):
+        advance(len(held_out) - len(mine))
+    return noise_error(full, quantized, paths, config.batch_size)
 
 
 def evaluate_images(
@@ -223,9 +267,9 @@ def evaluate_images(
     config: EvaluationConfig,
     seed: int,
     cache_dir: Path | None = None,
-    advance: Callable[[int], None] | None = None,
+    advance: Advance | None = None,
     device: torch.device | None = None,
-) -> Metrics:
+) -> Evaluation:
     """Measure images that are on disk: the first `config.fid_samples` of them, or all if that is 0.
 
     Args:
@@ -248,41 +292,30 @@ def evaluate_images(
     space = open_space(config)
     space.check(config, images.shape[0], number, f"the number of images in {images.path}")
     space = space.to(device or torch.device("cpu")).with_reference_measured(config, cache_dir)
-    began = time.perf_counter()
-    features = measure_images(images, space, number, config.batch_size, cache_dir, advance)
-    measured = time.perf_counter()
-    scores = _scores({"images": features}, space, config, seed)
-    seconds = {"images": measured - began, "fid": time.perf_counter() - measured}
-    fid = scores.get("images", {}).pop("fid", None)
-    return Metrics(
-        noise=None,
-        images=None,
-        num_images=0,
-        fid_full=None,
-        fid_quantized=None,
-        sampler={},
-        seconds=seconds,
-        fid_images=fid,
-        scores={name: plain(values) for name, values in scores.items() if values},
-        protocol=_protocol(config, space),
-    )
+    result = Evaluation(protocol=_protocol(config, space))
+    with _timed(result.seconds, "images"):
+        features = measure_images(images, space, number, config.batch_size, cache_dir, advance)
+    with _timed(result.seconds, "scores"):
+        result.scores = _scores({"images": features}, space, config, seed)
+    return result
 
 
 def _scores(
     features: dict[str, dict[str, Tensor]], space: FeatureSpace | None, config: EvaluationConfig, seed: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Metrics by set of images, computed on rank 0, where the features are."""
     if space is None:
         return {}
     reference = space.reference
-    return on_main(lambda: {name: score(name, values, reference, config, seed) for name, values in features.items()})
+    found = on_main(lambda: {name: score(name, values, reference, config, seed) for name, values in features.items()})
+    return {name: values for name, values in found.items() if values}
 
 
 def _protocol(config: EvaluationConfig, space: FeatureSpace | None) -> dict[str, Any] | None:
     if space is None:
         return None
     values: dict[str, Any] = {"features": config.features, "checksum": space.checksum, "reference": config.reference}
-    return values | ({"clip_model": config.clip_model} if space.clip is not None else {})
+    return values | {key: getattr(config, key) for metric in check_metrics(config) for key in metric.settings}
 
 
 def _pictures(config: EvaluationConfig, name: str, models: Mapping[str, Any]) -> Path | None:
@@ -293,65 +326,38 @@ def _pictures(config: EvaluationConfig, name: str, models: Mapping[str, Any]) ->
     return directory / name if len(models) > 1 else directory
 
 
-def sample_images(
-    denoiser: nn.Module,
-    sampling: Sampling,
-    sampler: SamplerConfig,
-    config: EvaluationConfig,
-    num_kept: int,
-    space: FeatureSpace | None,
-    seed: int,
-    cache_dir: Path | None = None,
-    advance: Callable[[int], None] | None = None,
-    pictures: Path | None = None,
-) -> Batch:
-    """Sample the images of an evaluation batch by batch, keeping the first ones and the features of those for FID.
+def sample_images(denoiser: nn.Module, how: ImageSampling, pictures: Path | None = None) -> Batch:
+    """Sample the images of an evaluation batch by batch; keep the first ones, and the features of those to measure.
 
-    A batch is kept in `cache_dir` under a name made of all that determines it, model weights included: another run
+    A batch is kept in `how.cache_dir` under a name made of all that determines it, model weights included: another run
     with the same full-precision model finds it too. The batches are dealt to the ranks; rank 0 reads and writes them.
 
     Args:
         denoiser: the model.
-        sampling: how the pipeline is sampled.
-        sampler: sampler settings.
-        config: number of FID samples and batch size.
-        num_kept: number of samples to keep as they are.
-        space: what to take of the images, or None.
-        seed: the run's seed.
-        cache_dir: as in `evaluate`.
-        advance: as in `evaluate`.
+        how: the same for all models.
         pictures: directory for all images as PNG files, or None.
     """
     device = next(denoiser.parameters()).device
-    models = [None] if space is None else space.to(device).models
-    own = sampling.scheduler
-    schedule = {k: v for k, v in own.config.items() if not k.startswith("_")}  # paths and versions aside
-    drawn = [dataclasses.asdict(sampler), type(own).__name__, schedule, seed, config.batch_size, sampling.manifest()]
-    key = list(drawn)
-    if space is not None:
-        key += space.key
+    space = None if how.space is None else how.space.to(device)
     directory = writer = None
-    if cache_dir is not None:
-        directory = cache_dir / fingerprint([denoiser, *models], key)
+    if how.cache_dir is not None:
+        models = [] if space is None else space.models
+        names = [] if space is None else list(space.names)
+        directory = how.cache_dir / fingerprint([denoiser, *models], how.key + names)
     if pictures is not None:
         # What is measured on the pictures does not change them.
-        source = fingerprint([denoiser], drawn)
+        source = fingerprint([denoiser], how.key)
         writer = on_main(lambda: ImageWriter(pictures, source))
-    wanted = Wanted(
-        kept=num_kept,
-        measured=0 if space is None else config.fid_samples,
-        names=() if space is None else space.names,
-        batch_size=config.batch_size,
-    )
+    wanted = how.wanted
 
     def draw(start: int) -> Batch:
         began = time.perf_counter()
         indices = range(IMAGES_START + start, IMAGES_START + start + wanted.size(start))
-        samples = sampling.sample(denoiser, sampler, indices, seed)
+        samples = how.sampling.sample(denoiser, how.sampler, indices, how.seed)
         measure = wanted.size(start, wanted.measured)
         features = space.of_samples(samples[:measure], start) if space is not None and measure else {}
-        kept = samples[: wanted.size(start, num_kept)].cpu()
+        kept = samples[: wanted.size(start, wanted.kept)].cpu()
         pixels = to_pixels(samples).cpu() if pictures is not None else None
         return Batch(kept, features, time.perf_counter() - began, pixels)
 
-    return in_batches(draw, wanted, directory, writer, advance)
+    return in_batches(draw, wanted, directory, writer, how.advance)

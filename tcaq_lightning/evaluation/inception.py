@@ -164,7 +164,7 @@ def _block_e(inputs: int, pool: nn.Module) -> Block:
 class InceptionFeatures(NamedTuple):
     """What FID, sFID and IS look at."""
 
-    pool: Tensor
+    pooled: Tensor
     """(B, 2048), the average of the last block: FID, KID, precision and recall."""
     spatial: Tensor
     """(B, 2023), seven channels of 17 x 17, channels last: sFID."""
@@ -212,8 +212,8 @@ class Inception(nn.Module):
         # The first channels are those of the block's 1 x 1 branch, `mixed_6/conv` in the published graph.
         spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
-        pool = x.mean(dim=(2, 3))
-        return InceptionFeatures(pool, spatial, pool @ self.fc.weight.T)
+        pooled = x.mean(dim=(2, 3))
+        return InceptionFeatures(pooled, spatial, pooled @ self.fc.weight.T)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -15,7 +15,8 @@ from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.cache import artifact_digest, read_cached, write_cached
 from tcaq_lightning.evaluation.denoiser_errors import NoiseError
-from tcaq_lightning.evaluation.evaluate import HELD_OUT_START, finite
+from tcaq_lightning.evaluation.evaluate import HELD_OUT_START
+from tcaq_lightning.evaluation.json_values import finite
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample_shape
 from tcaq_lightning.models.sampling import make_sampling

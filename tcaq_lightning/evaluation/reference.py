@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.images import IMAGES_ARRAY, ImageSet, open_images
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.runtime.files import replacing
 
 KEY = "evaluation.reference"
-NEEDED = {"fid": "statistics", "sfid": "spatial", "kid": "features", "precision_recall": "features"}
-"""Which part of a reference a metric looks at."""
+PARTS = {
+    "statistics": "mean",
+    "spatial": "spatial statistics",
+    "features": "features",
+}
+"""Parts of a reference that a metric may compare with, and what messages call them."""
 ARRAYS = {"statistics": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Names of mean and covariance in an .npz of the guided-diffusion evaluations."""
 
@@ -32,9 +36,9 @@ class Reference:
     """Features of real images, as far as they are known.
 
     Attributes:
-        statistics: of the features that FID is measured with.
-        spatial: of the features that sFID is measured with.
-        features: (N, F) the features themselves, for KID, precision and recall.
+        statistics: mean and covariance of pooled features.
+        spatial: mean and covariance of spatial features.
+        features: (N, F) the pooled features themselves.
         images: what the missing parts can be computed from.
     """
 
@@ -43,22 +47,22 @@ class Reference:
     features: Tensor | None = None
     images: ImageSet | None = None
 
-    def missing(self, metrics: Collection[str]) -> list[str]:
-        """Parts that some metrics need and that are not there."""
-        parts = {NEEDED[m] for m in metrics if m in NEEDED}
-        return sorted(part for part in parts if getattr(self, part) is None)
+    def missing(self, parts: Iterable[str]) -> list[str]:
+        """Those of some parts that are not there, sorted."""
+        return sorted(part for part in set(parts) if getattr(self, part) is None)
 
     def completed(self, measured: Mapping[str, Tensor]) -> Reference:
         """With what is missing taken from features of `images`; statistics that came with them stay.
 
         Args:
-            measured: `features` (N, F) and, with Inception, `spatial` (N, F').
+            measured: `pooled` (N, F) and `spatial` (N, F'), or one of them.
         """
-        spatial = self.spatial
+        statistics, spatial = self.statistics, self.spatial
+        if statistics is None and "pooled" in measured:
+            statistics = ReferenceStatistics.from_features(measured["pooled"])
         if spatial is None and "spatial" in measured:
             spatial = ReferenceStatistics.from_features(measured["spatial"])
-        statistics = self.statistics or ReferenceStatistics.from_features(measured["features"])
-        return Reference(statistics, spatial, measured["features"])
+        return Reference(statistics, spatial, measured.get("pooled"))
 
     def save(self, path: Path, num_features: int, extractor: str, checksum: str) -> None:
         """Write statistics, and some features beside them, as safetensors.
@@ -66,7 +70,8 @@ class Reference:
         Args:
             path: the file, written atomically.
             num_features: how many images' features to keep, evenly spaced over the images.
-            extractor: its name, for messages. checksum: of its weights.
+            extractor: its name, for messages.
+            checksum: of its weights.
         """
         assert self.statistics is not None
         tensors = {
@@ -84,23 +89,24 @@ class Reference:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
 
 
-def open_reference(path: Path, metrics: Collection[str], num_features: int, checksum: str) -> Reference:
+def open_reference(path: Path, needed: Mapping[str, Collection[str]], num_features: int, checksum: str) -> Reference:
     """Find out what a reference offers, and that it is enough for the metrics.
 
     Args:
         path: folder of images; .npz with images `arr_0`, or `mu`, `sigma`, `mu_s` and `sigma_s`, or both; .safetensors
             that `python -m tcaq_lightning statistics` wrote.
-        metrics: to be measured.
+        needed: by metric, the parts that it compares with.
         num_features: F of the extractor.
         checksum: of the extractor's weights.
 
     Raises:
         UserError: it is none of these, was made with another extractor, or lacks what a metric needs.
     """
+    parts = {part for of_metric in needed.values() for part in of_metric}
     if path.suffix == ".safetensors":
         reference = _open_statistics(path, checksum)
     elif path.suffix == ".npz" and path.is_file():
-        reference = _open_npz(path, metrics)
+        reference = _open_npz(path, parts)
     else:
         reference = Reference(images=open_images(path, KEY))
     if reference.statistics is not None and len(reference.statistics.mean) != num_features:
@@ -108,12 +114,12 @@ def open_reference(path: Path, metrics: Collection[str], num_features: int, chec
             f"{KEY}: expected statistics of {num_features} features, as evaluation.features gives them, "
             f"got {len(reference.statistics.mean)} in {path}; take both from the same extractor"
         )
-    missing = reference.missing(metrics)
+    missing = reference.missing(parts)
     if missing and reference.images is None:
-        lacking = [m for m in metrics if NEEDED.get(m) in missing]
+        lacking = [metric for metric, of_metric in needed.items() if set(of_metric) & set(missing)]
         raise UserError(
             f"{KEY}: {', '.join(lacking)} cannot be measured against {path}, which holds no "
-            f"{' and no '.join({'statistics': 'mean', 'spatial': 'spatial statistics'}.get(m, m) for m in missing)}; "
+            f"{' and no '.join(PARTS[part] for part in missing)}; "
             "give a folder or an .npz of images, or write the statistics with python -m tcaq_lightning statistics"
         )
     return reference
@@ -140,7 +146,7 @@ def _open_statistics(path: Path, checksum: str) -> Reference:
     return Reference(statistics, spatial, found.get("features"))
 
 
-def _open_npz(path: Path, metrics: Collection[str]) -> Reference:
+def _open_npz(path: Path, needed: Collection[str]) -> Reference:
     """Statistics, images, or both: then the statistics are those of FID and sFID, as in the published evaluations."""
     try:
         with np.load(path, allow_pickle=False) as content:
@@ -161,7 +167,7 @@ def _open_npz(path: Path, metrics: Collection[str]) -> Reference:
             )
         return Reference(**parts)
     reference = Reference(**parts)
-    return Reference(**parts, images=open_images(path, KEY) if reference.missing(metrics) else None)
+    return Reference(**parts, images=open_images(path, KEY) if reference.missing(needed) else None)
 
 
 def _statistics(path: Path, mean: Any, covariance: Any) -> ReferenceStatistics:

@@ -1,12 +1,11 @@
-"""Where images are compared: a feature extractor, CLIP, and real images or their statistics."""
+"""Where images are compared: a feature extractor, what metrics look at images with, and real images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,17 @@ from tcaq_lightning.evaluation.features import (
 )
 from tcaq_lightning.evaluation.images import ImageSet, to_pixels
 from tcaq_lightning.evaluation.inception import Inception, load_inception
-from tcaq_lightning.evaluation.metrics.clip import ClipScorer, load_clip
-from tcaq_lightning.evaluation.reference import NEEDED, Reference, open_reference
+from tcaq_lightning.evaluation.metrics.base import Metric
+from tcaq_lightning.evaluation.reference import PARTS, Reference, open_reference
+from tcaq_lightning.evaluation.scores import check_metrics, feature_names
 from tcaq_lightning.models.pipelines import shipped
-from tcaq_lightning.models.prompts import read_prompts
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.hashing import weights_hash
 
 log = logging.getLogger(__name__)
 
+MEASURED_AS = {"statistics": "pooled", "spatial": "spatial", "features": "pooled"}
+"""Which features a part of a reference is made of."""
 INCEPTION_BATCH = 32
 """Images of 299 x 299 in a forward pass; larger batches are no faster and take gigabytes."""
 
@@ -40,54 +41,59 @@ class FeatureSpace:
     """What is taken of every image, and what it is compared with.
 
     Attributes:
-        extractor: `Inception` or a `FeatureExtractor`; None for CLIP alone.
-        names: of the features that are taken.
+        extractor: `Inception` or a `FeatureExtractor`; None where no metric needs its features.
+        features: names of the extractor's features that are taken.
         reference: real images.
-        clip: scorer of images and prompts, or None.
+        per_image: by metric, what looks at each image by itself.
         checksum: of the extractor's weights, "" without one.
     """
 
     extractor: Inception | FeatureExtractor | None
-    names: tuple[str, ...]
+    features: tuple[str, ...]
     reference: Reference = field(default_factory=Reference)
-    clip: ClipScorer | None = None
+    per_image: Mapping[str, nn.Module] = field(default_factory=dict)
     checksum: str = ""
 
     @property
-    def models(self) -> list[nn.Module | None]:
-        """For a fingerprint: all that features depend on, beside `key`."""
-        return [self.extractor, *([] if self.clip is None else [self.clip])]
+    def names(self) -> tuple[str, ...]:
+        """Names of all that is taken of an image."""
+        return (*self.features, *self.per_image)
 
     @property
-    def key(self) -> list[Any]:
-        """For a fingerprint, beside `models`; empty for an own extractor."""
-        names = [] if isinstance(self.extractor, FeatureExtractor) and self.clip is None else list(self.names)
-        return names + ([] if self.clip is None else self.clip.prompts)
+    def models(self) -> list[nn.Module]:
+        """All that looks at images, the extractor first."""
+        return [model for model in (self.extractor, *self.per_image.values()) if model is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the networks; the CPU where there are none."""
+        parameters = (p for model in self.models for p in model.parameters())
+        return next((p.device for p in parameters), torch.device("cpu"))
 
     def to(self, device: torch.device) -> FeatureSpace:
         """Move the networks."""
         for model in self.models:
-            if model is not None:
-                model.to(device)
+            model.to(device)
         return self
 
     def of_samples(self, samples: Tensor, start: int) -> dict[str, Tensor]:
         """Features of samples on the CPU, NaN for samples that are not finite.
 
-        Inception and CLIP see the bytes of `to_pixels`; an own extractor sees the samples as they are.
+        An extractor of one's own sees the samples as they are, everything else the bytes of `to_pixels`.
 
         Args:
             samples: (B, C, H, W) in [-1, 1].
             start: number of the first one.
         """
         if isinstance(self.extractor, FeatureExtractor):
-            found = {"features": extract_features(self.extractor, samples).cpu()}
-            return found | self._clip_scores(to_pixels(samples), start)
-        features = self.of_pixels(to_pixels(samples), start)
+            found = {"pooled": extract_features(self.extractor, samples).cpu()}
+            found |= self._by_metrics(to_pixels(samples), start)
+        else:
+            found = self.of_pixels(to_pixels(samples), start)
         diverged = ~samples.isfinite().flatten(1).all(dim=1).cpu()
-        for values in features.values():
+        for values in found.values():
             values[diverged] = torch.nan
-        return features
+        return found
 
     def of_pixels(self, pixels: Tensor, start: int) -> dict[str, Tensor]:
         """Features of pictures on the CPU.
@@ -100,14 +106,14 @@ class FeatureSpace:
         if isinstance(self.extractor, Inception):
             with torch.no_grad():
                 parts = [self.extractor(part)._asdict() for part in torch.split(pixels, INCEPTION_BATCH)]
-            taken = {"features": "pool", "spatial": "spatial", "logits": "logits"}
-            found = {n: torch.cat([part[taken[n]] for part in parts]).cpu() for n in self.names if n in taken}
+            found = {name: torch.cat([part[name] for part in parts]).cpu() for name in self.features}
         elif self.extractor is not None:
-            found = {"features": extract_features(self.extractor, pixels.float() / 127.5 - 1).cpu()}
-        return found | self._clip_scores(pixels, start)
+            found = {"pooled": extract_features(self.extractor, pixels.float() / 127.5 - 1).cpu()}
+        return found | self._by_metrics(pixels, start)
 
-    def _clip_scores(self, pixels: Tensor, start: int) -> dict[str, Tensor]:
-        return {} if self.clip is None else {"clip": self.clip(pixels, start).cpu()}
+    def _by_metrics(self, pixels: Tensor, start: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {name: look(pixels, start).cpu() for name, look in self.per_image.items()}
 
     def check(self, config: EvaluationConfig, channels: int, number: int, what: str) -> None:
         """See that images can be measured here.
@@ -127,17 +133,14 @@ class FeatureSpace:
                 f"{what}: features are of {kinds} images, these have {channels} channels; "
                 "take another evaluation.features, or set evaluation.fid_samples to 0"
             )
-        config.check_number(number, what, config.metrics)
-        own = self.extractor if isinstance(self.extractor, FeatureExtractor) and "fid" in config.metrics else None
-        if own is not None and number <= own.num_features:
-            raise UserError(
-                f"{what} must be 0 or more than the {own.num_features} features of {config.features}, got {number}"
-            )
-        if self.clip is not None and len(self.clip.prompts) < number:
-            raise UserError(
-                f"evaluation.clip_prompts: expected a prompt for each of {number} images, got "
-                f"{len(self.clip.prompts)} in {config.clip_prompts}; write more, or measure fewer images"
-            )
+        width = 0 if self.extractor is None else self.extractor.num_features
+        for metric in check_metrics(config):
+            metric.check_number(number, what, config, width)
+
+    def lacks_reference(self, config: EvaluationConfig) -> bool:
+        """Whether the metrics need more of the reference than is known."""
+        parts = {part for metric in check_metrics(config) for part in metric.reference_needs}
+        return bool(self.reference.missing(parts))
 
     def with_reference_measured(self, config: EvaluationConfig, cache_dir: Path | None = None) -> FeatureSpace:
         """With all that the metrics need of the reference; its images are measured if they have to be.
@@ -146,12 +149,13 @@ class FeatureSpace:
             config: which metrics.
             cache_dir: where finished batches are kept.
         """
-        if not self.reference.missing(config.metrics) or self.reference.images is None:
+        if not self.lacks_reference(config) or self.reference.images is None:
             return self
         images = self.reference.images
         log.info("measuring the %d images of %s", len(images), images.path)
-        # Neither logits nor CLIP scores of real images are looked at.
-        space = replace(self, names=tuple(n for n in self.names if n not in {"logits", "clip"}), clip=None)
+        parts = {part for metric in check_metrics(config) for part in metric.reference_needs}
+        names = tuple(dict.fromkeys(MEASURED_AS[part] for part in PARTS if part in parts))
+        space = replace(self, features=names, per_image={})
         measured = measure_images(images, space, len(images), config.batch_size, cache_dir)
         return replace(self, reference=self.reference.completed(measured) if measured else Reference())
 
@@ -176,14 +180,12 @@ def measure_images(
     """
     directory = None
     if cache_dir is not None:
-        directory = cache_dir / fingerprint(space.models, [images.identity, batch_size, space.key])
-    model = next(m for m in space.models if m is not None)
-    device = next(model.parameters()).device
+        directory = cache_dir / fingerprint(space.models, [images.identity, batch_size, space.names])
     wanted = Wanted(kept=0, measured=number, names=space.names, batch_size=batch_size)
 
     def draw(start: int) -> Batch:
         pixels = images.read(range(start, start + wanted.size(start)))
-        return Batch(torch.zeros(0), space.of_pixels(pixels.to(device), start), 0.0)
+        return Batch(torch.zeros(0), space.of_pixels(pixels.to(space.device), start), 0.0)
 
     return in_batches(draw, wanted, directory, None, advance).features
 
@@ -204,7 +206,8 @@ def write_statistics(
         output: the .safetensors file.
         config: which extractor, and the batch size.
         num_features: images whose features are kept too.
-        cache_dir, advance: as in `measure_images`.
+        cache_dir: as in `measure_images`.
+        advance: as in `measure_images`.
         device: of the extractor, by default the CPU.
 
     Raises:
@@ -214,7 +217,7 @@ def write_statistics(
     _check_channels(extractor, images, "images")
     if len(images) < 2:
         raise UserError(f"images: expected at least 2 in {images.path} for a covariance, got {len(images)}; give more")
-    names = ("features", "spatial") if config.features == INCEPTION else ("features",)
+    names = ("pooled", "spatial") if config.features == INCEPTION else ("pooled",)
     space = FeatureSpace(extractor, names).to(device or torch.device("cpu"))
     digest = weights_hash(extractor, digits=16)
     measured = measure_images(images, space, len(images), config.batch_size, cache_dir, advance)
@@ -242,31 +245,45 @@ def open_space(config: EvaluationConfig) -> FeatureSpace:
     Raises:
         UserError: something is missing, or does not fit the rest.
     """
-    clip = None
-    if "clip" in config.metrics:
-        assert config.clip_model is not None
-        assert config.clip_prompts is not None
-        clip = load_clip(config.clip_model, read_prompts(Path(config.clip_prompts), "evaluation.clip_prompts"))
-    if config.metrics == ["clip"]:
-        return FeatureSpace(None, ("clip",), clip=clip)
+    metrics = check_metrics(config)
+    looks = {metric.name: metric.per_image(config) for metric in metrics}
+    per_image = {name: look.eval().requires_grad_(False) for name, look in looks.items() if look is not None}
+    features = feature_names(metrics)
+    if not features and not any(metric.reference_needs for metric in metrics):
+        return FeatureSpace(None, (), per_image=per_image)
     extractor, own = load_extractor(config)
     digest = weights_hash(extractor, digits=16)
-    compared = [m for m in config.metrics if m in NEEDED]
+    reference = _open_reference(config, metrics, extractor, own, digest)
+    return FeatureSpace(extractor, features, reference, per_image, digest)
+
+
+def _open_reference(
+    config: EvaluationConfig,
+    metrics: Sequence[Metric],
+    extractor: Inception | FeatureExtractor,
+    own: Path | None,
+    digest: str,
+) -> Reference:
+    """What the metrics compare with: `evaluation.reference`, or the extractor's own reference."""
+    compared = {metric.name: metric.reference_needs for metric in metrics if metric.reference_needs}
     path = own if config.reference is None else Path(config.reference)
-    if compared and path is None:
+    if not compared:
+        return Reference()
+    if path is None:
         raise UserError(
             f"evaluation.reference must be given for {', '.join(compared)} with evaluation.features {INCEPTION}, "
             "got null; give a folder of images, an .npz, or statistics"
         )
-    reference = Reference()
-    if compared and path is not None:
-        reference = open_reference(path, compared, extractor.num_features, digest)
-        known = reference.features if reference.features is not None else reference.images
-        if known is not None:
-            config.check_number(len(known), f"the number of images in {path} (evaluation.reference)", compared)
-        if reference.images is not None:
-            _check_channels(extractor, reference.images, "evaluation.reference")
-    return FeatureSpace(extractor, feature_names(config.metrics), reference, clip, digest)
+    reference = open_reference(path, compared, extractor.num_features, digest)
+    known = reference.features if reference.features is not None else reference.images
+    if known is not None:
+        what = f"the number of images in {path} (evaluation.reference)"
+        for metric in metrics:
+            if "features" in metric.reference_needs:
+                metric.check_number(len(known), what, config, extractor.num_features)
+    if reference.images is not None:
+        _check_channels(extractor, reference.images, "evaluation.reference")
+    return reference
 
 
 def _check_channels(extractor: nn.Module, images: ImageSet, key: str) -> None:
@@ -275,13 +292,3 @@ def _check_channels(extractor: nn.Module, images: ImageSet, key: str) -> None:
             f"{key}: expected grey images, as evaluation.features takes them, got {images.shape[0]} "
             f"channels in {images.path}; give grey ones or evaluation.features {INCEPTION}"
         )
-
-
-def feature_names(metrics: Collection[str]) -> tuple[str, ...]:
-    """Features that metrics are computed from.
-
-    >>> feature_names(["is", "kid"])
-    ('features', 'logits')
-    """
-    further = {"sfid": "spatial", "is": "logits", "clip": "clip"}
-    return ("features", *(name for metric, name in further.items() if metric in metrics))

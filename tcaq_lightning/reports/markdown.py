@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcaq_lightning.evaluation.evaluate import finite
+from tcaq_lightning.evaluation.json_values import finite
+from tcaq_lightning.evaluation.scores import row_of
 from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.runtime.files import replacing, write_bytes, write_json
 
@@ -35,7 +36,7 @@ def write_report(
 
     Args:
         run_dir: pictures in its `samples` are embedded in the report.
-        metrics: `Metrics.to_dict()`, and under `bytes` the sizes on disk of the `full` and `quantized` denoiser.
+        metrics: `Evaluation.to_dict()`, and under `bytes` the sizes on disk of the `full` and `quantized` denoiser.
         coverage: rows of the coverage table.
         seconds: by stage of the run.
         units: one record for each unit and round: `round`, `unit`, `before`, `after`, `kept`, and where they apply
@@ -77,39 +78,14 @@ def headline(content: Record) -> list[tuple[str, str]]:
         rows.append((f"same-noise image MSE ({images['num_images']} images)", _number(images["mse"])))
         # None stands for infinity: the images are equal.
         rows.append(("same-noise image PSNR", "-" if images["psnr"] is None else f"{images['psnr']:.2f} dB"))
-    fid = content.get("fid") or {}
     scores = content.get("scores") or {}
     for key, label in (("full", "full precision"), ("quantized", "quantized"), ("images", "images")):
-        if f := fid.get(key):
-            rows.append((f"FID, {label}", _distance(f)))
-        rows += _score_rows(label, scores.get(key) or {})
+        shown = [row_of(name, record) for name, record in scores.get(key, {}).items()]
+        rows += [(f"{row.label}, {label}", row.text) for row in shown]
     if size := content.get("bytes"):
         text = f"{size['quantized']:,} of {size['full']:,} bytes ({size['full'] / size['quantized']:.2f} times smaller)"
         rows.append(("denoiser on disk", text))
     rows += [(f"seconds: {stage}", f"{value:.1f}") for stage, value in (content.get("stages") or {}).items()]
-    return rows
-
-
-def _distance(fid: Record) -> str:
-    """A distance with its interval, where there is one."""
-    interval = "" if fid["low"] is None else f" [{fid['low']:.3f}, {fid['high']:.3f}]"
-    return f"{fid['value']:.3f}{interval}, {fid['num_samples']} samples"
-
-
-def _score_rows(label: str, scores: Record) -> list[tuple[str, str]]:
-    """Rows of `headline` for the metrics beside FID."""
-    rows = []
-    if s := scores.get("sfid"):
-        rows.append((f"sFID, {label}", _distance(s)))
-    if s := scores.get("is"):
-        rows.append((f"IS, {label}", f"{s['mean']:.3f} ± {s['std']:.3f} over {s['splits']} parts"))
-    if s := scores.get("kid"):
-        text = f"{s['mean']:.5f} ± {s['std']:.5f} over {s['subsets']} subsets of {s['subset_size']}"
-        rows.append((f"KID, {label}", text))
-    if s := scores.get("precision_recall"):
-        rows.append((f"precision, recall, {label}", f"{s['precision']:.4f}, {s['recall']:.4f} (k = {s['k']})"))
-    if s := scores.get("clip"):
-        rows.append((f"CLIP score, {label}", f"{s['mean']:.3f} ± {s['std_error']:.3f}, {s['num_samples']} images"))
     return rows
 
 
@@ -231,7 +207,7 @@ def plot_noise_error(noise: Record) -> Figure:
     """Relative and mean error of the noise against the timestep.
 
     Args:
-        noise: `noise_error` of `Metrics.to_dict()`.
+        noise: `noise_error` of `Evaluation.to_dict()`.
     """
     from matplotlib.figure import Figure
 

@@ -99,7 +99,7 @@ def test_range_search() -> None:
 
 
 def test_shares_of_stages() -> None:
-    result = shares({"learn_r": 2.0, "learn_v": 5.0, "search": 1.0, "fid": 9.0}, wall=19.0)
+    result = shares({"learn_r": 2.0, "learn_v": 5.0, "search": 1.0, "scores": 9.0}, wall=19.0)
     assert result["calibration_seconds"] == 10.0
     assert result["outside_share"] == pytest.approx(0.3)
     assert result["share"] == {"learn_r": 0.2, "learn_v": 0.5, "search": 0.1, "other": 0.2}

@@ -7,7 +7,7 @@ import torch
 
 from tcaq_lightning.evaluation import inception
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tests.evaluation.inception_weights import random_weights
 
 

@@ -14,10 +14,11 @@ from torch import nn
 from tcaq_lightning.config import EvaluationConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation import evaluate as module
-from tcaq_lightning.evaluation.evaluate import IMAGES_START, Metrics, evaluate, evaluate_images, planned_samples
+from tcaq_lightning.evaluation.evaluate import IMAGES_START, Evaluation, evaluate, evaluate_images, planned_samples
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, load_feature_extractor
 from tcaq_lightning.evaluation.images import ImageWriter, open_images, to_pixels
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.metrics.fid import frechet_distance
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.models.sampling import LoopSampling
 from tests.evaluation.inception_weights import pictures
 
@@ -71,7 +72,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return calls
 
 
-def without_seconds(metrics: Metrics) -> dict[str, Any]:
+def without_seconds(metrics: Evaluation) -> dict[str, Any]:
     return {k: v for k, v in metrics.to_dict().items() if k != "seconds"}
 
 
@@ -92,11 +93,9 @@ def test_agrees_with_direct_computation(features_dir: Path, sampled: list[list[i
     torch.testing.assert_close(metrics.quantized_samples, q[:5])
     reference = ReferenceStatistics.load(features_dir / REFERENCE_FILE)
     expected = frechet_distance(load_feature_extractor(features_dir)(q), reference)
-    assert metrics.fid_quantized is not None
-    assert metrics.fid_full is not None
-    assert metrics.fid_quantized.value == pytest.approx(expected.value, rel=1e-3)
-    assert metrics.fid_quantized.num_samples == 8
-    assert metrics.fid_full != metrics.fid_quantized
+    assert metrics.scores["quantized"]["fid"]["value"] == pytest.approx(expected.value, rel=1e-3)
+    assert metrics.scores["quantized"]["fid"]["num_samples"] == 8
+    assert metrics.scores["full"] != metrics.scores["quantized"]
 
 
 def test_dictionary_is_json(features_dir: Path) -> None:
@@ -106,10 +105,10 @@ def test_dictionary_is_json(features_dir: Path) -> None:
     assert values["noise_error"]["summary"] == 0
     assert len(values["noise_error"]["timesteps"]) == len(values["noise_error"]["bias"]) == 2
     assert values["same_noise"] == {"mse": 0, "psnr": None, "num_images": 5}
-    assert values["fid"]["full"] == values["fid"]["quantized"]
-    assert values["fid"]["full"]["num_samples"] == 8
+    assert values["scores"]["full"] == values["scores"]["quantized"]
+    assert values["scores"]["full"]["fid"]["num_samples"] == 8
     assert values["sampler"]["num_steps"] == 2
-    assert set(values["seconds"]) == {"noise_error", "full_images", "quantized_images", "fid"}
+    assert set(values["seconds"]) == {"noise_error", "full_images", "quantized_images", "scores"}
 
 
 def test_calibration_noise_is_not_met_again(features_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +144,7 @@ def test_one_model_alone_gets_its_fid(which: str, features_dir: Path) -> None:
     )
     assert sum(counts) == planned_samples(config(features_dir), models=1) == 8
     assert metrics.noise is metrics.images is None
-    assert getattr(metrics, f"fid_{which}") is not None
+    assert list(metrics.scores) == [which]
     with pytest.raises(UserError, match="nothing to measure"):
         evaluate(None, unet(), SAMPLING, SAMPLER, config(features_dir, fid_samples=0), seed=0)
 
@@ -220,8 +219,7 @@ def test_cache_knows_what_it_holds(features_dir: Path, tmp_path: Path, sampled: 
 
 def test_diverged_model_has_no_fid(features_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = evaluate(unet(), altered(unet(), float("nan")), SAMPLING, SAMPLER, config(features_dir), seed=0)
-    assert metrics.fid_quantized is None
-    assert metrics.fid_full is not None
+    assert list(metrics.scores) == ["full"]
     assert "NaN" in caplog.text
     json.dumps(metrics.to_dict(), allow_nan=False)
 
@@ -273,14 +271,13 @@ def test_published_protocol_and_its_pictures(
     metrics = evaluate(full, quantized, SAMPLING, SAMPLER, settings, 1, tmp_path / "cache")
     values = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
     assert set(values["scores"]) == {"full", "quantized"}
-    assert values["fid"]["full"]["low"] is None  # too few images for an interval
+    assert values["scores"]["full"]["fid"]["low"] is None  # too few images for an interval
     assert values["protocol"]["features"] == "inception"
     written = open_images(tmp_path / "pictures" / "quantized", "path")
     samples = SAMPLING.sample(quantized, SAMPLER, range(IMAGES_START, IMAGES_START + 5), seed=1)
     assert torch.equal(written.read(range(5)), to_pixels(samples))
     settings.save_images = None
     again = evaluate_images(written, settings, 1).to_dict()
-    assert again["fid"]["images"] == values["fid"]["quantized"]
     assert again["scores"]["images"] == values["scores"]["quantized"]
 
     # A picture that is gone is drawn again, with its batch; the cache serves the others.
@@ -306,6 +303,5 @@ def test_channels_that_are_no_picture(small_inception: Path, reference: Path, sa
 def test_diverged_model_has_no_scores(small_inception: Path, reference: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = protocol(small_inception, reference, metrics=["fid", "is"])
     metrics = evaluate(None, altered(unet(3), float("nan")), SAMPLING, SAMPLER, settings, 0)
-    assert metrics.fid_quantized is None
     assert metrics.scores == {}
-    assert "FID, is of the quantized" in caplog.text
+    assert "FID, IS of the quantized" in caplog.text

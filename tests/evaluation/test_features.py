@@ -15,7 +15,7 @@ from tcaq_lightning.evaluation.features import (
     load_feature_extractor,
     save_feature_extractor,
 )
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 
 
 def images(n: int) -> torch.Tensor:

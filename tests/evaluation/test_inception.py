@@ -17,17 +17,17 @@ from tests.evaluation.inception_weights import pictures, random_weights
 # Every quarter of the features of two pictures, as torch-fidelity 0.4.0 computes them with the same weights; `spatial`
 # is the output of its Mixed_6d.branch1x1, seven channels of it, channels last.
 PUBLISHED = {
-    "pool": [[0.0, 0.01694105, 5.6506848, 2.4706454], [0.0, 0.04948801, 4.1389017, 1.7451038]],
+    "pooled": [[0.0, 0.01694105, 5.6506848, 2.4706454], [0.0, 0.04948801, 4.1389017, 1.7451038]],
     "spatial": [[0.1094283, 1.3242091, 1.7510234, 0.0], [1.2848195, 2.7786391, 1.2211792, 0.0]],
     "logits": [[6.3898754, -2.1909924, 5.7569914, -0.8141561], [4.3424797, -2.0846307, 4.2206469, -0.5658681]],
 }
-MEANS = {"pool": 1.4389306, "spatial": 1.0365950, "logits": 0.1188558}
+MEANS = {"pooled": 1.4389306, "spatial": 1.0365950, "logits": 0.1188558}
 
 
 def test_agrees_with_torch_fidelity(inception_weights: Path) -> None:
     features = load_inception(inception_weights)(pictures(2, 32))
     shapes = {name: tuple(values.shape) for name, values in features._asdict().items()}
-    assert shapes == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
+    assert shapes == {"pooled": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
     for name, values in features._asdict().items():
         torch.testing.assert_close(
             values[:, :: values.shape[1] // 4][:, :4], torch.tensor(PUBLISHED[name]), rtol=1e-4, atol=1e-4
@@ -37,7 +37,7 @@ def test_agrees_with_torch_fidelity(inception_weights: Path) -> None:
 
 def test_grey_stands_for_three_equal_channels(small_inception: Path) -> None:
     network, grey = load_inception(small_inception), pictures(2, channels=1)
-    assert torch.equal(network(grey).pool, network(grey.expand(-1, 3, -1, -1)).pool)
+    assert torch.equal(network(grey).pooled, network(grey.expand(-1, 3, -1, -1)).pooled)
     assert not any(p.requires_grad for p in network.parameters())
     assert not network.training
 

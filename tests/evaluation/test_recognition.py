@@ -7,8 +7,8 @@ import torch
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, SHIPPED
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 
 
 @pytest.fixture

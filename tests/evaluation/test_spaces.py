@@ -15,12 +15,14 @@ from tcaq_lightning.evaluation.evaluate import evaluate_images
 from tcaq_lightning.evaluation.features import load_feature_extractor
 from tcaq_lightning.evaluation.images import ImageFolder, ImageWriter, open_images
 from tcaq_lightning.evaluation.inception import Inception, load_inception
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.metrics.fid import frechet_distance
 from tcaq_lightning.evaluation.reference import open_reference
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.evaluation.spaces import FeatureSpace, measure_images, open_space, write_statistics
 from tests.evaluation.inception_weights import pictures
+from tests.evaluation.parts import parts
 
-NAMES = ("features", "spatial", "logits")
+NAMES = ("pooled", "spatial", "logits")
 
 
 def folder(path: Path, count: int, **kwargs: Any) -> Path:
@@ -42,23 +44,23 @@ def test_samples_are_measured_as_the_pictures_they_become(small_inception: Path)
     of_samples = space.of_samples(pixels.float() / 127.5 - 1, 0)
     assert all(torch.equal(of_samples[name], of_pixels[name]) for name in NAMES)
     direct = load_inception(small_inception)(pixels)
-    torch.testing.assert_close(of_pixels["features"], direct.pool)
+    torch.testing.assert_close(of_pixels["pooled"], direct.pooled)
     torch.testing.assert_close(of_pixels["logits"], direct.logits)
 
 
 def test_diverged_samples_are_marked(small_inception: Path) -> None:
-    space = FeatureSpace(load_inception(small_inception), ("features",))
+    space = FeatureSpace(load_inception(small_inception), ("pooled",))
     samples = torch.zeros(3, 1, 8, 8)
     samples[1, 0, 2, 2] = torch.nan
-    features = space.of_samples(samples, 0)["features"]
+    features = space.of_samples(samples, 0)["pooled"]
     assert features.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
 def test_own_extractor_sees_pictures_in_its_own_range(features_dir: Path) -> None:
     extractor = load_feature_extractor(features_dir)
     pixels = pictures(4, channels=1)
-    found = FeatureSpace(extractor, ("features",)).of_pixels(pixels, 0)
-    torch.testing.assert_close(found["features"], extractor(pixels.float() / 127.5 - 1))
+    found = FeatureSpace(extractor, ("pooled",)).of_pixels(pixels, 0)
+    torch.testing.assert_close(found["pooled"], extractor(pixels.float() / 127.5 - 1))
 
 
 @pytest.fixture
@@ -124,20 +126,19 @@ def test_whole_evaluation_of_images(small_inception: Path, tmp_path: Path) -> No
 
     network = load_inception(small_inception)
     a, b = network(pictures(7)), network(pictures(9, seed=1))
-    expected = frechet_distance(a.pool, ReferenceStatistics.from_features(b.pool), allow_few=True)
-    assert results[0]["fid"]["images"]["value"] == pytest.approx(expected.value, rel=1e-5)
+    expected = frechet_distance(a.pooled, ReferenceStatistics.from_features(b.pooled), allow_few=True)
+    assert results[0]["scores"]["images"]["fid"]["value"] == pytest.approx(expected.value, rel=1e-5)
     expected = frechet_distance(a.spatial, ReferenceStatistics.from_features(b.spatial), allow_few=True)
     assert results[0]["scores"]["images"]["sfid"]["value"] == pytest.approx(expected.value, rel=1e-4)
-    assert set(results[0]["scores"]["images"]) == {"sfid", "is", "kid", "precision_recall"}
-    assert results[0]["fid"]["full"] is None
+    assert set(results[0]["scores"]) == {"images"}
+    assert list(results[0]["scores"]["images"]) == ["fid", "sfid", "is", "kid", "precision_recall"]
 
 
 def test_same_images_are_at_no_distance(small_inception: Path, tmp_path: Path) -> None:
     fake = folder(tmp_path / "fake", 6)
     settings = config(small_inception, metrics=["fid", "precision_recall"], reference=str(fake))
     metrics = evaluate_images(open_images(fake, "path"), settings, 0, tmp_path / "cache")
-    assert metrics.fid_images is not None
-    assert metrics.fid_images.value == pytest.approx(0, abs=1e-2)
+    assert metrics.scores["images"]["fid"]["value"] == pytest.approx(0, abs=1e-2)
     assert metrics.scores["images"]["precision_recall"]["precision"] == 1
 
 
@@ -146,8 +147,7 @@ def test_only_some_images(small_inception: Path, tmp_path: Path, caplog: pytest.
     settings = config(small_inception, fid_samples=5, reference=str(fake))
     with caplog.at_level(logging.WARNING):
         metrics = evaluate_images(open_images(fake, "path"), settings, 0)
-    assert metrics.fid_images is not None
-    assert metrics.fid_images.num_samples == 5
+    assert metrics.scores["images"]["fid"]["num_samples"] == 5
     assert "5 samples by 2048 features" in caplog.text
     settings.fid_samples = 7
     with pytest.raises(UserError, match="at most the 6 images"):
@@ -197,8 +197,8 @@ def test_images_that_an_own_extractor_does_not_take(features_dir: Path, tmp_path
     with pytest.raises(UserError, match="more than the 4 features"):
         evaluate_images(open_images(folder(tmp_path / "few", 4, channels=1), "path"), settings, 0)
     metrics = evaluate_images(open_images(folder(tmp_path / "grey", 8, channels=1), "path"), settings, 0)
-    assert metrics.fid_images is not None
-    assert metrics.fid_images.low < metrics.fid_images.value < metrics.fid_images.high
+    distance = metrics.scores["images"]["fid"]
+    assert distance["low"] < distance["value"] < distance["high"]
 
 
 def test_statistics_know_their_extractor(small_inception: Path, features_dir: Path, tmp_path: Path) -> None:
@@ -206,13 +206,13 @@ def test_statistics_know_their_extractor(small_inception: Path, features_dir: Pa
     output = tmp_path / "out" / "s.safetensors"
     write_statistics(grey, output, config(small_inception), 2)
     checksum = open_space(config(small_inception, metrics=["is"])).checksum
-    found = open_reference(output, ["fid", "sfid", "kid"], 2048, checksum)
+    found = open_reference(output, parts("fid", "sfid", "kid"), 2048, checksum)
     assert found.spatial is not None
     assert found.features is not None
     assert len(found.features) == 2
     with pytest.raises(UserError, match="checksum"):
         open_space(EvaluationConfig(features=str(features_dir), reference=str(output)))
     write_statistics(grey, output, EvaluationConfig(features=str(features_dir)), 2)
-    assert open_reference(output, ["fid"], 4, open_space(EvaluationConfig(features=str(features_dir))).checksum)
+    assert open_reference(output, parts("fid"), 4, open_space(EvaluationConfig(features=str(features_dir))).checksum)
     with pytest.raises(UserError, match="at least 2"):
         write_statistics(open_images(folder(tmp_path / "one", 1), "images"), output, config(small_inception), 2)

@@ -46,7 +46,7 @@ def metrics() -> dict[str, Any]:
             "bias": [0.01, -0.02, 0.0],
         },
         "same_noise": {"mse": 0.0456, "psnr": 23.45, "num_images": 64},
-        "fid": {"full": {**fid, "value": 9.8765}, "quantized": fid},
+        "scores": {"full": {"fid": {**fid, "value": 9.8765}}, "quantized": {"fid": fid}},
         "bytes": {"full": 4_000_000, "quantized": 1_000_000},
     }
 
@@ -128,7 +128,7 @@ def test_executions_are_shown_by_round_and_stage() -> None:
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
-    alone = {"noise_error": None, "same_noise": None, "fid": {"full": None, "quantized": None}}
+    alone = {"noise_error": None, "same_noise": None, "scores": {}}
     write_report(tmp_path, alone, COVERAGE[:1], {}, [])
     text = (tmp_path / "report.md").read_text()
     assert set(tables(text)) == {"Quantization report", "Coverage"}
@@ -160,13 +160,14 @@ def test_attention_choice_is_json() -> None:
 def test_every_metric_has_a_row() -> None:
     distance = {"value": 8.0, "low": None, "high": None, "num_samples": 10}
     scores = {
+        "fid": distance,
         "sfid": {**distance, "low": 7.0, "high": 9.0},
         "is": {"mean": 9.5, "std": 0.25, "splits": 10},
         "kid": {"mean": 0.00123, "std": 0.0001, "subsets": 100, "subset_size": 1000},
         "precision_recall": {"precision": 0.75, "recall": 0.5, "k": 3, "num_real": 10},
         "clip": {"mean": 31.46, "std_error": 0.1, "num_samples": 10},
     }
-    rows = headline({"fid": {"images": distance}, "scores": {"images": scores}})
+    rows = headline({"scores": {"images": scores}})
     assert rows == [
         ("FID, images", "8.000, 10 samples"),
         ("sFID, images", "8.000 [7.000, 9.000], 10 samples"),
@@ -175,4 +176,4 @@ def test_every_metric_has_a_row() -> None:
         ("precision, recall, images", "0.7500, 0.5000 (k = 3)"),
         ("CLIP score, images", "31.460 ± 0.100, 10 images"),
     ]
-    assert "KID, images" in render({"fid": {"images": distance}, "scores": {"images": scores}})
+    assert "KID, images" in render({"scores": {"images": scores}})

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tcaq_lightning.config import Config
 from tcaq_lightning.models.denoiser_calls import Samples
 
-EVALUATION = ("noise_error", "full_images", "quantized_images", "fid")
+EVALUATION = ("noise_error", "full_images", "quantized_images", "scores")
 """Stages that come after the calibration."""
 DEVICE_TFLOPS, RANK_EFFICIENCY = 40.0, 0.85
 """Assumed where nothing is measured: a device's throughput in convolutions and matrix products, about a quarter of an

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.config import EvaluationConfig
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.metrics.base import METRICS, Given, Metric, Record, Row, decimals
+from tcaq_lightning.models.prompts import read_prompts
+
+PROMPTS_KEY = "evaluation.clip_prompts"
+
+
+@METRICS.register("clip")
+class ClipScore(Metric):
+    """Mean CLIP score of the images and their prompts."""
+
+    label = "CLIP score"
+    settings = ("clip_model", "clip_prompts")
+
+    def per_image(self, config: EvaluationConfig) -> ClipScorer:
+        """The CLIP model with the prompt of each image."""
+        assert config.clip_model is not None
+        return load_clip(config.clip_model, _prompts(config))
+
+    def check_number(self, number: int, what: str, config: EvaluationConfig, width: int) -> None:
+        """There must be a prompt for each image."""
+        prompts = _prompts(config)
+        if len(prompts) < number:
+            raise UserError(
+                f"{PROMPTS_KEY}: expected a prompt for each of {number} images, got {len(prompts)} in "
+                f"{config.clip_prompts}; write more, or measure fewer images"
+            )
+
+    def compute(self, given: Given) -> dict[str, Any]:
+        """`mean` over the `num_samples` images, and its `std_error`."""
+        scores = given.features[self.name].double()
+        deviation = float(scores.std()) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+        return {"mean": float(scores.mean()), "std_error": deviation, "num_samples": len(scores)}
+
+    def row(self, record: Record) -> Row:
+        """Mean and standard error."""
+        figures = f"{decimals(record['mean'], 3)} ± {decimals(record['std_error'], 3)}"
+        return Row(self.label, f"{figures}, {record['num_samples']} images", {self.name: record["mean"]})
+
+
+def _prompts(config: EvaluationConfig) -> list[str]:
+    assert config.clip_prompts is not None
+    return read_prompts(Path(config.clip_prompts), PROMPTS_KEY)
 
 
 class ClipScorer(nn.Module):
     """Cosine of the CLIP embeddings of images and prompts, times 100 and not below 0.
 
-    (torchmetrics' CLIPScore computes the same, but not with transformers 5, whose embeddings come in an object.)
+    torchmetrics' CLIPScore computes the same, but fails with transformers 5, which wraps embeddings in an object.
 
     Args:
         model: transformers' CLIPModel.
@@ -28,6 +73,7 @@ class ClipScorer(nn.Module):
         self.model = model
         self.processor = processor
         self.prompts = list(prompts)
+        self.prompts_hash = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()  # scores depend on them
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, start: int) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from tcaq_lightning.config import INCEPTION, EvaluationConfig
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.metrics.base import METRICS, Given, Metric, Record, Row, decimals
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
+from tcaq_lightning.evaluation.torchmetrics_adapters import GivenFeatures
 
 log = logging.getLogger(__name__)
 
@@ -20,64 +23,60 @@ WIDE = 512
 """With more features than that, the interval is the bootstrap's limit instead of the bootstrap itself."""
 
 
-@dataclass(frozen=True)
-class ReferenceStatistics:
-    """Mean and covariance of the features of real images."""
+class FrechetMetric(Metric):
+    """A Frechet distance with its interval."""
 
-    mean: Tensor
-    """float64 (F,)."""
-    covariance: Tensor
-    """float64 (F, F), with n - 1 in the denominator."""
-    count: int | None
-    """Number of images; None if the file does not tell it."""
-
-    @classmethod
-    def from_features(cls, features: Tensor) -> ReferenceStatistics:
-        """Statistics of feature vectors.
+    def distance(self, given: Given, features: str, reference: ReferenceStatistics | None) -> dict[str, Any]:
+        """`value`, the ends `low` and `high` of its interval, and `num_samples`.
 
         Args:
-            features: (N, F), N >= 2.
-
-        >>> ReferenceStatistics.from_features(torch.tensor([[0.0, 1.0], [2.0, 1.0]])).covariance
-        tensor([[2., 0.],
-                [0., 0.]], dtype=torch.float64)
+            given: features and settings.
+            features: which of them.
+            reference: the same of real images.
         """
-        features = features.double().cpu()
-        mean = features.mean(dim=0)
-        centred = features - mean
-        return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
+        assert reference is not None
+        # An extractor of one's own has few features, and enough images for them are no burden.
+        few = given.config.features == INCEPTION
+        result = frechet_distance(given.features[features], reference, seed=given.seed, allow_few=few)
+        return dataclasses.asdict(result)
 
-    def save(self, path: Path) -> None:
-        """Write the statistics as safetensors."""
-        tensors = {"mean": self.mean, "covariance": self.covariance, "count": torch.tensor(self.count or 0)}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    def row(self, record: Record) -> Row:
+        """The distance with its interval, where there is one."""
+        low, high = (decimals(record[key], 3) for key in ("low", "high"))
+        interval = "" if record["low"] is None else f" [{low}, {high}]"
+        text = f"{decimals(record['value'], 3)}{interval}, {record['num_samples']} samples"
+        return Row(self.label, text, {self.name: record["value"]})
 
-    @classmethod
-    def load(cls, path: Path) -> ReferenceStatistics:
-        """Read what `save` wrote.
 
-        Args:
-            path: the safetensors file.
+@METRICS.register("fid")
+class FID(FrechetMetric):
+    """Frechet inception distance (Heusel et al. 2017)."""
 
-        Raises:
-            UserError: no such file, or other contents.
-        """
-        try:
-            tensors = load_file(path)
-            mean, covariance = tensors["mean"].double(), tensors["covariance"].double()
-            count = int(tensors["count"]) or None
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"expected reference statistics (mean, covariance, count) in {path}, "
-                f"got {' '.join(str(error).split())[:200]}; "
-                "write them with python -m tcaq_lightning statistics"
-            ) from None
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or (count or 2) < 2:
-            raise UserError(
-                f"expected a mean (F,), a covariance (F, F) and a count of at least 2 in {path}, "
-                f"got {tuple(mean.shape)}, {tuple(covariance.shape)} and {count}; write the statistics again"
-            )
-        return cls(mean, covariance, count)
+    label = "FID"
+    needs = ("pooled",)
+    reference_needs = ("statistics",)
+
+    def check_number(self, number: int, what: str, config: EvaluationConfig, width: int) -> None:
+        """With an extractor of one's own there must be more images than features."""
+        if config.features != INCEPTION and number <= width:
+            raise UserError(f"{what} must be 0 or more than the {width} features of {config.features}, got {number}")
+
+    def compute(self, given: Given) -> dict[str, Any]:
+        """As in `distance`, of pooled features."""
+        return self.distance(given, "pooled", given.reference.statistics)
+
+
+@METRICS.register("sfid")
+class SpatialFID(FrechetMetric):
+    """Frechet distance of spatial features (Nash et al. 2021)."""
+
+    label = "sFID"
+    needs = ("spatial",)
+    reference_needs = ("spatial",)
+
+    def compute(self, given: Given) -> dict[str, Any]:
+        """As in `distance`, of spatial features."""
+        return self.distance(given, "spatial", given.reference.spatial)
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,6 @@ class FIDResult:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], {self.num_samples} samples"
-
-
-class _Features(nn.Module):
-    """Stands in for an extractor where the features are already there."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def fid_metric(extractor: nn.Module, reference: ReferenceStatistics) -> FrechetInceptionDistance:
@@ -163,12 +151,33 @@ def frechet_distance(
         UserError: too few samples, features that are not finite, or another F than the reference's.
     """
     width = len(reference.mean)
+    _check_features(features, width, 2 if allow_few else width + 1)
+    features = features.double().cpu()
+    if len(features) <= width:
+        log.warning(
+            "Frechet distance of %d samples by %d features: far above that of many samples, and not comparable with "
+            "published figures",
+            len(features),
+            width,
+        )
+        return FIDResult(_few_samples_distance(features, reference), torch.nan, torch.nan, len(features))
+    metric = fid_metric(GivenFeatures(width), reference)
+    metric.update(features, real=False)
+    value = max(0.0, float(metric.compute()))
+    if width > WIDE:
+        spread = 1.96 * influence_deviation(features, reference)
+    else:
+        spread = 1.96 * float(_bootstrap(features, reference, resamples, seed).std())
+    return FIDResult(value, max(0.0, value - spread), value + spread, len(features))
+
+
+def _check_features(features: Tensor, width: int, least: int) -> None:
+    """See that a distance can be computed: at least `least` rows of `width` finite features."""
     if features.ndim != 2 or features.shape[1] != width:
         raise UserError(
             f"expected features (N, {width}), as in the reference statistics, got {tuple(features.shape)}; "
             "take both from the same extractor"
         )
-    least = 2 if allow_few else width + 1
     if len(features) < least:
         raise UserError(
             f"expected at least {least} samples for a covariance of {width} features, got {len(features)}; "
@@ -180,23 +189,6 @@ def frechet_distance(
             f"expected finite features, got NaN or infinity for {bad} of {len(features)} samples; "
             "check the generated images, the model may have diverged"
         )
-    features = features.double().cpu()
-    if len(features) <= width:
-        log.warning(
-            "Frechet distance of %d samples by %d features: far above that of many samples, and not comparable with "
-            "published figures",
-            len(features),
-            width,
-        )
-        return FIDResult(_few_samples_distance(features, reference), torch.nan, torch.nan, len(features))
-    metric = fid_metric(_Features(width), reference)
-    metric.update(features, real=False)
-    value = max(0.0, float(metric.compute()))
-    if width > WIDE:
-        spread = 1.96 * influence_deviation(features, reference)
-    else:
-        spread = 1.96 * float(_bootstrap(features, reference, resamples, seed).std())
-    return FIDResult(value, max(0.0, value - spread), value + spread, len(features))
 
 
 def _few_samples_distance(features: Tensor, reference: ReferenceStatistics) -> float:

@@ -15,13 +15,13 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.daq import TailFit
 from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.reports.markdown import headline
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
 from tcaq_lightning.runtime.json_shape import FLAG, MEASURED, NUMBER, TEXT, Named, Optional, check_shape
 
 T = TypeVar("T")
 Record = Mapping[str, Any]
 
-_FID = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "num_samples": NUMBER}
 _BY_GROUP = {
     "logarithmic": [FLAG],
     "by_likelihood": [FLAG],
@@ -48,7 +48,8 @@ _UNIT = {
 METRICS_SHAPE = {
     "noise_error": Optional({"summary": MEASURED, "timesteps": [NUMBER], "relative": [MEASURED], "bias": [MEASURED]}),
     "same_noise": Optional({"mse": MEASURED, "psnr": MEASURED, "num_images": NUMBER}),
-    "fid": Optional({"full": Optional(_FID), "quantized": Optional(_FID)}),
+    "fid": Optional(Named(Optional({}))),
+    "scores": Optional(Named(Named({}))),
     "sampler": Optional({"num_steps": NUMBER, "eta": NUMBER}),
     "bytes": Optional({"full": NUMBER, "quantized": NUMBER}),
     "stages": Named(NUMBER),
@@ -136,7 +137,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_bytes(), parse_constant=_refuse)
         check_shape(metrics, METRICS_SHAPE, "it")
+        _collect_scores(metrics)
         _check_lengths(metrics)
+        headline(metrics)  # what a metric recorded, it must be able to show
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected what the finished run wrote; put a copy of it back") from error
     except (ValueError, RecursionError) as error:
@@ -145,6 +148,14 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         ) from error
     checked: dict[str, Any] = metrics
     return checked
+
+
+def _collect_scores(metrics: dict[str, Any]) -> None:
+    """Put FID among the other scores: earlier versions wrote it beside them."""
+    for images, record in (metrics.pop("fid", None) or {}).items():
+        if record is not None:
+            scores = metrics.setdefault("scores", {})
+            scores[images] = {"fid": record, **scores.get(images, {})}
 
 
 def _refuse(constant: str) -> float:

@@ -29,7 +29,8 @@ from tcaq_lightning.evaluation.features import (
     extract_features,
     load_feature_extractor,
 )
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.metrics.fid import frechet_distance
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.zoo.pretraining.batches import batch_indices, generator
 from tcaq_lightning.zoo.pretraining.command import run
 from tcaq_lightning.zoo.pretraining.idx import normalize, read_split

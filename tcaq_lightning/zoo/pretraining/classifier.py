@@ -25,8 +25,8 @@ from tcaq_lightning.evaluation.features import (
     extract_features,
     save_feature_extractor,
 )
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.zoo.pretraining.batches import batch_indices
 from tcaq_lightning.zoo.pretraining.command import run
 from tcaq_lightning.zoo.pretraining.idx import normalize, read_split

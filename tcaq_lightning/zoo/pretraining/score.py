@@ -22,8 +22,9 @@ from torch import Tensor
 
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, SHIPPED, extract_features, load_feature_extractor
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.metrics.fid import frechet_distance
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, to_images
 from tcaq_lightning.models.sampling import make_sampling, num_classes
 from tcaq_lightning.zoo.pretraining.command import run

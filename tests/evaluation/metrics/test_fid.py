@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.metrics import fid
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, fid_metric, frechet_distance, influence_deviation
+from tcaq_lightning.evaluation.metrics.fid import fid_metric, frechet_distance, influence_deviation
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 
 
 def gaussian(n: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -77,6 +77,7 @@ def test_a_changed_configuration_is_noticed(run_dir: Path) -> None:
         (lambda m: m["coverage"][0].update(bits=4), r"a text in it.coverage\[0\].bits"),
         (lambda m: m["stages"].update(observe=float("nan")), "NaN"),
         (lambda m: m["bytes"].update(full=None), "a number in it.bytes.full"),
+        (lambda m: m.update(scores={"full": {"fid": {"mean": 1.0}}}), "the figures of fid, got"),
     ],
 )
 def test_metrics_of_another_shape_are_refused(edit: Callable[[Any], None], text: str, run_dir: Path) -> None:
@@ -85,6 +86,12 @@ def test_metrics_of_another_shape_are_refused(edit: Callable[[Any], None], text:
         UserError, match=rf"metrics\.json is damaged: expected what the run wrote, got ValueError.*{text}"
     ):
         read_finished(run_dir)
+
+
+def test_fid_of_earlier_versions_joins_the_other_scores(run_dir: Path) -> None:
+    distance = {"value": 8.0, "low": None, "high": None, "num_samples": 10}
+    change(run_dir / "metrics.json", lambda m: m.update(fid={"full": distance, "quantized": None}))
+    assert read_finished(run_dir).metrics["scores"]["full"] == {"fid": distance}
 
 
 def test_missing_metrics_are_named(run_dir: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, extract_features, load_feature_extractor
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics, frechet_distance
+from tcaq_lightning.evaluation.metrics.fid import frechet_distance
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.zoo.pretraining.classifier import main
 from tcaq_lightning.zoo.pretraining.idx import normalize, read_split
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
-from tcaq_lightning.evaluation.metrics.fid import ReferenceStatistics
 from tcaq_lightning.evaluation.recognition import CLASSES_FILE, ClassStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
 from tcaq_lightning.models.class_conditional import ClassConditionalTransformerPipeline
 from tcaq_lightning.models.pipelines import initial_noise, open_pipeline
 from tcaq_lightning.zoo.pretraining.denoiser import export
