@@ -1,1 +1,5 @@
-"""What the paper is about: TCR, DAQ and PAR, and what this project adds to them."""
+"""The method's parts, a concept a file. Importing this package enters the registered ones."""
+
+from tcaq_lightning.methods import smoothquant, tcr
+
+__all__ = ["smoothquant", "tcr"]

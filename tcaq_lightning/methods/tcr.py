@@ -1,13 +1,20 @@
-"""TCR: timestep-channel joint reparameterization (METHOD section 3).
+"""TCR: timestep-channel joint reparameterization (docs/method.md, "TCR").
 
 X' = X / r and W'[:, d] = W[:, d] r_d leave a full-precision layer unchanged and give all channels of X' ranges that one
-step can serve. The pure functions here turn per-timestep, per-channel ranges into r.
+step can serve (TCAQ-DM, Huang et al., AAAI 2025, arXiv:2412.16700).
+
+Where r is chosen: `TCR.candidates` turns per-timestep, per-channel ranges into the grid that is searched, and
+`reparameterization.choose` takes from it the r of least output error with input and weight quantized. In round 0's r
+phase log r is then learned. `PublishedTCR` is the paper's formula alone, for comparison.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS, Reparameterization, normalized
+from tcaq_lightning.quantizers.statistics import RangeStatistics
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 """a in p^a and p^a / max|W|^(1-a)."""
@@ -17,7 +24,7 @@ def channel_profile(magnitude: Tensor, target: Tensor) -> Tensor:
     """Timestep-weighted profile of the channels' ranges.
 
     r^t_d = max|X^t_d| / s^t,  r_d = sum_t r^t_d max|X^t_d| / sum_t max|X^t_d|: timesteps with larger activations weigh
-    more   (TCAQ-DM, Huang et al. 2025, section 3.2, as read in METHOD section 3)
+    more   (TCAQ-DM, Huang et al. 2025, section 3.2; docs/method.md, "TCR")
 
     Args:
         magnitude: (T, C) largest magnitude of each channel at each timestep (or in each group).
@@ -40,20 +47,13 @@ def published_r(magnitude: Tensor, truncation: float = 10.0) -> Tensor:
     Args:
         magnitude: (T, C) as in `channel_profile`.
         truncation: R_trunc.
+
+    Returns:
+        (C,).
     """
     positive = torch.where(magnitude > 0, magnitude, torch.inf).amin(1)
     target = torch.where(positive.isfinite(), positive, torch.ones_like(positive))
     return channel_profile(magnitude, target).clamp(1, truncation)
-
-
-def normalized(r: Tensor, truncation: float) -> Tensor:
-    """Scale r to geometric mean 1 over its last axis, then clip to [1 / truncation, truncation].
-
-    >>> normalized(torch.tensor([1.0, 4.0]), truncation=10.0)
-    tensor([0.5000, 2.0000])
-    """
-    log_r = r.clamp(min=1e-12).log()
-    return (log_r - log_r.mean(-1, keepdim=True)).exp().clamp(1 / truncation, truncation)
 
 
 def candidates(magnitude: Tensor, weight_magnitude: Tensor, truncation: float = 10.0) -> Tensor:
@@ -88,3 +88,29 @@ def _distinct(grid: Tensor, tolerance: float = 0.02) -> Tensor:
         if all((row.log() - other.log()).abs().max() > tolerance for other in kept):
             kept.append(row)
     return torch.stack(kept)
+
+
+@REPARAMETERIZATIONS.register("searched")
+class TCR(Reparameterization):
+    """The candidate of least output error, among powers of the timestep-weighted profile.
+
+    Where all layers that read the input are pointwise, every channel may also be shifted to the centre of its range
+    (channel shifting, Outlier Suppression+, Wei et al. 2023).
+    """
+
+    def shifts(self, ranges: RangeStatistics) -> list[Tensor]:
+        """The centre of each channel's range, as float16 holds it."""
+        return [ranges.centre().half()]
+
+    def candidates(self, ranges: RangeStatistics, weights: Tensor) -> Tensor:
+        """(K, C), the first row all ones."""
+        return candidates(ranges.magnitude(), weights, self.truncation)
+
+
+@REPARAMETERIZATIONS.register("profile")
+class PublishedTCR(Reparameterization):
+    """The published timestep-weighted formula, taken as it is."""
+
+    def candidates(self, ranges: RangeStatistics, weights: Tensor) -> Tensor:
+        """(1, C)."""
+        return published_r(ranges.magnitude(), self.truncation)[None]

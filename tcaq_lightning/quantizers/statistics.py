@@ -66,6 +66,12 @@ class RangeStatistics:
         moved.low, moved.high = self.low - shift, self.high - shift
         return moved
 
+    def to(self, device: torch.device) -> RangeStatistics:
+        """The statistics on another device."""
+        moved = RangeStatistics(*self.low.shape)
+        moved.low, moved.high = self.low.to(device), self.high.to(device)
+        return moved
+
     def magnitude(self) -> Tensor:
         """(G, C) largest magnitude; 0 where nothing was seen."""
         return torch.maximum(self.high, -self.low).clamp(min=0)

@@ -6,15 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.calibration import initialize as initialization
 from tcaq_lightning.calibration.initialize import Choices
 from tcaq_lightning.config import QuantizationConfig, TCRConfig
 from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.state import full_precision
-from tcaq_lightning.quantizers import ActivationQuantizer
-from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.range_search import search_symmetric
-from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, values_by_group
 
 CPU = torch.device("cpu")
 ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"
@@ -26,37 +22,6 @@ def prepared(
 ) -> tuple[Any, nn.Module, Any, Choices]:
     twins = make_twins(samples=16)
     return (twins, *initialized(twins, name, tcr))
-
-
-@pytest.mark.parametrize(("each", "kept"), [(1, [0]), (2, [0]), (5, [0, 2, 4])])
-def test_half_of_the_probes_compare_candidates_where_they_are_enough(each: int, kept: list[int]) -> None:
-    groups = torch.arange(3).repeat_interleave(each)
-    x = torch.randn(3 * each, 2, 4, 5)
-    enough, few = 2 * initialization.QUICK_PLACES, 2 * initialization.QUICK_PLACES - 1
-    for whole, places in ((x, few), (x[:1], enough), (torch.cat([x, x]), enough)):
-        some, of_them = initialization._fewer_probes(whole, groups, 3, places)
-        assert some is whole
-        assert of_them is groups
-    some, of_them = initialization._fewer_probes(x, groups, 3, enough)
-    assert torch.equal(some, x.unflatten(0, (3, each))[:, kept].flatten(0, 1))
-    assert of_them.tolist() == [g for g in range(3) for _ in kept]
-
-
-@pytest.mark.parametrize(("shape", "channel_dim"), [((6, 4, 3, 5), 1), ((6, 7, 4), -1), ((6, 4), -1), ((1, 9, 4), -1)])
-@pytest.mark.parametrize("values", [8, 10_000])
-def test_few_values_are_scaled_as_all_of_them_would_be(shape: tuple[int, ...], channel_dim: int, values: int) -> None:
-    quantizer = ActivationQuantizer(4, TimestepGroups([400.0, 800.0]), 4, channel_dim)
-    quantizer.r.copy_(torch.tensor([0.5, 1.0, 2.0, 3.0]))
-    x = torch.randn(shape)
-    expected = x / along(quantizer.r, x.ndim, channel_dim)
-    found = initialization._scaled_by_group(quantizer, x, 3, values)
-    assert torch.equal(found, values_by_group(expected, 3, values))
-    quantizer.allow_shift()
-    assert quantizer.shift is not None
-    quantizer.shift.copy_(torch.tensor([0.0, 1.0, -2.0, 0.5]))
-    expected = quantizer.centred(x) / along(quantizer.r, x.ndim, channel_dim)
-    found = initialization._scaled_by_group(quantizer, x, 3, values)
-    assert torch.equal(found, values_by_group(expected, 3, values))
 
 
 @pytest.mark.parametrize("name", [RESNET, ATTENTION, "conv_in", "time_embedding"])
