@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tcaq_lightning.calibration.probes import capture_inputs
 from tcaq_lightning.calibration.streams import UnitData
 from tcaq_lightning.config import DAQConfig, TCRConfig
-from tcaq_lightning.methods.attention_choice import AttentionChoice, set_softmax
-from tcaq_lightning.methods.daq import LogHistogram, TailFit
+from tcaq_lightning.methods.daq import AttentionChoice, LogHistogram, TailFit, choose_softmax
 from tcaq_lightning.methods.ranges import set_range
 from tcaq_lightning.methods.reparameterization import Reparameterization, choose, named
 from tcaq_lightning.nn.layers import QuantLayer
@@ -104,7 +103,7 @@ def initialize(
                     layer.search_weight()
             elif isinstance(quantizer, SoftmaxQuantizer):
                 values = inputs[_sibling(name, "value")]
-                choice = set_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
+                choice = choose_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
                 choices.attention[name] = choice
             else:
                 errors = _set_activation(quantizer, layers, inputs[name], observed.ranges[name], members)

@@ -1,30 +1,185 @@
-"""DAQ: the kind of quantizer for post-softmax values, by attention layer and timestep group.
+"""DAQ: dynamically adaptive quantization of post-softmax values (docs/method.md, "DAQ").
 
-TCAQ-DM (Huang et al., AAAI 2025, arXiv:2412.16700): logarithmic where a power law fits the tail of the distribution
-better than an exponential, else uniform. The statistics are streamed histograms (`histogram`), the fits are in `tails`.
+Attention probabilities are many and small, or few and large, and which of the two depends on the layer and the
+timestep. So each attention and timestep group gets the quantizer that suits it, uniform or logarithmic (TCAQ-DM, Huang
+et al., AAAI 2025, arXiv:2412.16700):
+
+1. while a unit is observed, its probabilities are streamed into a histogram with logarithmic bins (`LogHistogram`);
+2. a power law and an exponential are fitted to its tail (`decide_by_likelihood`, `daq_tails.py`);
+3. both quantizers are searched on probes, and the errors that they make in the attention's output P v are measured;
+4. a rule decides from these: `daq.rule`, one of `RULES`.
+
+`choose_softmax` does 3 and 4.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tcaq_lightning.config import DAQConfig
 from tcaq_lightning.methods.daq_tails import TailFit, fit_tail, fit_tails
+from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
+from tcaq_lightning.quantizers.range_search import search_affine, search_log
+from tcaq_lightning.quantizers.timestep_groups import values_by_group
+from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.runtime.registry import Registry
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LogHistogram", "TailFit", "decide_by_likelihood", "fit_tail", "fit_tails", "plot_tail"]
+__all__ = ["LogHistogram", "TailFit", "choose_softmax", "decide_by_likelihood", "fit_tail", "fit_tails", "plot_tail"]
+
+VALUES = 8192
+"""Probabilities of each timestep group in the searches."""
+
+LOG_FAMILIES: dict[str, tuple[float, ...]] = {"log2": (1.0,), "log_sqrt2": (0.5,), "adalog": ADALOG_TAUS}
+"""Exponents tau that each member of the logarithmic family may take."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks for either quantizer of one attention's probabilities.
+
+    Attributes:
+        fits: one fitted tail per group.
+        uniform_error: (G,) relative error of P^ v under the uniform quantizer, searched for each group.
+        log_error: (G,) the same under the logarithmic one.
+    """
+
+    fits: list[TailFit]
+    uniform_error: Tensor
+    log_error: Tensor
+
+
+RULES: Registry[Callable[[Evidence], Tensor]] = Registry("rule of DAQ")
+"""By the name that `daq.rule` takes: evidence -> (G,) bool, logarithmic or not."""
+
+
+@RULES.register("likelihood")
+def by_likelihood(evidence: Evidence) -> Tensor:
+    """Logarithmic where a power law fits the tail better than an exponential: R_g > 0 (the published rule)."""
+    return torch.tensor([fit.R > 0 for fit in evidence.fits], device=evidence.log_error.device)
+
+
+@RULES.register("error")
+def by_error(evidence: Evidence) -> Tensor:
+    """Logarithmic where that quantizer makes the smaller error in the attention's output."""
+    return evidence.log_error < evidence.uniform_error
+
+
+@dataclass
+class AttentionChoice:
+    """What DAQ decided for one attention.
+
+    Attributes:
+        logarithmic: (G,) the choice made.
+        by_likelihood: (G,) what the published rule would choose.
+        by_error: (G,) what the smaller error would choose.
+        uniform_error: (G,) relative error of P^ v under the uniform quantizer.
+        log_error: (G,) the same under the logarithmic one.
+        fits: one fitted tail per group.
+    """
+
+    logarithmic: Tensor
+    by_likelihood: Tensor
+    by_error: Tensor
+    uniform_error: Tensor
+    log_error: Tensor
+    fits: list[TailFit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, one for each timestep group."""
+        names = ("logarithmic", "by_likelihood", "by_error", "uniform_error", "log_error")
+        values = {name: getattr(self, name).tolist() for name in names}
+        return values | {"R": [fit.R for fit in self.fits], "reliable": [fit.reliable for fit in self.fits]}
+
+
+def choose_softmax(
+    quantizer: SoftmaxQuantizer, p: Tensor, values: Tensor, fits: list[TailFit], config: DAQConfig
+) -> AttentionChoice:
+    """Search both quantizers for every group, compare them, and set the one that the rule chooses.
+
+    Args:
+        quantizer: of the probabilities.
+        p: (B, heads, T, S) probabilities of probes, sorted by group with equal counts.
+        values: (B, S, C) what they weigh, the attention's v.
+        fits: one fitted tail per group.
+        config: rule and logarithmic family; with `enabled` off every group is uniform.
+
+    Raises:
+        UserError: `daq.rule` is not registered.
+    """
+    num_groups, bits = quantizer.delta.numel(), quantizer.bits
+    rows = values_by_group(p, num_groups, VALUES)
+    uniform_delta, _ = search_affine(rows, bits, limits=(p.new_zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
+    log_delta, tau = search_log(rows, bits, LOG_FAMILIES[config.family])
+
+    def of_samples(table: Tensor) -> Tensor:  # (G,) -> (B, 1, 1, 1)
+        return table.repeat_interleave(p.shape[0] // num_groups).view(-1, 1, 1, 1)
+
+    steps, log_steps, taus = of_samples(uniform_delta), of_samples(log_delta), of_samples(tau)
+    levels = uniform_delta.new_tensor(2**bits - 1)
+    error = _OutputError(p, values, num_groups)
+    evidence = Evidence(
+        fits,
+        error(lambda x, i: fake_quantize(x, steps[i], levels * 0, levels)),
+        error(lambda x, i: log_fake_quantize(x, log_steps[i], taus[i], bits)),
+    )
+    chosen = RULES[config.rule](evidence)
+    if not config.enabled:
+        chosen = torch.zeros_like(chosen)
+    quantizer.delta.copy_(torch.where(chosen, log_delta, uniform_delta))
+    quantizer.tau.copy_(torch.where(chosen, tau, torch.zeros_like(tau)))
+    return AttentionChoice(
+        chosen.cpu(),
+        by_likelihood(evidence).cpu(),
+        by_error(evidence).cpu(),
+        evidence.uniform_error.cpu(),
+        evidence.log_error.cpu(),
+        fits,
+    )
+
+
+class _OutputError:
+    """Relative error of an attention's output, ||(P^ - P) v||^2 / ||P v||^2 by timestep group.
+
+    Args:
+        p: (B, heads, T, S) probabilities, sorted by group with equal counts.
+        values: (B, S, C) v of all heads in sequence.
+        num_groups: G.
+    """
+
+    def __init__(self, p: Tensor, values: Tensor, num_groups: int) -> None:
+        self.p = p
+        self.v = torch.unflatten(values, 2, (p.shape[1], -1)).transpose(1, 2)  # (B, heads, S, C/heads)
+        self.num_groups = num_groups
+        self.reference = self._by_sample(lambda p, _: p)
+
+    def _by_sample(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Outputs of one sample after another: all probabilities may fill the memory, without further copies."""
+        samples = (slice(i, i + 1) for i in range(len(self.p)))
+        return torch.cat([function(self.p[i], i) @ self.v[i] for i in samples])
+
+    def __call__(self, quantize: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """(G,) errors of a quantizer: (probabilities of some samples, which ones) -> quantized ones."""
+        difference = self._by_sample(lambda p, i: quantize(p, i) - p)
+        by_group = [x.square().reshape(self.num_groups, -1).sum(1) for x in (difference, self.reference)]
+        relative: Tensor = by_group[0] / by_group[1].clamp(min=1e-30)
+        return relative
 
 
 def decide_by_likelihood(histogram: LogHistogram) -> list[TailFit]:
     """Choose the quantizer family of every timestep group of one attention layer by likelihood.
 
     R_g = mean log-likelihood of the power law - that of the exponential, on the tail; R_g > 0: "log", else "uniform"
-    (TCAQ-DM, section on DAQ). The family is `TailFit.kind`.
+    (docs/method.md, "DAQ"). The family is `TailFit.kind`.
 
     Args:
         histogram: post-softmax values of the layer, over all samples and ranks.
