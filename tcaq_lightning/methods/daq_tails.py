@@ -93,15 +93,28 @@ def fit_tails(
     """
     _check(counts, edges, min_tail, min_share, min_bins)
     edges, counts = edges.double().cpu(), counts.cpu()
-    total = counts.sum(1).tolist()
     n = counts[:, 1:].double()  # (G, bins)
-    y = edges[1:].log()
-    y[-1] = 0.0
     starts = _choose_starts(n, min_tail, min_share, min_bins)
-    neutral = TailFit(
+    fits = [_no_tail(float(edges[1]))] * len(n)
+    rows = starts.reliable.nonzero().flatten()
+    if len(rows):
+        first, theta, distance = starts.first[rows, None], starts.theta[rows, None], starts.distance[rows, None]
+        columns = _compare_on_tails(n[rows], edges, first, theta) | {"ks": distance}
+        sizes = columns.pop("n_tail").flatten().long().tolist()
+        table = {name: column.flatten().tolist() for name, column in columns.items()}
+        total = counts.sum(1).tolist()
+        for i, g in enumerate(rows.tolist()):
+            numbers = {name: column[i] for name, column in table.items()}
+            fits[g] = TailFit(n_tail=sizes[i], tail_share=sizes[i] / total[g], reliable=True, **numbers)
+    return fits
+
+
+def _no_tail(xmin: float) -> TailFit:
+    """What stands for a group without a tail to fit."""
+    return TailFit(
         alpha=1.0,
         rate=0.0,
-        xmin=float(edges[1]),
+        xmin=xmin,
         ks=1.0,
         n_tail=0,
         tail_share=0.0,
@@ -113,18 +126,28 @@ def fit_tails(
         p_value=1.0,
         reliable=False,
     )
-    fits = [neutral] * len(n)
-    rows = starts.reliable.nonzero().flatten()
-    if not len(rows):
-        return fits
 
-    first = starts.first[rows][:, None]  # (rows, 1)
+
+def _compare_on_tails(n: Tensor, edges: Tensor, first: Tensor, theta: Tensor) -> dict[str, Tensor]:
+    """Fit all three families to tails that begin at known bins, with Vuong's test between the first two.
+
+    Args:
+        n: (G, bins) float64 counts without the underflow bin.
+        edges: (2 + bins,) float64.
+        first: (G, 1) first bin of each tail.
+        theta: (G, 1) log ratio of neighbouring bins' probabilities under the power law.
+
+    Returns:
+        (G,) or (G, 1) each, by their names in `TailFit`.
+    """
+    y = edges[1:].log()
+    y[-1] = 0.0
     left, width = edges[1:-1], edges[1:].diff()
-    tail = torch.where(torch.arange(n.shape[1]) >= first, n[rows], 0.0)  # (rows, bins)
+    tail = torch.where(torch.arange(n.shape[1]) >= first, n, 0.0)  # (G, bins)
     n_tail = tail.sum(1)
     weight = tail / n_tail[:, None]
     xmin, ymin = edges[1:][first], y[first]
-    slope = starts.theta[rows][:, None] * n.shape[1] / -y[0]  # 1 - alpha
+    slope = theta * n.shape[1] / -y[0]  # 1 - alpha
     rate = -_exponential_slope(weight, left - xmin, width, 1 - xmin)
     inside = weight > 0
     power_law = torch.where(inside, _log_mass(slope, y[:-1] - ymin, y.diff(), -ymin) - width.log(), 0.0)
@@ -135,11 +158,11 @@ def fit_tails(
     ratio = (weight * difference).sum(1)
     spread = (weight * (difference - ratio[:, None]).square()).sum(1).sqrt()
     z = torch.where(spread > 0, n_tail.sqrt() * ratio / spread, 0.0)
-    columns = {
+    return {
         "alpha": 1 - slope,
         "rate": rate,
         "xmin": xmin,
-        "ks": starts.distance[rows],
+        "n_tail": n_tail,
         "loglik_power_law": loglik_power_law,
         "loglik_exponential": (weight * exponential).sum(1),
         "loglik_lognormal": torch.maximum(lognormal, loglik_power_law),
@@ -147,12 +170,6 @@ def fit_tails(
         "z": z,
         "p_value": torch.erfc(z.abs() / math.sqrt(2)),
     }
-    table = {name: column.flatten().tolist() for name, column in columns.items()}
-    for i, g in enumerate(rows.tolist()):
-        size = int(n_tail[i])
-        numbers = {name: column[i] for name, column in table.items()}
-        fits[g] = TailFit(n_tail=size, tail_share=size / total[g], reliable=True, **numbers)
-    return fits
 
 
 def fit_tail(counts: Tensor, edges: Tensor, min_tail: int = 50, min_share: float = 0.05, min_bins: int = 10) -> TailFit:
@@ -181,7 +198,9 @@ def _choose_starts(n: Tensor, min_tail: int, min_share: float, min_bins: int) ->
 
     Args:
         n: (G, bins) float64 counts without the underflow bin.
-        min_tail, min_share, min_bins: as in `fit_tails`.
+        min_tail: fewest values a tail may hold.
+        min_share: least share of the values that a tail may hold.
+        min_bins: fewest non-empty bins of a tail.
     """
     groups, bins = n.shape
     position = torch.arange(bins, dtype=torch.float64)
