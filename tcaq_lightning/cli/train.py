@@ -1,0 +1,79 @@
+"""The command line of train.py: configs laid over each other, and options for single keys."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tcaq_lightning.cli.arguments import Option, options_of, read
+from tcaq_lightning.cli.help import asks_for_help, show_help
+from tcaq_lightning.config import Config
+from tcaq_lightning.config.values import build, merged, typed
+from tcaq_lightning.errors import UserError
+
+PROGRAM = "train.py"
+ABOUT = "Quantize a diffusion model: calibrate on its own samples, write an integer artifact, show what it cost."
+EXAMPLE = "python train.py --config configs/quickstart.yaml --quantization.weight.bits 6 --run_dir runs/w6"
+CONFIG = Option("config", str, None, "YAML file of keys that differ; of several, later ones override earlier ones")
+DRY_RUN = Option("dry_run", bool, False, "print the plan and what becomes of every layer, and stop")
+
+
+def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """Read `--config FILE`, which may be given several times, `--any.key VALUE` and `--dry_run`.
+
+    Defaults are overridden by the first file, that by the second one, and all files by the options. Nested keys are
+    merged, lists are replaced.
+
+    Args:
+        argv: arguments, or None for the process's own.
+
+    Returns:
+        The configuration, and whether only the plan is wanted.
+
+    Raises:
+        UserError: unknown or mistyped keys, values out of range, an unreadable file.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = [DRY_RUN, *options_of(Config)]
+    if asks_for_help(arguments):
+        show_help(PROGRAM, ABOUT, EXAMPLE, [CONFIG, *options], arguments)
+    given = read(arguments, options)
+    dry_run = given.values.pop("dry_run", "false")
+    layers = [_file(Path(path)) for path in given.configs]
+    return build(Config, merged(*layers, typed(Config, given.values))), dry_run == "true"
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """A config file's values, nested as in the file."""
+    try:
+        return typed(Config, yaml.load(path.read_text(encoding="utf-8"), _StrictLoader))  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error}); expected a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from error
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without the same key twice, of which the last one would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: a key is there twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value} is there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
