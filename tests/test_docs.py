@@ -121,6 +121,18 @@ def test_modules_of_commands_exist(page: str) -> None:
         assert base.with_suffix(".py").is_file() or (base / "__main__.py").is_file(), module
 
 
+def test_rendered_names_exist() -> None:
+    unknown = []
+    for dotted in re.findall(r"^::: (tcaq_lightning\..+)$", PAGES["docs/api.md"], re.MULTILINE):
+        *parents, name = dotted.split(".")
+        module = ROOT.joinpath(*parents).with_suffix(".py")
+        source = module if module.is_file() else ROOT.joinpath(*parents, "__init__.py")
+        known = source.is_file() and re.search(rf"\b{name}\b", source.read_text(encoding="utf-8"))
+        if not known and not list(ROOT.glob(f"{'/'.join([*parents, name])}*")):
+            unknown.append(dotted)
+    assert unknown == []
+
+
 def test_headings_that_the_code_cites_exist() -> None:
     headings = set(re.findall(r"^## (.+)$", PAGES["docs/method.md"], re.MULTILINE))
     assert headings >= HEADINGS_OF_METHOD
