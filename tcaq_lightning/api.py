@@ -38,6 +38,7 @@ from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
+from tcaq_lightning.methods.check import check_methods
 from tcaq_lightning.models.pipelines import (
     denoiser_bytes,
     find_denoiser,
@@ -170,6 +171,7 @@ def open_model(
     Raises:
         UserError: the settings or the pipeline cannot be worked with.
     """
+    check_methods(config)
     if pipeline is None:
         settings = config.model
         pipeline = open_pipeline(settings.path, settings.variant, getattr(torch, settings.dtype))

@@ -132,7 +132,10 @@ def test_texts_become_what_their_key_wants(arguments: list[str], key: str, value
         (["--quantization.weight.bits", "x"], "quantization.weight.bits"),
         (["--quantization.weight.bits", "9"], "must be in 2..8, got 9"),
         (["--no.such.key", "1"], "--no.such.key"),
-        (["--daq.rule", "guess"], "daq.rule must be likelihood | error, got guess"),
+        (
+            ["--reconstruction.weighting", "guess"],
+            "reconstruction.weighting must be sensitivity | uniform, got guess",
+        ),
         (["--calibration.sampler.num_steps", "0"], "calibration.sampler.num_steps must be at least 1, got 0"),
         (["--evaluation.sampler.num_steps", "0"], "evaluation.sampler.num_steps must be at least 1, got 0"),
         (["--evaluation.sampler.num_stepz", "1"], "--evaluation.sampler.num_steps"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from tcaq_lightning.config.checks import Section
 
@@ -14,7 +13,7 @@ class DAQConfig(Section):
 
     enabled: bool = True
     """Off: every group is uniform."""
-    rule: Literal["likelihood", "error"] = "error"
+    rule: str = "error"
     """likelihood: the better fitting tail; error: the smaller error of the attention's output. Both are recorded."""
-    family: Literal["log2", "log_sqrt2", "adalog"] = "log2"
-    """Which logarithmic quantizer stands against the uniform one."""
+    family: str = "log2"
+    """Which logarithmic quantizer stands against the uniform one: log2, log_sqrt2 or adalog."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from tcaq_lightning.config.checks import Section, require
 
@@ -15,8 +14,9 @@ class TCRConfig(Section):
 
     enabled: bool = True
     """Off: r = 1 everywhere."""
-    formula: Literal["searched", "profile"] = "searched"
-    """searched: the candidate of least output error; profile: the published timestep-weighted formula alone."""
+    formula: str | list[str] = "searched"
+    """searched: the candidate of least output error; profile: the published timestep-weighted formula alone;
+    smoothquant: SmoothQuant's; or the name of another reparameterization. Of a list the candidates are pooled."""
     truncation: float = 10.0
     """r lies in [1 / truncation, truncation]."""
     learn: bool = True

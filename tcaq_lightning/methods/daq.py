@@ -39,8 +39,11 @@ __all__ = ["LogHistogram", "TailFit", "choose_softmax", "decide_by_likelihood", 
 VALUES = 8192
 """Probabilities of each timestep group in the searches."""
 
-LOG_FAMILIES: dict[str, tuple[float, ...]] = {"log2": (1.0,), "log_sqrt2": (0.5,), "adalog": ADALOG_TAUS}
-"""Exponents tau that each member of the logarithmic family may take."""
+FAMILIES: Registry[tuple[float, ...]] = Registry("daq.family")
+"""By the name that `daq.family` takes: the exponents tau that a logarithmic quantizer, delta 2^(-tau q), may have."""
+FAMILIES.register("log2")((1.0,))  # FQ-ViT, Lin et al. 2022
+FAMILIES.register("log_sqrt2")((0.5,))  # RepQ-ViT, Li et al. 2023
+FAMILIES.register("adalog")(ADALOG_TAUS)  # AdaLog, Wu et al. 2024
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Evidence:
     log_error: Tensor
 
 
-RULES: Registry[Callable[[Evidence], Tensor]] = Registry("rule of DAQ")
+RULES: Registry[Callable[[Evidence], Tensor]] = Registry("daq.rule")
 """By the name that `daq.rule` takes: evidence -> (G,) bool, logarithmic or not."""
 
 
@@ -119,7 +122,7 @@ def choose_softmax(
     num_groups, bits = quantizer.delta.numel(), quantizer.bits
     rows = values_by_group(p, num_groups, VALUES)
     uniform_delta, _ = search_affine(rows, bits, limits=(p.new_zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
-    log_delta, tau = search_log(rows, bits, LOG_FAMILIES[config.family])
+    log_delta, tau = search_log(rows, bits, FAMILIES[config.family])
 
     def of_samples(table: Tensor) -> Tensor:  # (G,) -> (B, 1, 1, 1)
         return table.repeat_interleave(p.shape[0] // num_groups).view(-1, 1, 1, 1)

@@ -77,7 +77,7 @@ class Reparameterization(ABC):
         """
 
 
-REPARAMETERIZATIONS: Registry[type[Reparameterization]] = Registry("reparameterization")
+REPARAMETERIZATIONS: Registry[type[Reparameterization]] = Registry("tcr.formula")
 """By the name that `tcr.formula` takes."""
 
 

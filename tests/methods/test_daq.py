@@ -140,5 +140,5 @@ def test_a_rule_is_found_by_name(make_twins: Any, initialized: Any) -> None:
     assert choices.attention[SOFTMAX].logarithmic.tolist() == [True, False]
     assert (quantizers(unit)[SOFTMAX].tau > 0).tolist() == [True, False]
     rule = "errors"
-    with pytest.raises(UserError, match=r"unknown rule of DAQ 'errors'; expected one of .*error"):
+    with pytest.raises(UserError, match=r"unknown daq.rule 'errors'; expected one of .*error"):
         initialized(make_twins(samples=16), ATTENTION, daq=DAQConfig(rule=rule))

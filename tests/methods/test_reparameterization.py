@@ -136,7 +136,7 @@ def test_candidates_that_cannot_be_are_refused(searched: Any, grid: Tensor) -> N
 def test_members_are_found_by_name() -> None:
     assert [m.truncation for m in named("searched", 3.0).values()] == [3.0]
     assert list(named(["searched", "smoothquant"], 10.0)) == ["searched", "smoothquant"]
-    with pytest.raises(UserError, match=r"unknown reparameterization 'smooth'; expected one of .*smoothquant"):
+    with pytest.raises(UserError, match=r"unknown tcr.formula 'smooth'; expected one of .*smoothquant"):
         named("smooth", 10.0)
 
 

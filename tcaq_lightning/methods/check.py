@@ -1,0 +1,17 @@
+"""An early look at the names of parts, so that a mistake ends a run before it has taken any time."""
+
+from __future__ import annotations
+
+from tcaq_lightning.config import Config
+from tcaq_lightning.methods.daq import FAMILIES, RULES
+from tcaq_lightning.methods.reparameterization import named
+
+
+def check_methods(config: Config) -> None:
+    """See that everything that `tcr` and `daq` name is registered.
+
+    Raises:
+        UserError: something is not; the message names the key and what there is.
+    """
+    named(config.tcr.formula, config.tcr.truncation)
+    _ = RULES[config.daq.rule], FAMILIES[config.daq.family]
