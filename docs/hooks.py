@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import json
 import re
-import textwrap
 import typing
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tcaq_lightning.config import Config
+from tcaq_lightning.config.keys import keys_of, shown, type_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,67 +37,46 @@ def config_files() -> str:
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         header = []
         for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.startswith("#"):
+            if not line.startswith("# "):
                 break
-            header.append(line.lstrip("# "))
-        first = " ".join(header).split(". ")[0].split("  ")[0].rstrip(".:").replace("|", "\\|")
+            header.append(line.removeprefix("# "))
+        first = " ".join(header).split(". ")[0].rstrip(".:").replace("|", "\\|")
         rows.append(f"| `{path.relative_to(ROOT)}` | {first} |")
     return "\n".join(rows)
 
 
 def keys() -> str:
-    """All keys, a section for each dataclass."""
+    """All keys, a table for each section."""
     return "\n\n".join(_sections(Config, ""))
 
 
-def _sections(kind: Any, prefix: str) -> Iterator[str]:
-    hints, docs = typing.get_type_hints(kind), _docs(kind)
+def _sections(kind: type, prefix: str) -> Iterator[str]:
     rows, inner = [], []
-    for field in dataclasses.fields(kind):
-        name = f"{prefix}{field.name}"
-        nested = [t for t in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(t)]
-        if nested and hints[field.name] is nested[0]:
-            inner += list(_sections(nested[0], f"{name}."))
+    for key in keys_of(kind):
+        name = f"{prefix}{key.name}"
+        if key.section is not None and key.default is not None:
+            inner += list(_sections(key.section, f"{name}."))
             continue
-        rows.append(f"| `{name}` | {_type(hints[field.name])} | {_default(field)} | {docs[field.name]} |")
-        inner += list(_sections(nested[0], f"{name}[].")) if nested and "list" in str(hints[field.name]) else []
+        default = "required" if key.default is dataclasses.MISSING else f"`{shown(key.default)}`"
+        doc = _linked(key.doc).replace("|", "\\|")
+        rows.append(f"| `{name}` | `{type_name(key.hint)}` | {default} | {doc} |")
+        inner += [s for item in _items(key.hint) for s in _sections(item, f"{name}[].")]
     if rows:
-        title = prefix.rstrip(".") or "Top level"
-        about = " ".join((kind.__doc__ or "").split())
+        title, about = prefix.rstrip(".") or "Top level", _linked(" ".join((kind.__doc__ or "").split()))
         yield "\n".join([f"### {title}", "", about, "", "| key | type | default | |", "|---|---|---|---|", *rows])
     yield from inner
 
 
-def _docs(kind: type) -> dict[str, str]:
-    """The docstring under each field."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(node, ast.ClassDef)
-    found, name = {}, ""
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            name = statement.target.id
-        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and name:
-            found[name] = " ".join(str(statement.value.value).split()).replace("|", "\\|")
-            name = ""
-    return found
+def _linked(text: str) -> str:
+    """Citations of the method as links to its headings."""
+    return re.sub(
+        r'docs/method\.md, "([^"]+)"', lambda m: f"[{m[1]}](method.md#{m[1].lower().replace(' ', '-')})", text
+    )
 
 
-def _type(hint: Any) -> str:
-    """A type as YAML knows it, without the modules that it comes from."""
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    text = re.sub(r"\b(?:\w+\.)+", "", text).replace("NoneType", "null").replace("None", "null")
-    text = re.sub(r"Optional\[(.*)\]", r"\1 | null", text)
-    return "`" + re.sub(r"Literal\[(.*?)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text) + "`"
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return f"`{_yaml(field.default)}`"
-    return f"`{_yaml(field.default_factory())}`" if field.default_factory is not dataclasses.MISSING else "required"
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+def _items(hint: Any) -> list[type]:
+    """The dataclass of which a key holds a list."""
+    return [t for t in typing.get_args(hint) if dataclasses.is_dataclass(t) and typing.get_origin(hint) is list]
 
 
 GENERATED = {
