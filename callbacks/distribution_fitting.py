@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.initialize import Choices, Observations
 from tcaq_lightning.calibration.visit import Visit
-from tcaq_lightning.methods.daq import plot_tail
+from tcaq_lightning.reports.tail_plot import plot_tail
 
 
 class DistributionFitting(CalibrationCallback):

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tcaq_lightning.config import DAQConfig
-from tcaq_lightning.methods.daq_tails import TailFit, fit_tail, fit_tails
+from tcaq_lightning.methods.daq_tails import TailFit, fit_tails
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.histogram import LogHistogram
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
@@ -31,10 +31,7 @@ from tcaq_lightning.quantizers.timestep_groups import values_by_group
 from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.runtime.registry import Registry
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["LogHistogram", "TailFit", "choose_softmax", "decide_by_likelihood", "fit_tail", "fit_tails", "plot_tail"]
+__all__ = ["LogHistogram", "TailFit", "choose_softmax", "decide_by_likelihood"]
 
 VALUES = 8192
 """Probabilities of each timestep group in the searches."""
@@ -198,39 +195,3 @@ def decide_by_likelihood(histogram: LogHistogram) -> list[TailFit]:
     ['log', 'uniform']
     """
     return fit_tails(histogram.counts, histogram.edges)
-
-
-def plot_tail(counts: Tensor, edges: Tensor, fit: TailFit, title: str = "") -> Figure:
-    """Draw one group's histogram as a density on log-log axes, with both fitted tails where the fit is reliable.
-
-    Args:
-        counts: (1 + bins,) integers, column 0 the underflow bin (not drawn, but part of the total).
-        edges: (2 + bins,) `LogHistogram.edges`.
-        fit: the group's fit.
-        title: heading of the axes.
-
-    Returns:
-        A matplotlib figure, bound to no window: for `SummaryWriter.add_figure` or `savefig`.
-    """
-    from matplotlib.figure import Figure
-
-    counts, edges = counts.cpu().double(), edges.cpu().double()
-    density = counts[1:] / edges[1:].diff() / counts.sum().clamp_min(1)
-    drawn = density > 0
-    centres = (edges[1:-1] * edges[2:]).sqrt()
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xscale="log", yscale="log", xlabel="post-softmax value", ylabel="density")
-    axes.set_title(title, fontsize=8)  # a layer's name is long
-    axes.plot(centres[drawn].numpy(), density[drawn].numpy(), ".", color="0.5", label="histogram")
-    if fit.reliable:
-        x = torch.logspace(float(torch.tensor(fit.xmin).log10()), 0, 200, dtype=torch.float64).clamp(fit.xmin, 1.0)
-        power_law, exponential = fit.tail_share * fit.power_law_density(x), fit.tail_share * fit.exponential_density(x)
-        axes.plot(x.numpy(), power_law.numpy(), label=rf"power law, $\alpha$ = {fit.alpha:.3g}")
-        axes.plot(x.numpy(), exponential.numpy(), "--", label=rf"exponential, $\lambda$ = {fit.rate:.3g}")
-        axes.axvline(fit.xmin, color="0.8", linewidth=1)
-        # An exponential far from the data falls by hundreds of decades: the data set the axis.
-        axes.set_ylim(float(density[drawn].min()) / 3, float(density[drawn].max()) * 3)
-    verdict = f"R = {fit.R:.3g}, p = {fit.p_value:.2g}: {fit.kind}" if fit.reliable else "no tail to fit: uniform"
-    axes.legend(title=verdict)
-    return figure

@@ -197,18 +197,21 @@ class OutputError:
         self.x = x
         self.groups = groups
         self.ranges = ranges
-        self.power = max(sum(float(y.square().sum()) for y in self._outputs(x)), 1e-30)
+        powers = (self._output(layer, x).square().sum() for layer in layers)
+        self.power = max(sum(map(float, powers)), 1e-30)
         self._shift: Tensor | None = None
         self._targets: list[Tensor] = []
 
-    def _outputs(self, x: Tensor) -> list[Tensor]:
-        return [layer.linear_map(x, layer.learned_weight.weight, None) for layer in self.layers]
+    @staticmethod
+    def _output(layer: QuantLayer, x: Tensor) -> Tensor:
+        return layer.linear_map(x, layer.learned_weight.weight, None)
 
     def __call__(self, candidate: Candidate) -> float:
         """The error of one candidate."""
         if self._shift is not candidate.shift:  # candidates of one shift come in sequence
             self._shift, self._targets = candidate.shift, []
-            self._targets = self._outputs(self.x - along(candidate.shift, self.x.ndim, self.quantizer.channel_dim))
+            centred = self.x - along(candidate.shift, self.x.ndim, self.quantizer.channel_dim)
+            self._targets = [self._output(layer, centred) for layer in self.layers]
         candidate.put_into(self.quantizer)
         set_range(self.quantizer, self.x, self.ranges, QUICK_VALUES, candidates=8, norm=2)
         with self.quantizer.groups.using(self.groups):

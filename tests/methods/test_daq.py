@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import io
 import time
-import warnings
 from typing import Any
 
 import pytest
@@ -12,9 +10,11 @@ from torch import Tensor
 from tcaq_lightning.calibration.probes import capture_inputs, probe_indices
 from tcaq_lightning.config import DAQConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.methods.daq import RULES, Evidence, LogHistogram, decide_by_likelihood, fit_tail, plot_tail
+from tcaq_lightning.methods.daq import RULES, Evidence, decide_by_likelihood
+from tcaq_lightning.methods.daq_tails import fit_tail
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers.histogram import LogHistogram
 
 CPU = torch.device("cpu")
 ATTENTION = "mid_block.attentions.0"
@@ -57,32 +57,6 @@ def test_decision_for_20_groups_is_fast() -> None:
         decide_by_likelihood(histogram)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1.0  # about 0.07 s; the margin is for a busy machine
-
-
-def test_plot_shows_the_histogram_and_both_tails_through_its_mass() -> None:
-    histogram = mixed_histogram(2)
-    fit = decide_by_likelihood(histogram)[0]
-    figure = plot_tail(histogram.counts[0], histogram.edges, fit, "mid_block, group 0")
-    (axes,) = figure.axes
-    assert axes.get_title() == "mid_block, group 0"
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.lines[0].get_label() == "histogram"
-    drawn = torch.from_numpy(axes.lines[0].get_xydata())
-    inside = drawn[(drawn[:, 0] > 2 * fit.xmin) & (drawn[:, 0] < 0.3)]
-    model = fit.tail_share * fit.power_law_density(inside[:, 0])
-    assert (inside[:, 1] / model).log().abs().mean() < 0.1
-    figure.savefig(io.BytesIO(), format="png")
-
-
-def test_plot_of_groups_without_a_tail_draws_without_warnings() -> None:
-    histogram = LogHistogram(2)
-    histogram.update(torch.ones(1, 100), torch.tensor([1]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for group, fit in enumerate(decide_by_likelihood(histogram)):
-            figure = plot_tail(histogram.counts[group], histogram.edges, fit)
-            figure.savefig(io.BytesIO(), format="png")
-            assert "no tail" in figure.axes[0].get_legend().get_title().get_text()
 
 
 @pytest.mark.parametrize("family", ["log2", "log_sqrt2", "adalog"])

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tcaq_lightning.methods.daq import plot_tail
 from tcaq_lightning.quantizers.statistics import range_heat_maps
 from tcaq_lightning.reports.html import charts
 from tcaq_lightning.reports.html.events import Events
@@ -27,6 +26,7 @@ from tcaq_lightning.reports.html.page import (
     png,
 )
 from tcaq_lightning.reports.html.sections import MOST_ROWS, or_nothing, unfolded
+from tcaq_lightning.reports.tail_plot import plot_tail
 
 MOST_FIGURES = 160
 """Figures of one kind that the page holds, in the model's order."""
