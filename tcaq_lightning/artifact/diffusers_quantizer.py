@@ -152,7 +152,7 @@ class TCAQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from tcaq_lightning.artifact.blobs import stored_tensors
-        from tcaq_lightning.artifact.freeze import Structure, rebuild
+        from tcaq_lightning.artifact.structure import Structure, rebuild
 
         model._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
         try:
@@ -162,9 +162,9 @@ class TCAQQuantizer(DiffusersQuantizer):
             raise UserError(
                 f"quantization_config: its tables do not fit {type(model).__name__}: {error!r}; copy the artifact again"
             ) from error
-        self._stored = stored_tensors(model, structure.layers)
+        self._stored = stored_tensors(model)
         # Not by `register_buffer`: a module has a method `bfloat16`, and there may be tensors of that name.
-        model._buffers.update({item.blob: torch.empty(0, dtype=item.dtype) for item in self._stored})
+        model._buffers.update({item.how.blob: torch.empty(0, dtype=item.how.dtype) for item in self._stored})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._stored is not None:
@@ -200,7 +200,7 @@ class TCAQQuantizer(DiffusersQuantizer):
             UserError: its type is another than that of the artifact, or a variant is asked for.
         """
         from tcaq_lightning.artifact.blobs import fuse, stored_tensors
-        from tcaq_lightning.artifact.freeze import describe
+        from tcaq_lightning.artifact.structure import describe
 
         call = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs)
         if (variant := call.arguments.get("variant")) is not None:
@@ -209,7 +209,7 @@ class TCAQQuantizer(DiffusersQuantizer):
         structure = describe(model)
         if structure.dtypes != self._values.get("dtypes", {}):
             raise UserError("save_pretrained: expected the artifact's own type, got another; save it before .to(dtype)")
-        self._fused = fuse(stored_tensors(model, structure.layers))
+        self._fused = fuse(stored_tensors(model))
         try:
             values = {**self._values, **structure.to_dict()}
             values["sha256"] = hashlib.sha256(save(self._fused, metadata={"format": "pt"})).hexdigest()

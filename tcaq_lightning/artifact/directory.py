@@ -37,7 +37,8 @@ from tcaq_lightning.artifact.diffusers_quantizer import (
     enable_saving,
     write_checksums,
 )
-from tcaq_lightning.artifact.freeze import Structure, describe, freeze, rebuild
+from tcaq_lightning.artifact.freeze import freeze
+from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
 from tcaq_lightning.models.unets import denoiser_class
@@ -134,7 +135,7 @@ def _omit_defaults(scheduler: Any, file: Path) -> None:
 
 def _write_denoiser(denoiser: Any, folder: Path, metadata: dict[str, Any], dtypes: dict[str, str]) -> None:
     structure = describe(denoiser)
-    weights = save(fuse(stored_tensors(denoiser, structure.layers)), metadata={"format": "pt"})
+    weights = save(fuse(stored_tensors(denoiser)), metadata={"format": "pt"})
     quantization = {
         "quant_method": QUANT_METHOD,
         "version": QUANTIZED_OUTPUTS if any(e.quantized_output for e in structure.layers.values()) else PLAIN,
@@ -282,7 +283,7 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], p
         raise UserError(f"{file}: its tables do not fit a {class_name}: {one_line(error)}") from error
     weights = folder / WEIGHTS_FILE
     try:
-        restore(stored_tensors(denoiser, structure.layers), load_file(weights))
+        restore(stored_tensors(denoiser), load_file(weights))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{weights} does not fit {file}: {one_line(error)}; write the artifact again") from error
     enable_saving(denoiser, TCAQQuantizer(TCAQConfig(**quantization)))

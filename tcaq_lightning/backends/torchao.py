@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tcaq_lightning.backends.engines import require
 from tcaq_lightning.nn.layers import LAYERS, QuantLayer, QuantLinear
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
-from tcaq_lightning.quantizers import IntegerWeight, TokenQuantizer
+from tcaq_lightning.quantizers import CodedWeight, StoredTensor
 from tcaq_lightning.quantizers.activation import along, per_sample
 
 TORCHAO = "torchao"
@@ -49,7 +49,7 @@ class LayerKernel:
     reason: str
 
 
-class TorchAOWeight(IntegerWeight):
+class TorchAOWeight(CodedWeight):
     """An integer weight as torchao's `Int8Tensor`, whatever its code width.
 
     Attributes:
@@ -58,9 +58,10 @@ class TorchAOWeight(IntegerWeight):
 
     tensor: Tensor
 
-    def __init__(self, source: IntegerWeight) -> None:
+    def __init__(self, source: CodedWeight) -> None:
         nn.Module.__init__(self)
         tensors = _torchao()
+        self.shape, self.number_format = source.shape, source.number_format
         self.bits, self.conv_groups = source.bits, source.conv_groups
         self.register_buffer("scale", source.scale)
         self.register_buffer("zero_point", source.zero_point)
@@ -89,7 +90,13 @@ class TorchAOWeight(IntegerWeight):
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
         """(O, I) uint8 in [0, 2^b - 1], made anew."""
+        assert self.zero_point is not None
         return (self.integers + self.zero_point[:, None]).to(torch.uint8)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The codes, packed, in place of the integers."""
+        return StoredTensor("tensor", self.codes, "codes", torch.uint8, self.bits), *self.stored_scales()
 
 
 class TorchAOLinear(QuantLinear):
@@ -102,9 +109,8 @@ class TorchAOLinear(QuantLinear):
     weight_sums: Tensor
 
     def __init__(self, source: QuantLinear) -> None:
-        weight = source.weight_quantizer
-        assert isinstance(weight, IntegerWeight)
-        QuantLayer.__init__(self, TorchAOWeight(weight), source.input_quantizer, source.bias, source.name)
+        weight = cast("CodedWeight", source.weight_quantizer)
+        QuantLayer.__init__(self, TorchAOWeight(weight), source.input_quantizer, source.bias, source.name, source.spec)
         self.dtype, self.in_features = source.dtype, source.in_features
         self.bias_shift, self.shift_bias = source.bias_shift, source.shift_bias
         self.output_quantizer = source.output_quantizer
@@ -113,8 +119,7 @@ class TorchAOLinear(QuantLinear):
 
     def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:
         """W x for an input on the quantizer's grid, by integers; in full precision while its quantizer is off."""
-        inputs, weight = self.input_quantizer, self.weight_quantizer
-        assert isinstance(weight, TorchAOWeight)
+        inputs, weight = self.input_quantizer, cast("TorchAOWeight", self.weight_quantizer)
         if not inputs.enabled:
             return super().product(quantized, bias)
         current = inputs.groups.of_rows(quantized.shape[0])
@@ -158,21 +163,26 @@ def _reason(layer: QuantLayer) -> str:
         return ""
     if not isinstance(layer, QuantLinear):
         return "a convolution"
-    if not isinstance(weight, IntegerWeight):
+    if weight.learns:
         return "still learns its rounding"
-    if isinstance(layer.input_quantizer, TokenQuantizer):
+    if not weight.number_format.integers:
+        return f"weights in the number format {weight.number_format.name}"
+    if layer.input_quantizer.is_dynamic:
         return "steps of its input are found token by token"
+    if layer.input_quantizer.kind != "uniform":
+        return f"inputs quantized by {layer.input_quantizer.kind}"
     if layer.in_features % MULTIPLE or layer.out_channels % MULTIPLE:
         return f"a size is not a multiple of {MULTIPLE}"
-    integers = _centred(weight)
+    integers = _centred(cast("CodedWeight", weight))
     if int(integers.min()) < -128 or int(integers.max()) > 127:
         return "asymmetric weights beyond int8"
     return ""
 
 
-def _centred(weight: IntegerWeight) -> Tensor:
+def _centred(weight: CodedWeight) -> Tensor:
     """c - z_o, int32."""
     codes = weight.codes
+    assert weight.zero_point is not None
     return codes.int() - weight.zero_point.int().view(-1, *[1] * (codes.ndim - 1))
 
 

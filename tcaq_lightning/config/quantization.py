@@ -17,6 +17,8 @@ class WeightConfig(Section):
     """Code width, 2..8."""
     symmetric: bool = True
     """Constant zero point, as integer kernels want it; false searches a zero point per channel, for comparison."""
+    format: str = "int"
+    """Number format of the codes: int, or one that a module in `extensions` registers."""
 
     def check(self) -> None:
         """See that all values can be worked with."""
@@ -34,6 +36,8 @@ class ActivationConfig(Section):
     dynamic_per_token: bool = False
     """Give the inputs of linear layers a step and zero point for every token, from its values at run time, in place of
     those of its timestep group: for transformers. Convolutions, and q, k, v, keep theirs."""
+    quantizer: str = "uniform"
+    """Quantizer of the inputs of layers and of q, k, v: uniform, or one that a module in `extensions` registers."""
 
     def check(self) -> None:
         """See that all values can be worked with."""
@@ -79,6 +83,8 @@ class LayerRule(Section):
     role: Role | None = None
     """Role of the layers, in any model: input, output, time, modulation, shortcut, or block for all others and for
     attentions. A model may have no layer of a role."""
+    weight_format: str | None = None
+    """Number format of the weights, null leaves it."""
 
     def check(self) -> None:
         """See that all values can be worked with."""
@@ -108,8 +114,9 @@ class QuantizationConfig(Section):
     """Attention probabilities."""
     rules: list[LayerRule] = field(default_factory=list)
     """Layers that differ or are kept: a role (input, output, time, modulation, shortcut, block) or a shell-style
-    pattern on the module's name, and weight_bits, activation_bits, softmax_bits (each null or left out: unchanged),
-    keep: true, or float_output: true or false (with integer_ready). A later rule overrides an earlier one."""
+    pattern on the module's name, and weight_bits, activation_bits, softmax_bits, weight_format (each null or left out:
+    unchanged), keep: true, or float_output: true or false (with integer_ready). A later rule overrides an earlier
+    one."""
     integer_ready: bool = False
     """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
     give floats (ONNX Runtime). They are calibrated, learned and simulated."""

@@ -11,6 +11,7 @@ from torch import nn
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import LAYERS, QuantLayer
 from tcaq_lightning.nn.rules import LayerBits
+from tcaq_lightning.nn.spec import AttentionSpec, LayerSpec
 
 FLOAT_LAYERS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding, GaussianFourierProjection)
 """Modules whose parameters stay in full precision: norms, look-ups, and the fixed frequencies of a time projection."""
@@ -39,7 +40,7 @@ class CoverageRow:
     Attributes:
         name: of the layer, or of the attention with the matmul, such as `mid_block.attentions.0 (q k^T)`.
         kind: module class, or `matmul`.
-        bits: such as `W4 A8`, with a quantized output `W4 A8 O8`, or `float`.
+        bits: such as `W4 A8`, with a quantized output `W4 A8 O8`, in another number format `W3(pow2) A8`, or `float`.
         note: why it is in full precision, or empty.
         parameters: number of parameters that the row accounts for.
         role: of a layer with weights, what it is for in the denoiser; else empty.
@@ -51,6 +52,23 @@ class CoverageRow:
     note: str
     parameters: int
     role: str = ""
+
+
+def layer_row(name: str, spec: LayerSpec, parameters: int) -> CoverageRow:
+    """The row of a layer with weights."""
+    note = KEPT_BY_RULE if spec.kept else DYNAMIC if spec.dynamic else ""
+    return CoverageRow(name, spec.kind, spec.widths, note, parameters, spec.role)
+
+
+def attention_rows(name: str, spec: AttentionSpec, note: str) -> list[CoverageRow]:
+    """The rows of an attention's matmuls; `note` says why they are in full precision, if they are."""
+    products = ("q k^T", f"A{spec.activation_bits}"), ("P v", f"P{spec.softmax_bits}")
+    return [
+        CoverageRow(
+            f"{name} ({product})", "matmul", "float" if spec.kept else f"{first} A{spec.activation_bits}", note, 0
+        )
+        for product, first in products
+    ]
 
 
 def own_parameters(module: nn.Module) -> int:

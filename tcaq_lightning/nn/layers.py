@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcaq_lightning.quantizers import ActivationQuantizer, AdaRoundWeight, IntegerWeight, OutputQuantizer
+from tcaq_lightning.nn.spec import LayerSpec
+from tcaq_lightning.quantizers import (
+    ActivationQuantizer,
+    AdaRoundWeight,
+    OutputQuantizer,
+    Rounding,
+    StoredTensor,
+    WeightQuantizer,
+)
 from tcaq_lightning.quantizers.activation import along, per_sample
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.quantizers.uniform import keeping_type
@@ -25,6 +34,7 @@ class QuantLayer(nn.Module):
     Attributes:
         integer_output: whether some engine has no integer kernel of its kind that gives floats (ONNX Runtime for a
             convolution; its matrix product gives floats, and is faster so).
+        spec: what it was built from.
         dtype: of the output, that of the full-precision layer.
         input_quantizer: quantizer of the input; q, k and v projections of one tensor share it.
         weight_quantizer: maps r to the dequantized weight.
@@ -42,13 +52,15 @@ class QuantLayer(nn.Module):
 
     def __init__(
         self,
-        weight_quantizer: AdaRoundWeight | IntegerWeight,
+        weight_quantizer: WeightQuantizer,
         input_quantizer: ActivationQuantizer,
         bias: Tensor | None,
         name: str,
+        spec: LayerSpec,
     ) -> None:
         super().__init__()
         self.name = name
+        self.spec = spec
         self.dtype = torch.float32
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
@@ -60,13 +72,55 @@ class QuantLayer(nn.Module):
     @property
     def learned_weight(self) -> AdaRoundWeight:
         """The weight with its rounding variables; only while calibrating."""
-        assert isinstance(self.weight_quantizer, AdaRoundWeight)
-        return self.weight_quantizer
+        assert self.weight_quantizer.learns
+        return cast("AdaRoundWeight", self.weight_quantizer)
 
     @property
     def out_channels(self) -> int:
         """O."""
-        return self.weight_quantizer.scale.shape[0]
+        return self.weight_quantizer.out_channels
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """What the artifact holds of it beside its quantizers."""
+        found = [
+            StoredTensor.plain(name, tensor)
+            for name, tensor in (("bias", self.bias), ("shift_bias", self.shift_bias))
+            if tensor is not None
+        ]
+        if self.bias_shift is not None:
+            found.append(StoredTensor("bias_shift", self.bias_shift, "bias_shifts", torch.float16))
+        return tuple(found)
+
+    def describe(self, input_of: str | None = None) -> LayerSpec:
+        """Its spec with what calibration has found; `input_of` names the layer whose input quantizer it shares."""
+        weight, inputs = self.weight_quantizer, self.input_quantizer
+        return replace(
+            self.spec,
+            weight_bits=weight.bits,
+            activation_bits=inputs.bits,
+            symmetric=weight.symmetric,
+            reparameterized=inputs.reparameterized,
+            shifted=inputs.shift is not None,
+            bias_shift=self.bias_shift is not None,
+            input_of=input_of,
+            input_quantizer=inputs.kind,
+            quantized_output=self.output_quantizer is not None,
+            weight_format=weight.number_format.name,
+        )
+
+    def begin_learning(self, rounding: Rounding) -> dict[str, list[nn.Parameter]]:
+        """Make the weight and the output's steps learnable; returns the new parameters by kind."""
+        learned = self.learned_weight.begin_learning(rounding, self.input_quantizer.r)
+        if self.output_quantizer is not None and self.input_quantizer.headroom == 1:
+            learned |= self.output_quantizer.begin_learning()
+        return learned
+
+    def end_learning(self) -> None:
+        """Fold what was learned into the weight and the output's quantizer."""
+        self.learned_weight.end_learning()
+        if self.output_quantizer is not None:
+            self.output_quantizer.end_learning()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
         """Where `to`, `half`, `bfloat16` end up: a change of type is one of the output alone."""
@@ -114,9 +168,12 @@ class QuantLayer(nn.Module):
         """The input's step for each sample, beside an output."""
         return per_sample(self.input_quantizer.steps(), self.input_quantizer.groups.of_rows(y.shape[0]), y.ndim)
 
-    @property
-    def pointwise(self) -> bool:
-        """Whether every output sees its inputs whole: a shift of the input is then a constant of the output."""
+    @staticmethod
+    def is_pointwise(source: Any) -> bool:
+        """Whether every output of a full-precision layer sees its inputs whole.
+
+        A shift of the input is then a constant of the output.
+        """
         raise NotImplementedError
 
     def allow_shift(self) -> None:
@@ -199,10 +256,10 @@ class QuantConv2d(QuantLayer):
         self.kernel_size = source.kernel_size
         self._pad = source._reversed_padding_repeated_twice
 
-    @property
-    def pointwise(self) -> bool:
+    @staticmethod
+    def is_pointwise(source: Any) -> bool:
         """A 1 x 1 kernel without padding."""
-        return all(size == 1 for size in self.kernel_size) and not any(self._pad)
+        return all(size == 1 for size in source.kernel_size) and not any(source._reversed_padding_repeated_twice)
 
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution with a given weight."""
@@ -222,8 +279,8 @@ class QuantLinear(QuantLayer):
         self.dtype = source.weight.dtype
         self.in_features = source.in_features
 
-    @property
-    def pointwise(self) -> bool:
+    @staticmethod
+    def is_pointwise(source: Any) -> bool:  # noqa: ARG004
         """Always."""
         return True
 

@@ -1,17 +1,14 @@
-"""The quantized parts within a module: layers, quantizers, units."""
+"""The quantized parts within a module: layers and quantizers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from tcaq_lightning.models.units import find_units
-from tcaq_lightning.nn.layers import LAYERS, QuantLayer
-from tcaq_lightning.quantizers import ActivationQuantizer, OutputQuantizer, SoftmaxQuantizer
-
-
-def find_quantized_units(denoiser: nn.Module) -> list[str]:
-    """Units of a denoiser whose layers have been replaced."""
-    return find_units(denoiser, layers=(*LAYERS, QuantLayer))
+from tcaq_lightning.nn.layers import QuantLayer
+from tcaq_lightning.quantizers import ActivationQuantizer, OutputQuantizer, Quantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers.base import Place
 
 
 def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
@@ -21,12 +18,18 @@ def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
 
 def quantizers(module: nn.Module) -> dict[str, ActivationQuantizer | SoftmaxQuantizer]:
     """Activation and softmax quantizers within a module, each once, by name."""
-    return {n: m for n, m in module.named_modules() if isinstance(m, (ActivationQuantizer, SoftmaxQuantizer))}
+    found: dict[str, Any] = dict(module.named_modules())
+    return {n: m for n, m in found.items() if _at(m, "input", "probabilities")}
 
 
 def output_quantizers(module: nn.Module) -> list[OutputQuantizer]:
     """Quantizers of the outputs of layers within a module."""
-    return [m for m in module.modules() if isinstance(m, OutputQuantizer)]
+    found: list[Any] = list(module.modules())
+    return [m for m in found if _at(m, "output")]
+
+
+def _at(module: Any, *places: Place) -> bool:
+    return isinstance(module, Quantizer) and module.place in places
 
 
 def readers(module: nn.Module) -> dict[int, list[QuantLayer]]:

@@ -21,13 +21,19 @@ and its integer kernel saves next to nothing."""
 class LayerBits:
     """Bits of one layer or attention under the rules; None where that operand stays in full precision.
 
-    The output's are of the kinds of layers whose outputs are quantized.
+    Attributes:
+        weight: of a layer's weight.
+        activation: of a layer's input, or of an attention's q, k and v.
+        softmax: of an attention's probabilities.
+        output: of the output of a layer whose kind has quantized outputs.
+        weight_format: number format of a layer's weight.
     """
 
     weight: int | None
     activation: int | None
     softmax: int | None
     output: int | None = None
+    weight_format: str = "int"
 
     @property
     def kept(self) -> bool:
@@ -41,23 +47,25 @@ def bits_of(name: str, config: QuantizationConfig, role: Role = "block") -> Laye
     >>> from tcaq_lightning.config import LayerRule
     >>> rules = [LayerRule("conv_*", weight_bits=8), LayerRule(role="input", activation_bits=6)]
     >>> bits_of("conv_in", QuantizationConfig(rules=rules), "input")
-    LayerBits(weight=8, activation=6, softmax=8, output=None)
+    LayerBits(weight=8, activation=6, softmax=8, output=None, weight_format='int')
     """
     weight: int | None = config.weight.bits
     activation: int | None = config.activation.bits
     softmax = config.softmax.bits or config.activation.bits
+    weight_format = config.weight.format
     float_output = role == PREDICTION
     kept = False
     for rule in config.rules:
         if rule.matches(name, role):
-            about_bits = any((rule.weight_bits, rule.activation_bits, rule.softmax_bits))
+            about_bits = any((rule.weight_bits, rule.activation_bits, rule.softmax_bits, rule.weight_format))
             kept = rule.keep or (kept and rule.float_output is not None and not about_bits)
             weight = rule.weight_bits or weight
             activation = rule.activation_bits or activation
             softmax = rule.softmax_bits or softmax
+            weight_format = rule.weight_format or weight_format
             float_output = float_output if rule.float_output is None else rule.float_output
     output = OUTPUT_BITS if config.integer_ready and not float_output else None
-    return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax, output)
+    return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax, output, weight_format)
 
 
 def check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:

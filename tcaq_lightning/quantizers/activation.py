@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
-from tcaq_lightning.quantizers.steps import LearnedSteps
-from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
-from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
+from tcaq_lightning.quantizers.base import Quantizer, StoredTensor
+from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_common_zero
+from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, some_positions
+from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.runtime.precision import autocast_type
+from tcaq_lightning.runtime.registry import Registry
+
+VALUES = 4096
+"""Values per timestep group in a range search."""
 
 
 def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
@@ -37,16 +42,26 @@ def widened(x: Tensor) -> Tensor:
     return x if autocast_type(x) is not None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class ActivationQuantizer(nn.Module):
-    """Uniform affine quantizer of one tensor, reparameterized by channel (METHOD sections 1 and 3).
+class ActivationQuantizer(Quantizer):
+    """Uniform affine quantizer of one tensor, reparameterized by channel (docs/method.md, "Quantizers" and "TCR").
 
     x^ = r_d s_g (clip(round(x / (r_d s_g)) + z_g, 0, 2^b - 1) - z_g): the division by r and the multiplication back
     (which real kernels find in the weights) are one step of r_d s_g, so TCR costs nothing here. Where the layer is
     pointwise, x is x - shift, and the layer adds what the shift contributes (channel shifting of Outlier Suppression+,
     Wei et al. 2023): with padding, zeros would have to be shifted too.
 
+    A subclass, registered under its `kind`, changes `forward` and what is searched, learned and stored.
+
+    Args:
+        bits: code width b.
+        groups: timestep groups of the denoiser.
+        channels: C, or 1 where nothing is reparameterized.
+        channel_dim: axis of the channels.
+
     Attributes:
-        delta: (G,) steps s. zero_point: (G,) integer-valued. r: (C,), all ones where TCR is off.
+        delta: (G,) steps s.
+        zero_point: (G,) integer-valued.
+        r: (C,), all ones where TCR is off.
         shift: (C,) centres of the channels' ranges, or None where they stay.
         log_delta, log_r: relative changes that are being learned; None outside of a fit.
         enabled: off while statistics are taken.
@@ -55,6 +70,7 @@ class ActivationQuantizer(nn.Module):
         drop_probability: QDrop's share of elements that stay in full precision during a fit (Wei et al. 2022).
     """
 
+    kind: ClassVar[str] = "uniform"
     delta: Tensor
     zero_point: Tensor
     r: Tensor
@@ -84,8 +100,75 @@ class ActivationQuantizer(nn.Module):
         """x - shift."""
         return x if self.shift is None else x - along(self.shift, x.ndim, self.channel_dim)
 
-    def begin_learning(self, reparameterize: bool) -> dict[str, list[nn.Parameter]]:
-        """Make the steps, and r if asked, learnable; returns the new parameters by kind."""
+    @property
+    def reparameterized(self) -> bool:
+        """Whether some r is not 1; of a single one, nothing is asked."""
+        return self.r.numel() > 1 and bool((self.r != 1).any())
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Steps, zero points, the shift, and r unless it is 1 everywhere."""
+        found = [
+            StoredTensor.plain("delta", self.delta),
+            StoredTensor("zero_point", self.zero_point, "zero_points", torch.uint8),
+        ]
+        return (*found, *self.stored_channels())
+
+    def stored_channels(self) -> tuple[StoredTensor, ...]:
+        """The shift, and r unless it is 1 everywhere."""
+        found = [StoredTensor.plain("r", self.r)] if self.reparameterized else []
+        if self.shift is not None:
+            found.append(StoredTensor("shift", self.shift, "shifts", torch.float16))
+        return tuple(found)
+
+    @torch.no_grad()
+    def search(
+        self, x: Tensor, ranges: RangeStatistics, values: int = VALUES, candidates: int = 16, norm: float = NORM
+    ) -> None:
+        """Search step and zero point of (x - shift) / r for every group.
+
+        Args:
+            x: (B, ...) probes in full precision, sorted by timestep group with equal counts.
+            ranges: of each channel in each group, over all samples.
+            values: per group that errors are summed over.
+            candidates: shrink factors tried for an end of a range.
+            norm: p of the error.
+        """
+        if self.shift is not None:
+            ranges = ranges.shifted(self.shift.cpu())
+        low, high = (limit.to(x.device) for limit in ranges.limits(self.r.cpu()))
+        rows = self._scaled_by_group(x, ranges.low.shape[0], values)
+        delta, zero = search_affine(rows, self.bits, candidates, (low, high), norm)
+        if self.constant_zero and bool((zero != zero[0]).any()):
+            delta, zero = search_common_zero(rows, self.bits, zero, candidates, (low, high), norm)
+        self.delta.copy_(delta * self.headroom)
+        self.zero_point.copy_(zero)
+
+    def _scaled_by_group(self, x: Tensor, num_groups: int, values: int) -> Tensor:
+        """(G, n) `values_by_group` of (x - shift) / r, computed for those values alone."""
+        rows = x.reshape(num_groups, -1)
+        positions = some_positions(rows.shape[1], values)
+        count, rows = rows.shape[1], rows[:, positions]
+        if self.shift is None and self.r.numel() == 1:
+            return rows
+        numbers = torch.arange(num_groups)[:, None] * count  # of the values in all of x
+        numbers = numbers + (torch.arange(count) if isinstance(positions, slice) else positions)
+        inner = math.prod(x.shape[self.channel_dim % x.ndim + 1 :])
+        channels = (numbers // inner % self.r.numel()).to(x.device)
+        if self.shift is not None:
+            rows = rows - self.shift[channels]
+        return rows / self.r[channels]
+
+    def begin_learning(
+        self, reparameterize: bool = False, drop_probability: float = 0.0
+    ) -> dict[str, list[nn.Parameter]]:
+        """Make the steps, and r if asked, learnable; returns the new parameters by kind.
+
+        Args:
+            reparameterize: whether r is learned.
+            drop_probability: QDrop's share while learning.
+        """
+        self.drop_probability = drop_probability
         if self.headroom != 1:
             return {}
         self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
@@ -97,7 +180,8 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def end_learning(self) -> None:
-        """Fold what was learned into `delta` and `r`."""
+        """Fold what was learned into `delta` and `r`, and drop nothing anymore."""
+        self.drop_probability = 0.0
         delta, r = self.steps(), self.scales()
         self.log_delta = self.log_r = None
         self.delta.copy_(delta)
@@ -122,104 +206,15 @@ class ActivationQuantizer(nn.Module):
         if self.r.numel() > 1:
             step = step * along(self.scales(), x.ndim, self.channel_dim)
         zero = per_sample(self.zero_point, current, x.ndim)
-        return self._dropped(x, fake_quantize(x, step, -zero, 2**self.bits - 1 - zero, narrow=True))
+        return self.dropped(x, fake_quantize(x, step, -zero, 2**self.bits - 1 - zero, narrow=True))
 
-    def _dropped(self, x: Tensor, quantized: Tensor) -> Tensor:
+    def dropped(self, x: Tensor, quantized: Tensor) -> Tensor:
         """QDrop: a share of the elements as they were, while something is learned."""
         if self.drop_probability and torch.is_grad_enabled():  # units stay in evaluation mode throughout a fit
             return torch.where(torch.rand_like(x) < self.drop_probability, x, quantized)
         return quantized
 
 
-class TokenQuantizer(ActivationQuantizer):
-    """Dynamic quantizer: step and zero point of every token come from its own values at run time.
-
-    Asymmetric: the step of a token that covers [min, max] is never larger than that of one that covers
-    [-max|x|, max|x|], and half as large behind a GELU. r and the shift by channel are as in the static one; `delta` and
-    `zero_point` are not used.
-    """
-
-    def begin_learning(self, reparameterize: bool) -> dict[str, list[nn.Parameter]]:
-        """Make r learnable if asked; there are no steps to learn."""
-        if not reparameterize or self.r.numel() == 1:
-            return {}
-        self.log_r = nn.Parameter(torch.zeros_like(self.r))
-        return {"r": [self.log_r]}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shift and quantize (..., C) tokens, each with a step of its own."""
-        x = self.centred(x)
-        if not self.enabled:
-            return x
-        r = along(self.scales(), x.ndim, self.channel_dim)
-        with torch.no_grad():  # as constants: the straight-through gradient is that of values within the range
-            scaled = x / r
-            low, high = scaled.amin(self.channel_dim, keepdim=True), scaled.amax(self.channel_dim, keepdim=True)
-            step, zero = affine_range(low, high, self.bits)  # (..., 1)
-        return self._dropped(x, fake_quantize(x, step * r, -zero, 2**self.bits - 1 - zero, narrow=True))
-
-
-_LOGARITHMIC: MutableMapping[Tensor, tuple[int | None, tuple[bool, ...]]] = WeakIdKeyDictionary()
-"""By a quantizer's `tau`: its version, and which of its groups were logarithmic then."""
-
-
-class SoftmaxQuantizer(LearnedSteps):
-    """Quantizer of post-softmax values whose kind DAQ chooses for each timestep group (METHOD section 4).
-
-    Attributes:
-        delta: (G,) the uniform step, or the value of the logarithmic code 0.
-        tau: (G,) exponent of the logarithmic quantizer; 0 where the group is uniform.
-    """
-
-    delta: Tensor
-    tau: Tensor
-
-    def __init__(self, bits: int, groups: TimestepGroups) -> None:
-        super().__init__(torch.full((groups.num_groups,), 1.0 / (2**bits - 1)))
-        self.bits = bits
-        self.groups = groups
-        self.enabled = True
-        self.register_buffer("tau", torch.zeros(groups.num_groups))
-
-    def forward(self, probabilities: Tensor) -> Tensor:
-        """Quantize (B, ..., T) post-softmax values."""
-        if not self.enabled:
-            return probabilities
-        delta, tau = (per_sample(t, self.groups.current, probabilities.ndim) for t in (self.steps(), self.tau))
-        if torch.compiler.is_compiling():  # values decide nothing there
-            return self._both(probabilities, delta, tau)
-        single = self.groups.single
-        logarithmic = self.logarithmic() if single is None else self.logarithmic()[single : single + 1]
-        if not any(logarithmic):
-            return self._uniform(probabilities, delta)
-        if all(logarithmic):
-            return log_fake_quantize(probabilities, delta, tau, self.bits)
-        return (self._apart if probabilities.device.type == "cpu" else self._both)(probabilities, delta, tau)
-
-    def logarithmic(self) -> tuple[bool, ...]:
-        """Which groups are logarithmic, read from the device only after `tau` has changed."""
-        version = None if self.tau.is_inference() else self.tau._version
-        known = _LOGARITHMIC.get(self.tau)
-        if known is None or version is None or known[0] != version:
-            kinds = torch.zeros(self.tau.shape, dtype=torch.bool) if self.tau.is_meta else self.tau > 0
-            known = version, tuple(kinds.tolist())
-            _LOGARITHMIC[self.tau] = known
-        return known[1]
-
-    def _apart(self, x: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
-        """The samples of each kind by themselves: the least work, but to count them the host waits for the device."""
-        kinds = tau.flatten() > 0  # (B,)
-        logarithmic, uniform = kinds.nonzero().squeeze(1), (~kinds).nonzero().squeeze(1)
-        parts = [
-            log_fake_quantize(x[logarithmic], delta[logarithmic], tau[logarithmic], self.bits),
-            self._uniform(x[uniform], delta[uniform]),
-        ]
-        return torch.cat(parts)[torch.cat([logarithmic, uniform]).argsort()]
-
-    def _both(self, x: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
-        """Every sample by both kinds, and the right one chosen: the bits of `_apart`."""
-        values = log_fake_quantize(x, delta, tau.where(tau > 0, 1.0), self.bits)
-        return torch.where(tau > 0, values, self._uniform(x, delta))
-
-    def _uniform(self, x: Tensor, delta: Tensor) -> Tensor:
-        return fake_quantize(x, delta, delta.new_zeros(()), delta.new_full((), 2**self.bits - 1), narrow=True)
+ACTIVATION_QUANTIZERS: Registry[type[ActivationQuantizer]] = Registry("activation quantizer")
+"""By the name that `quantization.activation.quantizer` takes."""
+ACTIVATION_QUANTIZERS.register("uniform")(ActivationQuantizer)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from tcaq_lightning.quantizers.activation import along
+from tcaq_lightning.quantizers.base import Place, StoredTensor
 from tcaq_lightning.quantizers.range_search import NORM, search_affine
 from tcaq_lightning.quantizers.steps import LearnedSteps
 from tcaq_lightning.quantizers.uniform import fake_quantize
@@ -30,11 +33,15 @@ class OutputQuantizer(LearnedSteps):
     each channel: scale_o / delta_o and n_o are these, at no cost, and the step becomes 1.
 
     Attributes:
-        delta: (O,) steps of t. offset: (O,) integer-valued n.
+        delta: (O,) steps of t.
+        offset: (O,) integer-valued n.
         log_delta: relative change that is being learned; None outside of a fit.
         enabled: off while the layer computes in full precision.
     """
 
+    kind: ClassVar[str] = "output"
+    place: ClassVar[Place] = "output"
+    bits = OUTPUT_BITS
     delta: Tensor
     offset: Tensor
 
@@ -43,6 +50,11 @@ class OutputQuantizer(LearnedSteps):
         self.channel_dim = channel_dim
         self.enabled = True
         self.register_buffer("offset", torch.zeros(channels))
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Steps and offsets."""
+        return StoredTensor.plain("delta", self.delta), StoredTensor.plain("offset", self.offset)
 
     @torch.no_grad()
     def search(self, values: Tensor, scale: Tensor, headroom: float = 1.0) -> None:

@@ -16,7 +16,7 @@ CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 24
 """Elements of the largest intermediate tensor: near a core on a CPU, bounded memory elsewhere."""
 
 
-def _power(error: Tensor, norm: float) -> Tensor:
+def powers(error: Tensor, norm: float) -> Tensor:
     """|error|^norm, in place; through logarithms since a vectorised pow takes over twice as long on a CPU."""
     return error.square_() if norm == 2 else error.abs_().log2_().mul_(norm).exp2_()
 
@@ -36,7 +36,7 @@ def _errors(rows: Tensor, step: Tensor, low: Tensor, high: Tensor, norm: float) 
             work = (x / s).round_()
             torch.maximum(work, lo, out=work)  # `clamp` with tensor bounds is far slower on a CPU
             torch.minimum(work, hi, out=work).mul_(s)
-            errors[part] = _power(work.sub_(x), norm).sum(-1)
+            errors[part] = powers(work.sub_(x), norm).sum(-1)
     return errors
 
 
@@ -133,7 +133,7 @@ def search_common_zero(
     factors = torch.linspace(1.0, 0.25, candidates, dtype=rows.dtype, device=rows.device)
     low, high = (rows.amin(1), rows.amax(1)) if limits is None else limits
     levels = 2**bits - 1
-    power = _power(rows.clone(), norm).sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
+    power = powers(rows.clone(), norm).sum(1).clamp(min=torch.finfo(rows.dtype).tiny)
     tried = torch.quantile(zeros, torch.linspace(0, 1, 5, dtype=zeros.dtype, device=zeros.device)).round()
     found: list[tuple[float, Tensor, Tensor]] = []
     for zero in sorted(set(tried.tolist())):
@@ -171,7 +171,7 @@ def search_log(rows: Tensor, bits: int, taus: tuple[float, ...], candidates: int
             delta = top * factor
             d, t = delta[:, None], exponent[:, None]
             quantized = log_values(log_codes(rows, d, t, bits), d, t, bits)
-            error = _power(quantized - rows, NORM).sum(1)
+            error = powers(quantized - rows, NORM).sum(1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_delta = torch.where(better, delta, best_delta)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.quantizers.base import Quantizer
 
-class LearnedSteps(nn.Module):
+
+class LearnedSteps(Quantizer):
     """A quantizer with steps that can be learned.
 
     Attributes:
-        delta: (N,) steps. log_delta: relative changes that are being learned; None outside of a fit.
+        delta: (N,) steps.
+        log_delta: relative changes that are being learned; None outside of a fit.
     """
 
     delta: Tensor
@@ -20,8 +23,10 @@ class LearnedSteps(nn.Module):
         self.register_buffer("delta", delta)
         self.log_delta: nn.Parameter | None = None
 
-    def begin_learning(self) -> dict[str, list[nn.Parameter]]:
-        """Make the steps learnable; returns the new parameters by kind."""
+    def begin_learning(
+        self, reparameterize: bool = False, drop_probability: float = 0.0
+    ) -> dict[str, list[nn.Parameter]]:
+        """Make the steps learnable; returns the new parameters by kind. There is no r, and nothing is dropped."""
         self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
         return {"steps": [self.log_delta]}
 

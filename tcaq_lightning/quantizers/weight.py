@@ -1,17 +1,18 @@
-"""Weights: learned rounding while calibrating, integers afterwards."""
+"""Weights: learned rounding while calibrating, codes afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.quantizers.adaround import initial_logits, soft_round
-from tcaq_lightning.quantizers.packing import unpack
-from tcaq_lightning.quantizers.range_search import search_affine, search_symmetric
-from tcaq_lightning.quantizers.uniform import fake_quantize
+from tcaq_lightning.quantizers.base import Place, Quantizer, StoredTensor
+from tcaq_lightning.quantizers.formats import NumberFormat
+from tcaq_lightning.quantizers.packing import packed_size, unpack
 
 CLIPPED_LOGIT = -20.0
 """Rounded down for good: of a weight beyond the grid's ends, which has one code whatever its rounding."""
@@ -24,17 +25,6 @@ class Rounding(Enum):
     NEAREST = "to nearest, straight-through gradient: the r phase"
     SOFT = "floor + h(V): the V phase"
     HARD = "floor + [V >= 0]: the result"
-
-
-def dequantize(codes: Tensor, zero_point: Tensor, scale: Tensor, r: Tensor) -> Tensor:
-    """W^ = scale (q - z) / r: the weight that meets an input whose channels were divided by r and multiplied back.
-
-    Args:
-        codes: (O, I, ...) codes q, any dtype.
-        zero_point, scale: (O, 1, ...) per output channel.
-        r: broadcastable to `codes`.
-    """
-    return (codes.to(scale.dtype) - zero_point) * scale / r
 
 
 def column(values: Tensor, weight: Tensor) -> Tensor:
@@ -60,49 +50,110 @@ def scale_of_inputs(r: Tensor, weight: Tensor, conv_groups: int = 1) -> Tensor:
     return by_group.reshape(weight.shape[0], -1, *trailing)
 
 
-class AdaRoundWeight(nn.Module):
-    """A weight with learned rounding (METHOD section 2).
+class WeightQuantizer(Quantizer):
+    """Maps r of a layer's input to the weight that meets it: W^ = s w / r, w being values of a number format's grid.
 
-    w^ = s clip(floor(W r / delta) + h(V), low, high) / r. The grid `delta` is fixed while V is learned, the scale s
-    that codes are multiplied with starts at delta and may be learned.
+    Attributes:
+        number_format: what codes stand for. bits: code width.
+        shape: of the weight, (O, I, ...).
+        conv_groups: `groups` of the convolution.
+        scale: one for each set of weights that share it; (O,) unless the format says otherwise.
+        zero_point: of the scale's shape, or None where the format has none.
+        learns: whether rounding is still learned; a frozen weight has `codes` alone.
+    """
+
+    place: ClassVar[Place] = "weight"
+    learns: ClassVar[bool] = False
+    number_format: NumberFormat
+    shape: torch.Size
+    conv_groups: int
+    scale: Tensor
+    zero_point: Tensor | None
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.shape[0]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero points are those that a format has unless they are searched."""
+        return self.zero_point is None or bool((self.zero_point == 2 ** (self.bits - 1)).all())
+
+    def scales(self) -> Tensor:
+        """Scale of the codes, differentiable in what is learned."""
+        return self.scale
+
+    def beside(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Values of the scale's shape beside a weight, to which they broadcast."""
+        return self.number_format.sharing.spread(values, weight)
+
+    def zeros(self, weight: Tensor) -> Tensor | None:
+        """Zero points beside a weight, or None."""
+        return None if self.zero_point is None else self.beside(self.zero_point, weight)
+
+
+class AdaRoundWeight(WeightQuantizer):
+    """A weight with learned rounding (docs/method.md, "Learned rounding").
+
+    w^ = s (a + h(V) (b - a)) / r, where a and b are the neighbours of W r / delta on the format's grid: floor and
+    ceiling within [low, high] for integers. The grid's step `delta` is fixed while V is learned, the scale s that codes
+    are multiplied with starts at delta and may be learned.
 
     V takes the memory of another weight, so it is there only while its unit is worked on, from `open` to `settle`;
     of a settled weight a byte each is left beside the full-precision one, which is shared with the layer it comes from.
 
+    Args:
+        weight: (O, I, ...) in full precision.
+        number_format: of its codes.
+        conv_groups: `groups` of the convolution.
+
     Attributes:
-        weight: the full-precision weight. delta, scale, zero_point: (O,).
+        weight: the full-precision weight.
+        delta: step of the grid, of the scale's shape.
         v: rounding logits of the weight's shape, or None, which rounds like logits of 0.
         settled: uint8 codes of the weight's shape, once the rounding is settled, or None.
+        rounding: how the weight is rounded now.
     """
 
+    kind: ClassVar[str] = "adaround"
+    learns: ClassVar[bool] = True
     delta: Tensor
-    scale: Tensor
-    zero_point: Tensor
     v: Tensor | None
     settled: Tensor | None
 
-    def __init__(self, weight: Tensor, bits: int, symmetric: bool = True, conv_groups: int = 1) -> None:
+    def __init__(self, weight: Tensor, number_format: NumberFormat, conv_groups: int = 1) -> None:
         super().__init__()
-        self.bits = bits
-        self.symmetric = symmetric
-        self.conv_groups = conv_groups
+        self.number_format, self.bits = number_format, number_format.bits
+        self.shape, self.conv_groups = weight.shape, conv_groups
         self.rounding = Rounding.HARD
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        outputs = weight.shape[0]
         dtype = torch.promote_types(weight.dtype, torch.float32)  # narrower ones are kept as they are, not computed in
-        self.register_buffer("delta", torch.ones(outputs, dtype=dtype, device=weight.device))
+        scales = number_format.sharing.shape(tuple(weight.shape))
+        self.register_buffer("delta", torch.ones(scales, dtype=dtype, device=weight.device))
         self.register_buffer("scale", torch.ones_like(self.delta))
-        self.register_buffer("zero_point", torch.full_like(self.delta, 2 ** (bits - 1)))
+        zero_point = torch.full_like(self.delta, 2 ** (self.bits - 1)) if number_format.zero_points else None
+        self.register_buffer("zero_point", zero_point)
         self.register_buffer("v", None)
         self.register_buffer("settled", None, persistent=False)
         self.log_scale: nn.Parameter | None = None
         self._base: Tensor | None = None
+        self._gap: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
         """V, of a weight that is open."""
         assert self.v is not None
         return self.v
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Nothing can be stored yet.
+
+        Raises:
+            ValueError: always; `freeze` makes it a weight that can.
+        """
+        raise ValueError("a weight still learns its rounding; call freeze(denoiser) before")
 
     def open(self) -> None:
         """Make room for rounding logits, which are 0 until they are set."""
@@ -122,24 +173,32 @@ class AdaRoundWeight(nn.Module):
 
     @torch.no_grad()
     def search(self, r: Tensor) -> None:
-        """Search the grid for W r and reset V, so that hardened rounding is rounding to nearest."""
-        target = self._scaled(r)
-        rows = target.flatten(1)
-        if self.symmetric:
-            self.delta.copy_(search_symmetric(rows, self.bits))
-        else:
-            delta, zero = search_affine(rows, self.bits)
-            self.delta.copy_(delta)
-            self.zero_point.copy_(zero)
+        """Search the grid for W r, `r` being (C,) or (1,), and reset V: hardened rounding is rounding to nearest."""
+        rows = self.number_format.sharing.rows(self._scaled(r))
+        delta, zero = self.number_format.search(rows)
+        self.delta.copy_(delta.view_as(self.delta))
+        if zero is not None and self.zero_point is not None:
+            self.zero_point.copy_(zero.view_as(self.delta))
         self.reset_rounding(r)
 
     @torch.no_grad()
+    def nearest(self, r: Tensor) -> Tensor:
+        """W r rounded to nearest on a quickly searched symmetric grid, divided by r: what candidates of r lead to."""
+        factor = scale_of_inputs(r, self.weight, self.conv_groups)
+        scaled = self.weight * factor
+        rows = self.number_format.sharing.rows(scaled)
+        scale, _ = self.number_format.search(rows, 12, norm=2, symmetric=True)
+        step = self.beside(scale.view_as(self.delta), scaled)
+        return self.number_format.fake_quantize(scaled, step) / factor
+
+    @torch.no_grad()
     def reset_rounding(self, r: Tensor) -> None:
-        """V such that h(V) is the fraction of W r / delta, and s = delta."""
+        """V such that h(V) is where W r / delta lies between its neighbours, and s = delta."""
         self.open()
-        scaled = self._scaled(r) / column(self.delta, self.weight)
-        self.logits.copy_(initial_logits(scaled - scaled.floor()))
-        self._floor(scaled)
+        scaled = self._in_steps(r)
+        below, gap = self._neighbours(scaled)
+        self.logits.copy_(initial_logits((scaled - below) if gap is None else (scaled - below) / gap))
+        self._clip(scaled)
         self.scale.copy_(self.delta)
 
     def begin_learning(self, rounding: Rounding, r: Tensor) -> dict[str, list[nn.Parameter]]:
@@ -152,7 +211,7 @@ class AdaRoundWeight(nn.Module):
             self.v = v = nn.Parameter(self._buffers.pop("v"))  # type: ignore[arg-type]
             learned["v"] = [v]
             with torch.no_grad():
-                self._base = self._floor(self._scaled(r) / column(self.delta, self.weight))
+                self._base, self._gap = self._clip(self._in_steps(r))
         return learned
 
     @torch.no_grad()
@@ -160,16 +219,16 @@ class AdaRoundWeight(nn.Module):
         """Fold what was learned into the buffers and round hard."""
         scale = self.scales()
         self.log_scale = None
-        self.scale.copy_(scale)
+        self.scale.copy_(self.number_format.storable(scale))
         if self.rounding is Rounding.SOFT:
             v = self._parameters.pop("v")
             assert v is not None
             self.register_buffer("v", v.detach())
-        self._base = None
+        self._base = self._gap = None
         self.rounding = Rounding.HARD
 
     def scales(self) -> Tensor:
-        """(O,) scale of the codes, differentiable in what is learned."""
+        """Scale of the codes, differentiable in what is learned."""
         return self.scale if self.log_scale is None else self.scale * self.log_scale.exp()
 
     @torch.no_grad()
@@ -177,81 +236,143 @@ class AdaRoundWeight(nn.Module):
         """Hardened integer codes, float-valued in [0, 2^b - 1], of the weight's shape; settled ones whatever `r` is."""
         if self.settled is not None:
             return self.settled.to(self.scale.dtype)
-        base = torch.floor(self._scaled(r) / column(self.delta, self.weight))
-        up = 1.0 if self.v is None else self.v >= 0
-        return (base + up + column(self.zero_point, self.weight)).clamp_(0, 2**self.bits - 1)
+        up = None if self.v is None else self.v >= 0
+        return self.number_format.rounded(self._in_steps(r), up, self.zeros(self.weight))
 
     def forward(self, r: Tensor) -> Tensor:
         """The weight as the layer meets it now; `r` is (C,) or (1,)."""
         if self.rounding is Rounding.FLOAT:
             return self.weight
         factor = scale_of_inputs(r, self.weight, self.conv_groups)
-        scale = column(self.scales(), self.weight)
-        zero = column(self.zero_point, self.weight)
+        scale, zero = self.beside(self.scales(), self.weight), self.zeros(self.weight)
         if self.rounding is Rounding.HARD:
-            return dequantize(self.codes(r), zero, scale, factor)
+            return self.number_format.decode(self.codes(r), zero) * scale / factor
         if self.rounding is Rounding.NEAREST:
-            return fake_quantize(self.weight * factor, scale, -zero, 2**self.bits - 1 - zero) / factor
+            return self.number_format.fake_quantize(self.weight * factor, scale, zero) / factor
         assert self._base is not None  # SOFT is entered by begin_learning alone
-        return soft_round(self.logits, self._base, scale / factor)
+        unit = scale / factor
+        return soft_round(self.logits, self._base, unit if self._gap is None else unit * self._gap)
 
-    def _floor(self, scaled: Tensor) -> Tensor:
-        """W r / delta rounded down, within the grid; where it leaves the grid, V is settled."""
-        base = scaled.floor()
-        low = -column(self.zero_point, self.weight)
-        high = 2**self.bits - 1 + low
-        self.logits.masked_fill_((base < low) | (base >= high), CLIPPED_LOGIT)
-        return base.clamp_(low, high)
+    def _clip(self, scaled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """a / (b - a) and b - a of each weight, the latter None where it is 1; beyond the grid's ends V is settled."""
+        below, above = self.number_format.neighbours(scaled, self.zeros(self.weight))
+        self.logits.masked_fill_(below == above, CLIPPED_LOGIT)
+        if self.number_format.integers:
+            return below, None
+        gap = torch.where(below == above, 1.0, above - below)
+        return below / gap, gap
+
+    def _neighbours(self, scaled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The neighbour below each weight and the distance to the one above, None where it is 1."""
+        if self.number_format.integers:
+            return scaled.floor(), None
+        below, above = self.number_format.neighbours(scaled, self.zeros(self.weight))
+        clipped = below == above
+        return torch.where(clipped, scaled, below), torch.where(clipped, 1.0, above - below)
+
+    def _in_steps(self, r: Tensor) -> Tensor:
+        return self._scaled(r) / self.beside(self.delta, self.weight)
 
     def _scaled(self, r: Tensor) -> Tensor:
         return self.weight * scale_of_inputs(r, self.weight, self.conv_groups)
 
 
-class IntegerWeight(nn.Module):
-    """A finished weight: integer codes with a scale for each output channel.
+class CodedWeight(WeightQuantizer):
+    """A finished weight: codes with their scales.
 
-    Attributes:
-        codes: (O, I, ...) uint8 in [0, 2^b - 1]. scale, zero_point: (O,).
+    Args:
+        codes: (O, I, ...) uint8 in [0, 2^b - 1].
+        scale: of the shape that the format's sharing says; (O,) for integers.
+        zero_point: of the scale's shape, or None.
+        number_format: what the codes stand for.
+        conv_groups: `groups` of the convolution.
     """
 
+    kind: ClassVar[str] = "codes"
     codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, conv_groups: int = 1) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        number_format: NumberFormat,
+        conv_groups: int = 1,
+    ) -> None:
         super().__init__()
-        self.bits = bits
-        self.conv_groups = conv_groups
         self.register_buffer("codes", codes)
+        self._describe(codes.shape, scale, zero_point, number_format, conv_groups)
+
+    def _describe(
+        self,
+        shape: Sequence[int],
+        scale: Tensor,
+        zero_point: Tensor | None,
+        number_format: NumberFormat,
+        conv_groups: int,
+    ) -> None:
+        self.shape, self.conv_groups = torch.Size(shape), conv_groups
+        self.number_format, self.bits = number_format, number_format.bits
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
 
-    def scales(self) -> Tensor:
-        """(O,) scale of the codes."""
-        return self.scale
-
     @classmethod
-    def from_rounded(cls, weight: AdaRoundWeight, r: Tensor) -> IntegerWeight:
+    def from_rounded(cls, weight: AdaRoundWeight, r: Tensor) -> CodedWeight:
         """Harden a learned rounding."""
         codes = weight.codes(r).to(torch.uint8)
-        return cls(codes, weight.scale.clone(), weight.zero_point.clone(), weight.bits, weight.conv_groups)
+        zero_point = None if weight.zero_point is None else weight.zero_point.clone()
+        return cls(codes, weight.scale.clone(), zero_point, weight.number_format, weight.conv_groups)
+
+    @classmethod
+    def neutral(cls, weight: Tensor, number_format: NumberFormat, conv_groups: int, symmetric: bool) -> CodedWeight:
+        """For a weight of that shape; its codes are undefined, and so are zero points that are not symmetric."""
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        return cls(codes, *neutral_scales(weight, number_format, symmetric), number_format, conv_groups)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Packed codes, scales, and zero points unless they are symmetric."""
+        return (StoredTensor("codes", self.codes, "codes", torch.uint8, self.bits), *self.stored_scales())
+
+    def stored_scales(self) -> tuple[StoredTensor, ...]:
+        """Scales, and zero points unless they are symmetric."""
+        scale = StoredTensor.plain("scale", self.scale, self.number_format.scale_dtype)
+        if self.zero_point is None or self.symmetric:
+            return (scale,)
+        return scale, StoredTensor("zero_point", self.zero_point, "zero_points", torch.uint8)
+
+    def search(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the codes are found."""
+
+    def begin_learning(self, *args: Any, **kwargs: Any) -> dict[str, list[nn.Parameter]]:
+        """Nothing is learned of codes."""
+        return {}
+
+    def end_learning(self) -> None:
+        """Does nothing."""
 
     def forward(self, r: Tensor) -> Tensor:
         """The dequantized weight for an input reparameterized by `r`, (C,) or (1,)."""
         codes = self.codes
         factor = scale_of_inputs(r, codes, self.conv_groups)
-        # `dequantize` in one piece of memory: to get three fresh ones from the system takes longer than to compute.
-        weight = codes.to(self.scale.dtype).sub_(column(self.zero_point, codes))
-        return weight.mul_(column(self.scale, codes)).div_(factor)
+        # In one piece of memory: to get three fresh ones from the system takes longer than to compute.
+        weight = self.number_format.decode(codes.to(self.scale.dtype), self.zeros(codes))
+        return weight.mul_(self.beside(self.scale, codes)).div_(factor)
 
 
-class PackedWeight(IntegerWeight):
-    """An integer weight whose codes stay packed, as they are on disk, and are unpacked each time they are needed.
+class PackedWeight(CodedWeight):
+    """A finished weight whose codes stay packed, as they are on disk, and are unpacked each time they are needed.
 
-    Attributes:
-        packed: (packed_size(numel, bits),) uint8. shape: of the codes.
+    Args:
+        packed: (packed_size(numel, bits),) uint8.
+        shape: of the codes.
+        scale: as in `CodedWeight`.
+        zero_point: likewise.
+        number_format: likewise.
+        conv_groups: likewise.
     """
 
+    kind: ClassVar[str] = "packed"
     packed: Tensor
 
     def __init__(
@@ -259,17 +380,37 @@ class PackedWeight(IntegerWeight):
         packed: Tensor,
         shape: Sequence[int],
         scale: Tensor,
-        zero_point: Tensor,
-        bits: int,
+        zero_point: Tensor | None,
+        number_format: NumberFormat,
         conv_groups: int = 1,
     ) -> None:
         nn.Module.__init__(self)
-        self.shape, self.bits, self.conv_groups = torch.Size(shape), bits, conv_groups
         self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
+        self._describe(shape, scale, zero_point, number_format, conv_groups)
+
+    @classmethod
+    def neutral(cls, weight: Tensor, number_format: NumberFormat, conv_groups: int, symmetric: bool) -> CodedWeight:
+        """As in `CodedWeight`."""
+        size = packed_size(weight.shape.numel(), number_format.bits)
+        packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
+        scales = neutral_scales(weight, number_format, symmetric)
+        return cls(packed, weight.shape, *scales, number_format, conv_groups)
 
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
         """(O, I, ...) uint8 in [0, 2^b - 1], made anew."""
         return unpack(self.packed, self.bits, self.shape.numel()).view(self.shape)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """Codes as they are, scales, and zero points unless they are symmetric."""
+        return (StoredTensor("packed", self.packed, "codes", torch.uint8), *self.stored_scales())
+
+
+def neutral_scales(weight: Tensor, number_format: NumberFormat, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales of 1 and zero points for a weight of that shape; NaN for zero points that are about to be read."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = torch.ones(number_format.sharing.shape(tuple(weight.shape)), dtype=dtype, device=weight.device)
+    if not number_format.zero_points:
+        return scale, None
+    return scale, torch.full_like(scale, 2 ** (number_format.bits - 1) if symmetric else torch.nan)

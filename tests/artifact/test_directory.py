@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from tcaq_lightning.artifact.blobs import fuse, restore, stored_tensors
 from tcaq_lightning.artifact.directory import artifact_sizes, freeze, save_artifact, write_checksums
-from tcaq_lightning.artifact.freeze import Structure, describe, rebuild
+from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import LayerRule, QuantizationConfig, SamplerConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import sample
 from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers
 from tcaq_lightning.nn.prepare import quantize
-from tcaq_lightning.quantizers import ActivationQuantizer, IntegerWeight, SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, CodedWeight, SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tests.tiny_models import tiny_unet
 
@@ -143,7 +143,7 @@ def test_freeze_drops_floats_and_rounds_shifts_only() -> None:
     assert layer.bias_shift[1, 0] == torch.tensor(0.1).half()
     assert layer.bias_shift[0, 0] == torch.finfo(torch.float16).max
     for name, frozen in quant_layers(denoiser).items():
-        assert isinstance(frozen.weight_quantizer, IntegerWeight)
+        assert isinstance(frozen.weight_quantizer, CodedWeight)
         assert torch.equal(frozen.weight_quantizer.codes.float(), expected[name])
     floats = sum(t.numel() for t in denoiser.state_dict().values() if t.is_floating_point())
     assert floats < weights / 4
@@ -461,14 +461,14 @@ def test_cross_attention_denoiser_round_trips() -> None:
     set_parameters(denoiser)
     freeze(denoiser)
     structure = describe(denoiser)
-    blobs = fuse(stored_tensors(denoiser, structure.layers))
+    blobs = fuse(stored_tensors(denoiser))
     copied = Structure.from_dict(json.loads(json.dumps(structure.to_dict())))
     assert copied == structure
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.fill_(torch.nan)
     rebuild(fresh, copied)
-    restore(stored_tensors(fresh, copied.layers), blobs)
+    restore(stored_tensors(fresh), blobs)
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
     with torch.no_grad():
         outputs = [d(x, torch.tensor([10, 70]), text).sample for d in (denoiser, fresh)]

@@ -15,7 +15,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLinear
 from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.nn.prepare import quantize
-from tcaq_lightning.quantizers import IntegerWeight
+from tcaq_lightning.quantizers import CodedWeight
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 BATCH, CHANNELS, OUTPUTS = 3, 16, 24
@@ -61,7 +61,7 @@ def frozen(
 def by_integers(layer: QuantLinear, x: Tensor, group: Tensor) -> Tensor:
     """What the layer is by definition, in float64 around a sum of int64: one sample and output after the other."""
     q, weight = layer.input_quantizer, layer.weight_quantizer
-    assert isinstance(weight, IntegerWeight)
+    assert isinstance(weight, CodedWeight)
     outputs = []
     for sample, g in zip(x, group.tolist(), strict=True):
         centred = sample if q.shift is None else sample - q.shift

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tcaq_lightning.artifact.blobs import fuse, restore, stored_tensors
 from tcaq_lightning.artifact.directory import save_artifact
-from tcaq_lightning.artifact.freeze import Structure, describe, freeze, rebuild
+from tcaq_lightning.artifact.freeze import freeze
+from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.calibration.initialize import initialize
 from tcaq_lightning.calibration.probes import probe_indices
@@ -304,13 +305,13 @@ def round_trip(family: Family, name: str, dtype: torch.dtype = torch.float32) ->
     structure = describe(family.quantized)
     copied = Structure.from_dict(json.loads(json.dumps(structure.to_dict())))
     assert copied == structure
-    blobs = fuse(stored_tensors(family.quantized, structure.layers))
+    blobs = fuse(stored_tensors(family.quantized))
     fresh = make_denoiser(name)  # float32, as diffusers builds it from a config
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.fill_(torch.nan)
     rebuild(fresh, copied)
-    restore(stored_tensors(fresh, copied.layers), blobs)
+    restore(stored_tensors(fresh), blobs)
     return fresh
 
 
@@ -448,7 +449,7 @@ def test_dynamic_tokens_are_for_linear_layers_alone(name: str) -> None:
     assert {n for n, e in entries.items() if e.dynamic} == {
         n for n, row in rows.items() if row.note == "dynamic per token"
     }
-    keys = [stored.key for stored in stored_tensors(family.quantized, entries)]
+    keys = [stored.key for stored in stored_tensors(family.quantized)]
     unused = [k for k in keys if k.endswith(("input_quantizer.delta", "input_quantizer.zero_point"))]
     assert not [k for k in unused if entries[k.rpartition(".input")[0]].dynamic]  # there is nothing to store
     assert expected.isfinite().all()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcaq_lightning.quantizers import AdaRoundWeight, IntegerWeight, PackedWeight, Rounding
+from tcaq_lightning.quantizers import AdaRoundWeight, CodedWeight, PackedWeight, Rounding
 from tcaq_lightning.quantizers.adaround import adaround_regularizer
+from tcaq_lightning.quantizers.formats import make_format
 from tcaq_lightning.quantizers.packing import pack, packed_size
 from tcaq_lightning.quantizers.weight import scale_of_inputs
 
@@ -22,7 +23,7 @@ def made(case: str, bits: int = 4, symmetric: bool = True) -> tuple[AdaRoundWeig
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) + (0.0 if symmetric else 0.5)
     r = torch.rand(shape[1] * conv_groups, generator=generator) + 0.5
-    quantizer = AdaRoundWeight(weight, bits, symmetric, conv_groups)
+    quantizer = AdaRoundWeight(weight, make_format("int", bits, symmetric), conv_groups)
     quantizer.search(r)
     return quantizer, r
 
@@ -78,12 +79,12 @@ def test_integers_are_the_hard_weight_bit_for_bit(case: str, symmetric: bool) ->
     with torch.no_grad():
         quantizer.v.add_(torch.randn(quantizer.v.shape))
         quantizer.scale.mul_(1.03)
-    integers = IntegerWeight.from_rounded(quantizer, r)
+    integers = CodedWeight.from_rounded(quantizer, r)
     assert integers.codes.dtype == torch.uint8
     assert integers.codes.max() <= 15
     assert torch.equal(integers(r), quantizer(r))
     ones = torch.ones_like(r)
-    assert torch.equal(IntegerWeight.from_rounded(quantizer, ones)(ones), quantizer(ones))
+    assert torch.equal(CodedWeight.from_rounded(quantizer, ones)(ones), quantizer(ones))
 
 
 def test_rounding_moves_a_code_by_at_most_one() -> None:
@@ -181,8 +182,8 @@ def test_packed_weight_computes_what_the_unpacked_one_does(
     codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
     scale, r = (0.1 + torch.rand(n, generator=generator) for n in (shape[0], channels))
     zero_point = torch.randint(0, 2**bits, (shape[0],), generator=generator).float()
-    unpacked = IntegerWeight(codes, scale, zero_point, bits, conv_groups)
-    packed = PackedWeight(pack(codes, bits), shape, scale, zero_point, bits, conv_groups)
+    unpacked = CodedWeight(codes, scale, zero_point, make_format("int", bits), conv_groups)
+    packed = PackedWeight(pack(codes, bits), shape, scale, zero_point, make_format("int", bits), conv_groups)
     assert torch.equal(packed.codes, codes)
     assert torch.equal(packed(r), unpacked(r))
     assert packed.packed.numel() == packed_size(codes.numel(), bits)
@@ -209,7 +210,7 @@ def test_a_settled_weight_is_the_hard_one_bit_for_bit(case: str, symmetric: bool
     assert [t.dtype for t in quantizer.buffers() if t.shape == quantizer.weight.shape] == [torch.uint8]
     assert torch.equal(quantizer(r), hard)
     assert torch.equal(quantizer.codes(r), codes)
-    assert torch.equal(IntegerWeight.from_rounded(quantizer, r)(r), hard)
+    assert torch.equal(CodedWeight.from_rounded(quantizer, r)(r), hard)
 
 
 def test_a_settled_weight_is_opened_to_learn_again() -> None:
@@ -238,6 +239,6 @@ def test_a_weight_without_logits_rounds_like_one_whose_logits_are_0() -> None:
 
 def test_the_full_precision_weight_is_not_copied() -> None:
     weight = torch.nn.Parameter(torch.randn(3, 4))
-    quantizer = AdaRoundWeight(weight, 4)
+    quantizer = AdaRoundWeight(weight, make_format("int", 4))
     assert quantizer.weight.data_ptr() == weight.data_ptr()
     assert not quantizer.weight.requires_grad

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 
 from tcaq_lightning.backends.graph.layers import GraphLayer
 from tcaq_lightning.backends.graph.operators import Constants
-from tcaq_lightning.backends.graph.quantizers import GraphQuantizer, GraphSoftmaxQuantizer
+from tcaq_lightning.backends.graph.quantizers import GraphQuantizer, GraphSoftmaxQuantizer, graph_form
 from tcaq_lightning.backends.graph.tables import Timesteps
-from tcaq_lightning.nn.attention import (
-    QuantAddedKVAttnProcessor,
-    QuantAttnProcessor,
-    QuantAttnProcessorWithoutNorms,
-    QuantFluxAttnProcessor,
-    QuantJointAttnProcessor,
-)
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.nn.attention import QuantAttnProcessor
+from tcaq_lightning.runtime.registry import Registry
 
 
 class GraphAttention(QuantAttnProcessor):
@@ -31,6 +27,7 @@ class GraphAttention(QuantAttnProcessor):
 
     def __init__(self, source: QuantAttnProcessor, times: Timesteps, constants: Constants) -> None:
         nn.Module.__init__(self)
+        self.spec, self.normalizes = source.spec, source.normalizes
         self.query = GraphQuantizer(source.query, times, constants)  # type: ignore[assignment]
         self.key = GraphQuantizer(source.key, times, constants, signed=True)  # type: ignore[assignment]
         self.value = GraphQuantizer(source.value, times, constants, signed=True)  # type: ignore[assignment]
@@ -83,31 +80,35 @@ class GraphAttention(QuantAttnProcessor):
         return quantizers  # type: ignore[no-any-return]
 
 
-class GraphAttnProcessor(GraphAttention):
-    """`QuantAttnProcessor` in the graph."""
+GRAPH_PROCESSORS: Registry[type[GraphAttention]] = Registry("attention processor of the exported graph")
+"""By class name of a quantized processor that has steps of its own, what it becomes in the graph."""
 
 
-class GraphAttnProcessorWithoutNorms(GraphAttention, QuantAttnProcessorWithoutNorms):
-    """`QuantAttnProcessorWithoutNorms` in the graph."""
+def graph_attention(
+    name: str, source: QuantAttnProcessor, times: Timesteps, constants: Constants
+) -> QuantAttnProcessor:
+    """What a quantized processor becomes in the graph: its own order of steps, with those of `GraphAttention`.
 
+    Args:
+        name: of the attention, for the message.
+        source: the quantized processor.
+        times: tables of the graph.
+        constants: of the graph.
 
-class GraphAddedKVAttnProcessor(GraphAttention, QuantAddedKVAttnProcessor):
-    """`QuantAddedKVAttnProcessor` in the graph."""
-
-
-class GraphJointAttnProcessor(GraphAttention, QuantJointAttnProcessor):
-    """`QuantJointAttnProcessor` in the graph."""
-
-
-class GraphFluxAttnProcessor(GraphAttention, QuantFluxAttnProcessor):
-    """`QuantFluxAttnProcessor` in the graph."""
-
-
-GRAPH_PROCESSORS: dict[type[QuantAttnProcessor], type[GraphAttention]] = {
-    QuantAttnProcessor: GraphAttnProcessor,
-    QuantAttnProcessorWithoutNorms: GraphAttnProcessorWithoutNorms,
-    QuantAddedKVAttnProcessor: GraphAddedKVAttnProcessor,
-    QuantJointAttnProcessor: GraphJointAttnProcessor,
-    QuantFluxAttnProcessor: GraphFluxAttnProcessor,
-}
-"""Quantized processors and what they become in the graph. Extend to export another kind."""
+    Raises:
+        UserError: the processor attends in a way of its own, and no graph form of it is registered.
+    """
+    kind = type(source)
+    for operand in (source.query, source.key, source.value):
+        if graph_form(name, operand) is not GraphQuantizer:
+            raise UserError(f"unsupported quantizer {operand.kind} of {name}: expected uniform ones of q, k and v")
+    if kind.__name__ in GRAPH_PROCESSORS:
+        return GRAPH_PROCESSORS[kind.__name__](source, times, constants)
+    if kind.attend is not QuantAttnProcessor.attend or kind.project is not QuantAttnProcessor.project:
+        raise UserError(
+            f"unsupported attention {name} ({kind.__name__}): it attends in a way of its own; expected a graph form of "
+            f"it in GRAPH_PROCESSORS, or a rule that keeps it in full precision: "
+            f"quantization.rules: [{{pattern: {name}, keep: true}}]"
+        )
+    formed: type[GraphAttention] = type(f"Graph{kind.__name__}", (GraphAttention, kind), {})
+    return formed(source, times, constants)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.artifact.freeze import describe
+from tcaq_lightning.artifact.structure import describe
 from tcaq_lightning.backends.engines import EXPORT_VERSION, GraphInfo, require
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.inputs import GraphInput, call_of, example_inputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tcaq_lightning.backends.graph.attention import GRAPH_PROCESSORS
+from tcaq_lightning.backends.graph.attention import graph_attention
 from tcaq_lightning.backends.graph.inputs import first_name, nest
 from tcaq_lightning.backends.graph.layers import GRAPH_LAYERS
 from tcaq_lightning.backends.graph.operators import Constants
@@ -16,7 +16,7 @@ from tcaq_lightning.backends.graph.quantizers import GraphQuantizer, graph_quant
 from tcaq_lightning.backends.graph.tables import Timesteps
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import is_attention
-from tcaq_lightning.nn.attention import QuantAttnProcessor
+from tcaq_lightning.nn.attention import quantized_processor
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers.timestep_groups import TimestepHook
@@ -65,16 +65,9 @@ class GraphDenoiser(nn.Module):
                     )
                 source = module.input_quantizer
                 if id(source) not in made:
-                    made[id(source)] = graph_quantizer(source, self.times, self.constants, id(source) in centred)
+                    made[id(source)] = graph_quantizer(name, source, self.times, self.constants, id(source) in centred)
                 layer = replacement(module, made[id(source)], self.times, self.constants)
                 set_submodule(self.denoiser, name, layer)
-            elif is_attention(module) and isinstance(module.processor, QuantAttnProcessor):
-                known = GRAPH_PROCESSORS.get(type(module.processor))
-                if known is None:
-                    raise UserError(
-                        f"unsupported attention {name} ({type(module.processor).__name__}): expected one of "
-                        f"{', '.join(kind.__name__ for kind in GRAPH_PROCESSORS)}; keep it in full precision with a "
-                        f"rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
-                    )
+            elif is_attention(module) and (processor := quantized_processor(module)) is not None:
                 owner: Any = module
-                owner.set_processor(known(module.processor, self.times, self.constants))
+                owner.set_processor(graph_attention(name, processor, self.times, self.constants))

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from tcaq_lightning.backends.graph.operators import Constants, coded, dequantized
 from tcaq_lightning.backends.graph.quantizers import GraphQuantizer
 from tcaq_lightning.backends.graph.tables import Timesteps
+from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLayer, QuantLinear
-from tcaq_lightning.quantizers import IntegerWeight, OutputQuantizer
+from tcaq_lightning.quantizers import OutputQuantizer
 from tcaq_lightning.quantizers.output import LOWEST
 from tcaq_lightning.quantizers.weight import column
 
@@ -63,14 +64,22 @@ class GraphLayer(nn.Module):
     def __init__(self, source: QuantLayer, inputs: GraphQuantizer, times: Timesteps, constants: Constants) -> None:
         super().__init__()
         weight = source.weight_quantizer
-        if not isinstance(weight, IntegerWeight):
+        if weight.learns:
             raise ValueError(f"{source.name} still learns its rounding; call freeze(denoiser) before")
+        zero_point = weight.zero_point
+        if not weight.number_format.integers or zero_point is None:
+            raise UserError(
+                f"unsupported layer {source.name}: its weight has the number format {weight.number_format.name}, "
+                f"which is not one of integers; expected int, or a rule that keeps the layer in full precision: "
+                f"quantization.rules: [{{pattern: {source.name}, keep: true}}]"
+            )
+        held: Any = weight
         self.name, self.bits, self.inputs, self.times = source.name, weight.bits, inputs, times
         self.out_channels = source.out_channels
-        codes = weight.codes.int() - column(weight.zero_point, weight.codes).int()
+        codes = held.codes.int() - column(zero_point, held.codes).int()
         fits = int(codes.min()) >= -128 and int(codes.max()) <= 127
-        self.register_buffer("codes", self.stored(codes.to(torch.int8) if fits else weight.codes))
-        zero_point = weight.zero_point.to(torch.uint8)
+        self.register_buffer("codes", self.stored(codes.to(torch.int8) if fits else held.codes))
+        zero_point = zero_point.to(torch.uint8)
         self.register_buffer("zero_point", torch.zeros_like(zero_point, dtype=torch.int8) if fits else zero_point)
         self.register_buffer("scale", weight.scale.clone())
         self.register_buffer("offset", None)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from tcaq_lightning.backends.graph.operators import Constants, coded
 from tcaq_lightning.backends.graph.tables import Timesteps
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import along
 from tcaq_lightning.quantizers.uniform import affine_range
+from tcaq_lightning.runtime.registry import Registry
 
 
 class GraphQuantizer(nn.Module):
@@ -130,14 +131,44 @@ class GraphTokenQuantizer(GraphQuantizer):
         return self.codes(x)
 
 
+GRAPH_QUANTIZERS: Registry[type[GraphQuantizer]] = Registry("activation quantizer of the exported graph")
+"""By `kind` of an activation quantizer, what it becomes in the graph."""
+GRAPH_QUANTIZERS.register("uniform")(GraphQuantizer)
+GRAPH_QUANTIZERS.register("token")(GraphTokenQuantizer)
+
+
 def graph_quantizer(
-    source: ActivationQuantizer, times: Timesteps, constants: Constants, centred: bool = False
+    name: str, source: ActivationQuantizer, times: Timesteps, constants: Constants, centred: bool = False
 ) -> GraphQuantizer:
-    """What the quantizer of a layer's input becomes in the graph; `centred` around one zero point for all groups."""
-    if isinstance(source, TokenQuantizer):
-        assert not centred
-        return GraphTokenQuantizer(source, times, constants)
-    return GraphQuantizer(source, times, constants, centred=centred)
+    """What the quantizer of a layer's input becomes in the graph.
+
+    Args:
+        name: of the layer, for the message.
+        source: the quantizer.
+        times: tables of the graph.
+        constants: of the graph.
+        centred: around one zero point for all groups.
+
+    Raises:
+        UserError: no graph form is registered for its kind.
+    """
+    form = graph_form(name, source)
+    return form(source, times, constants, centred=True) if centred else form(source, times, constants)
+
+
+def graph_form(name: str, source: ActivationQuantizer) -> type[GraphQuantizer]:
+    """The graph form of an activation quantizer.
+
+    Raises:
+        UserError: none is registered for its kind.
+    """
+    if source.kind not in GRAPH_QUANTIZERS:
+        raise UserError(
+            f"unsupported quantizer {source.kind} of {name}: expected one of "
+            f"{', '.join(GRAPH_QUANTIZERS)}, or a graph form of it in GRAPH_QUANTIZERS; or keep the layer with a rule: "
+            f"quantization.rules: [{{pattern: {name}, keep: true}}]"
+        )
+    return GRAPH_QUANTIZERS[source.kind]
 
 
 class GraphSoftmaxQuantizer(nn.Module):

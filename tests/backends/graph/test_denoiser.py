@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.artifact.freeze import describe
+from tcaq_lightning.artifact.structure import describe
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.layers import GraphLayer
 from tcaq_lightning.config import LayerRule

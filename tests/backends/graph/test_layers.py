@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tcaq_lightning.artifact.freeze import describe
+from tcaq_lightning.artifact.structure import describe
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.layers import _seen_taps
 
