@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,34 +62,51 @@ def packed_weights(
         "packed": sum(w.packed.untyped_storage().nbytes() for w in weights["packed"]),
         "unpacked": sum(w.codes.untyped_storage().nbytes() for w in weights["unpacked"]),
     }
-    rows = {}
     with torch.no_grad():
-        unpacking = []
-        for _ in range(repetitions):
-            started = time.process_time()
-            for weight in weights["packed"]:
-                _ = weight.codes
-            unpacking.append(time.process_time() - started)
-        for batch in batch_sizes or [1, 4]:
-            inputs = nest(example_inputs(denoiser, batch=batch))
-            seconds: dict[str, list[float]] = {kind: [] for kind in opened}
-            predictions = {}
-            for turn in range(repetitions + 1):
-                for kind, module in list(opened.items())[:: 1 if turn % 2 else -1]:
-                    started = time.process_time()
-                    predictions[kind] = module(**inputs, return_dict=False)[0]
-                    seconds[kind].append(time.process_time() - started)
-            assert torch.equal(predictions["packed"], predictions["unpacked"])
-            found = {kind: min(values[1:]) for kind, values in seconds.items()}  # the rest is other work of the machine
-            rows[f"batch {batch}"] = {**found, "ratio": found["packed"] / found["unpacked"]}
+        unpacking = fastest_unpacking(weights["packed"], repetitions)
+        rows = {
+            f"batch {batch}": times_in_turn(opened, nest(example_inputs(denoiser, batch=batch)), repetitions)
+            for batch in batch_sizes or [1, 4]
+        }
     return {
         "model": model,
         "weight_bits": weight_bits,
         "threads": threads,
         "weight_bytes": stored,
-        "unpacking_seconds": min(unpacking),
+        "unpacking_seconds": unpacking,
         "seconds": rows,
     }
+
+
+def fastest_unpacking(weights: Sequence[Any], repetitions: int) -> float:
+    """Seconds to unpack all weights once."""
+    seconds = []
+    for _ in range(repetitions):
+        started = time.process_time()
+        for weight in weights:
+            _ = weight.codes
+        seconds.append(time.process_time() - started)
+    return min(seconds)
+
+
+def times_in_turn(opened: Mapping[str, Any], inputs: Mapping[str, Any], repetitions: int) -> dict[str, float]:
+    """Seconds of each denoiser's fastest call, and their ratio.
+
+    Args:
+        opened: the denoiser with packed and with unpacked weights; they take turns.
+        inputs: of a call.
+        repetitions: of either side, after one to warm up.
+    """
+    seconds: dict[str, list[float]] = {kind: [] for kind in opened}
+    predictions = {}
+    for turn in range(repetitions + 1):
+        for kind, module in list(opened.items())[:: 1 if turn % 2 else -1]:
+            started = time.process_time()
+            predictions[kind] = module(**inputs, return_dict=False)[0]
+            seconds[kind].append(time.process_time() - started)
+    assert torch.equal(predictions["packed"], predictions["unpacked"])
+    found = {kind: min(values[1:]) for kind, values in seconds.items()}  # the rest is other work of the machine
+    return {**found, "ratio": found["packed"] / found["unpacked"]}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
@@ -165,7 +165,8 @@ def evaluate(
         devices: processes of this node that share the work; torchrun and SLURM set it themselves.
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
     """
-    from tcaq_lightning.config import ConditioningConfig, EvaluationConfig, Metric, TrainerConfig
+    from tcaq_lightning.config import ConditioningConfig, EvaluationConfig, TrainerConfig
+    from tcaq_lightning.evaluation.scores import check_metrics
     from tcaq_lightning.runtime.distributed.launch import connected
     from tcaq_lightning.runtime.lightning import quiet_lightning
 
@@ -180,7 +181,7 @@ def evaluate(
         features=features,
         batch_size=batch_size,
         sampler=_sampler(scheduler, steps, eta, options),
-        metrics=cast("list[Metric]", [name.strip() for name in metrics.split(",")]),  # checked by the dataclass
+        metrics=[name.strip() for name in metrics.split(",")],
         reference=reference,
         inception_weights=inception_weights,
         is_splits=is_splits,
@@ -191,6 +192,7 @@ def evaluate(
         clip_prompts=clip_prompts,
         save_images=save_images,
     )
+    check_metrics(config)
     if images and (full is not None or save_images is not None or fid_samples == 0):
         raise UserError(
             f"--full, --save_images and --fid_samples 0 are for models, got images ({path}); leave them out"

@@ -22,6 +22,7 @@ from tcaq_lightning.models.units import UnitGraph, trace_units
 from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tests.finished_run import run_dir, trained  # noqa: F401 - fixtures of several rooms
 
 CPU = torch.device("cpu")
 

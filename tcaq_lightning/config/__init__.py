@@ -4,7 +4,7 @@ from tcaq_lightning.config.calibration import CalibrationConfig, MemoryBudget
 from tcaq_lightning.config.conditioning import ConditioningConfig
 from tcaq_lightning.config.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.config.daq import DAQConfig
-from tcaq_lightning.config.evaluation import INCEPTION, EvaluationConfig, Metric
+from tcaq_lightning.config.evaluation import INCEPTION, EvaluationConfig
 from tcaq_lightning.config.headroom import HeadroomConfig
 from tcaq_lightning.config.logging import LoggingConfig
 from tcaq_lightning.config.model import ModelConfig
@@ -36,7 +36,6 @@ __all__ = [
     "LayerRule",
     "LoggingConfig",
     "MemoryBudget",
-    "Metric",
     "ModelConfig",
     "PARConfig",
     "QuantizationConfig",

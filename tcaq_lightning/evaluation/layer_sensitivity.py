@@ -65,7 +65,30 @@ def measure_sensitivity(
     Raises:
         UserError: the artifact or the full-precision model cannot be opened, or do not fit each other.
     """
-    key = {
+    key = _key(run_dir, config, num_trajectories)
+    pipeline, full, quantized = _open(run_dir, config)
+    content = read_cached(run_dir / FILE, _SHAPE, **key) or {"timesteps": [], "parts": {}}
+    names = [*parts_of(quantized), WHOLE]
+    missing = [name for name in names if name not in content["parts"]]
+    done = len(names) - len(missing)
+    if advance is not None:
+        advance(done, len(names))
+    if not missing:
+        return content
+    paths = _held_out(pipeline, full, config, num_trajectories)
+    targets = predictions(full, paths)
+    content["timesteps"] = paths.timesteps[:: paths.halves].tolist()
+    for number, name in enumerate(missing, start=done + 1):
+        content["parts"][name] = finite(_measured_part(full, quantized, name, paths, targets))
+        write_cached(run_dir / FILE, content, **key)
+        if advance is not None:
+            advance(number, len(names))
+    return content
+
+
+def _key(run_dir: Path, config: Mapping[str, Any], num_trajectories: int) -> dict[str, Any]:
+    """What the measurement depends on, JSON-ready."""
+    return {
         "artifact": artifact_digest(run_dir / "quantized"),
         "model": config["model"]["path"],
         "sampler": config["calibration"]["sampler"],
@@ -73,40 +96,41 @@ def measure_sensitivity(
         "seed": config["seed"],
         "num_trajectories": num_trajectories,
     }
-    pipeline: Any = open_pipeline(config["model"]["path"])
+
+
+def _open(run_dir: Path, config: Mapping[str, Any]) -> tuple[Any, nn.Module, nn.Module]:
+    """The full-precision pipeline, its denoiser, and the quantized one."""
+    path = config["model"]["path"]
+    pipeline: Any = open_pipeline(path)
     _, full = find_denoiser(pipeline)
     _, quantized = find_denoiser(load_quantized(run_dir / "quantized"))
     if sample_shape(full) != sample_shape(quantized):
         raise UserError(
             f"model.path: expected the model that was quantized, of samples {sample_shape(quantized)}, got "
-            f"{sample_shape(full)} from {config['model']['path']}"
+            f"{sample_shape(full)} from {path}"
         )
-    names = [*parts_of(quantized), WHOLE]
-    content = read_cached(run_dir / FILE, _SHAPE, **key) or {"timesteps": [], "parts": {}}
-    missing = [name for name in names if name not in content["parts"]]
-    if advance is not None:
-        advance(len(names) - len(missing), len(names))
-    if not missing:
-        return content
+    return pipeline, full, quantized
+
+
+def _held_out(pipeline: Any, full: nn.Module, config: Mapping[str, Any], num_trajectories: int) -> Trajectories:
+    """The first held-out trajectories of the run's own noise error."""
     indices = range(HELD_OUT_START, HELD_OUT_START + num_trajectories)
     sampler = SamplerConfig(**config["calibration"]["sampler"])
     sampling = make_sampling(pipeline, ConditioningConfig(**config["conditioning"]))
-    paths = collect(full, sampling, sampler, indices, config["seed"], BATCH_SIZE)
-    targets = predictions(full, paths)
-    content["timesteps"] = paths.timesteps[:: paths.halves].tolist()
-    for name in missing:
-        if name == WHOLE:
-            error, kind = relative_error(quantized, paths, targets), "model"
-        else:
-            with alone(full, quantized, name):
-                error = relative_error(full, paths, targets)
-            kind = "attention" if is_attention(full.get_submodule(name)) else "layer"
-        values = {"kind": kind, "summary": error.summary, "relative": error.relative.tolist()}
-        content["parts"][name] = finite(values)
-        write_cached(run_dir / FILE, content, **key)
-        if advance is not None:
-            advance(len(names) - len(missing) + missing.index(name) + 1, len(names))
-    return content
+    return collect(full, sampling, sampler, indices, config["seed"], BATCH_SIZE)
+
+
+def _measured_part(
+    full: nn.Module, quantized: nn.Module, name: str, paths: Trajectories, targets: list[Tensor]
+) -> dict[str, Any]:
+    """`kind`, `summary` and `relative` error of a part, or of the whole quantized denoiser."""
+    if name == WHOLE:
+        error, kind = relative_error(quantized, paths, targets), "model"
+    else:
+        with alone(full, quantized, name):
+            error = relative_error(full, paths, targets)
+        kind = "attention" if is_attention(full.get_submodule(name)) else "layer"
+    return {"kind": kind, "summary": error.summary, "relative": error.relative.tolist()}
 
 
 def parts_of(quantized: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from tcaq_lightning.evaluation.metrics.inception_score import inception_score
 from tcaq_lightning.evaluation.metrics.kid import kernel_distance
 from tcaq_lightning.evaluation.reference import Reference
 from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
-from tcaq_lightning.evaluation.scores import row_of, score
+from tcaq_lightning.evaluation.scores import check_metrics, row_of, score
 
 
 def gaussian(n: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -117,3 +117,41 @@ def test_needs_of_a_metric_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METRICS["kid"], "needs", ("pixels",))
     with pytest.raises(UserError, match=r"metric kid: needs must be some of pooled, spatial, logits, got pixels"):
         find_metric("kid")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"metrics": ["fid", "beauty"]},
+            r"evaluation\.metrics: unknown metric 'beauty'; expected one of clip, .*fid",
+        ),
+        ({"metrics": ["sfid"]}, r"evaluation\.features must be inception for sfid, got 'fashion-mnist-features'"),
+        ({"metrics": ["is"]}, r"evaluation\.features must be inception for is"),
+        ({"metrics": ["clip"]}, r"evaluation\.clip_model must be given for clip, got None"),
+        ({"metrics": ["clip"], "clip_model": "here"}, r"evaluation\.clip_prompts must be given for clip"),
+    ],
+)
+def test_settings_that_a_metric_cannot_work_with(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        check_metrics(EvaluationConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "number", "text"),
+    [
+        (
+            {"metrics": ["kid"]},
+            999,
+            r"evaluation\.fid_samples must be at least 1000 for kid .*subset_size.*got 999",
+        ),
+        ({"metrics": ["precision_recall"]}, 3, r"at least 4 for precision_recall \(evaluation\.neighbours \+ 1\)"),
+        ({"metrics": ["fid"]}, 64, "must be 0 or more than the 64 features of fashion-mnist-features, got 64"),
+    ],
+)
+def test_too_few_images(settings: dict[str, Any], number: int, text: str) -> None:
+    config = EvaluationConfig(**settings)
+    (metric,) = check_metrics(config)
+    with pytest.raises(UserError, match=text):
+        metric.check_number(number, "evaluation.fid_samples", config, width=64)
+    metric.check_number(2000, "evaluation.fid_samples", config, width=64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -171,57 +172,65 @@ def _logged_heat_maps(events: Events) -> list[Figure]:
     ][:MOST_FIGURES]
 
 
+Choice = tuple[str, Mapping[str, Any]]
+"""Name of an attention, and what DAQ recorded of it."""
+
+
 def daq(run: FinishedRun, events: Events) -> Section:
     """DAQ's choices, errors and fits."""
     section = Section("daq", "DAQ: attention probabilities")
-    found = [
-        (unit["unit"], f"{unit['unit']}.{name}".removesuffix(".processor.probabilities"), name, choice)
+    found: list[Choice] = [
+        (f"{unit['unit']}.{name}".removesuffix(".processor.probabilities"), choice)
         for unit in run.units
         for name, choice in (unit.get("attention") or {}).items()
         if choice["logarithmic"]
     ]
     if not found:
         return or_nothing(section, "The model has no quantized attention, or the run recorded none.")
-    config = run.manifest["config"]
-    if not config["daq"]["enabled"]:
+    config = run.manifest["config"]["daq"]
+    if not config["enabled"]:
         section.blocks.append(note("DAQ was off: all probabilities are uniform. Below is what it would have gone by."))
-    rule = config["daq"]["rule"]
     section.blocks.append(
         Text(
-            f"For each attention and timestep group the probabilities are uniform or logarithmic, here by the rule "
-            f"“{rule}”. The likelihood rule takes logarithmic where a power law fits the tail better than an "
+            "For each attention and timestep group the probabilities are uniform or logarithmic, here by the rule "
+            f"“{config['rule']}”. The likelihood rule takes logarithmic where a power law fits the tail better than an "
             "exponential (R > 0); the error rule compares the relative errors of P v."
         )
     )
-    labels = [label for _, label, _, _ in found]
-    chosen = [choice["logarithmic"] for *_, choice in found]
-    differ = [
-        [x != y for x, y in zip(choice["by_likelihood"], choice["by_error"], strict=True)] for *_, choice in found
-    ]
-    if len({len(row) for row in chosen}) == 1:
-        with plot_style():
-            plot = charts.choice_map(labels, chosen, differ)
-        caption = "Blue is logarithmic, grey uniform. A cross marks a group in which the two rules disagree."
-        section.blocks.append(drawn(plot, caption, "Map of DAQ's choices by attention and timestep group", wide=True))
-    rows = [
-        (
-            label,
-            sum(c["logarithmic"]) / len(c["logarithmic"]),
-            1 - sum(d) / len(d),
-            mean_known(c["uniform_error"]),
-            mean_known(c["log_error"]),
-            mean_known(
-                [
-                    log if logarithmic else uniform
-                    for log, uniform, logarithmic in zip(
-                        c["log_error"], c["uniform_error"], c["logarithmic"], strict=True
-                    )
-                ]
-            ),
-            mean_known(c["R"]),
+    if len({len(choice["logarithmic"]) for _, choice in found}) == 1:
+        section.blocks.append(_choice_map(found))
+    fits = _tails(run) if run.statistics else _logged_tails(events)
+    section.blocks += [_choice_table(found), Gallery(_choice_errors(found)[:MOST_FIGURES])]
+    section.blocks += unfolded(fits, f"Fitted tails of the distributions, {len(fits)} figures", MOST_FIGURES)
+    return section
+
+
+def _disagreement(choice: Mapping[str, Any]) -> list[bool]:
+    """By timestep group, whether the two rules choose differently."""
+    return [x != y for x, y in zip(choice["by_likelihood"], choice["by_error"], strict=True)]
+
+
+def _choice_map(found: Sequence[Choice]) -> Figure:
+    """All choices at a glance."""
+    with plot_style():
+        plot = charts.choice_map(
+            [label for label, _ in found],
+            [choice["logarithmic"] for _, choice in found],
+            [_disagreement(choice) for _, choice in found],
         )
-        for (_, label, _, c), d in zip(found, differ, strict=True)
-    ]
+    caption = "Blue is logarithmic, grey uniform. A cross marks a group in which the two rules disagree."
+    return drawn(plot, caption, "Map of DAQ's choices by attention and timestep group", wide=True)
+
+
+def _choice_table(found: Sequence[Choice]) -> Table:
+    """Means over the timestep groups, a row for each attention."""
+    rows = []
+    for label, choice in found:
+        chosen, uniform, log = (choice[key] for key in ("logarithmic", "uniform_error", "log_error"))
+        as_chosen = [b if logarithmic else a for a, b, logarithmic in zip(uniform, log, chosen, strict=True)]
+        differ = _disagreement(choice)
+        shares = sum(chosen) / len(chosen), 1 - sum(differ) / len(differ)
+        rows.append((label, *shares, *map(mean_known, (uniform, log, as_chosen, choice["R"]))))
     columns = [
         Column("attention", "code"),
         Column("logarithmic", "percent"),
@@ -231,19 +240,19 @@ def daq(run: FinishedRun, events: Events) -> Section:
         Column("error as chosen", "number"),
         Column("mean R", "number"),
     ]
-    section.blocks.append(Table("Means over the timestep groups.", columns, rows))
-    errors = []
-    for label, choice in zip(labels, (c for *_, c in found), strict=True):
+    return Table("Means over the timestep groups.", columns, rows)
+
+
+def _choice_errors(found: Sequence[Choice]) -> list[Figure]:
+    """Errors under either quantizer, a figure for each attention."""
+    figures = []
+    for label, choice in found:
+        series = {"uniform": choice["uniform_error"], "logarithmic": choice["log_error"]}
         with plot_style():
-            plot = charts.by_group(
-                {"uniform": choice["uniform_error"], "logarithmic": choice["log_error"]}, label, "relative error of P v"
-            )
+            plot = charts.by_group(series, label, "relative error of P v")
         caption = f"{label}: error of P v under either quantizer; the error rule chooses the lower line."
-        errors.append(drawn(plot, caption, caption))
-    section.blocks.append(Gallery(errors[:MOST_FIGURES]))
-    fits = _tails(run) if run.statistics else _logged_tails(events)
-    section.blocks += unfolded(fits, f"Fitted tails of the distributions, {len(fits)} figures", MOST_FIGURES)
-    return section
+        figures.append(drawn(plot, caption, caption))
+    return figures
 
 
 def mean_known(values: list[float | None]) -> float | None:

@@ -137,40 +137,58 @@ def latency(measured: Record | None) -> Section:
             "backend simulates integer arithmetic in float32: its gain is on disk, not in time."
         )
     )
-    names = list(dict.fromkeys(f"{r['model']}, {r['backend']}" for r in rows))
-    batches = sorted({r["batch"] for r in rows})
-    found = {(f"{r['model']}, {r['backend']}", r["batch"]): r for r in rows}
     if rows:
-        per_sample = {
-            n: [_ratio(_thousandfold(found.get((n, b), {}).get("seconds")), b) for b in batches] for n in names
-        }
-        memory = {n: [_millions(_above_idle(found.get((n, b), {}))) for b in batches] for n in names}
-        labels = [f"batch {b}" for b in batches]
-        with plot_style():
-            plots = [
-                (
-                    charts.grouped_bars(labels, per_sample, "milliseconds a sample"),
-                    "Median time of a call, by sample; lower is faster.",
-                ),
-                (
-                    charts.grouped_bars(labels, memory, "megabytes"),
-                    "Peak memory of the process beyond the interpreter and libraries; lower is smaller.",
-                ),
-            ]
-        section.blocks.append(Gallery([drawn(plot, caption, caption) for plot, caption in plots]))
+        section.blocks += [_latency_charts(rows), _latency_table(rows, baseline)]
+    problems = [row for row in measured["rows"] if row.get("problem")]
+    section.blocks += [note(f"{_runner(row)}: not measured, {row['problem']}") for row in problems]
+    return section
+
+
+def _runner(row: Record) -> str:
+    """Which model ran on what."""
+    return f"{row['model']}, {row['backend']}"
+
+
+def _latency_charts(rows: Sequence[Record]) -> Gallery:
+    """Time and memory by batch size, side by side."""
+    names = list(dict.fromkeys(map(_runner, rows)))
+    batches = sorted({row["batch"] for row in rows})
+    labels = [f"batch {batch}" for batch in batches]
+    found = {(_runner(row), row["batch"]): row for row in rows}
+    per_sample = {
+        name: [_ratio(_thousandfold(found.get((name, batch), {}).get("seconds")), batch) for batch in batches]
+        for name in names
+    }
+    memory = {name: [_millions(_above_idle(found.get((name, batch), {}))) for batch in batches] for name in names}
+    with plot_style():
+        plots = [
+            (
+                charts.grouped_bars(labels, per_sample, "milliseconds a sample"),
+                "Median time of a call, by sample; lower is faster.",
+            ),
+            (
+                charts.grouped_bars(labels, memory, "megabytes"),
+                "Peak memory of the process beyond the interpreter and libraries; lower is smaller.",
+            ),
+        ]
+    return Gallery([drawn(plot, caption, caption) for plot, caption in plots])
+
+
+def _latency_table(rows: Sequence[Record], baseline: Mapping[int, float]) -> Table:
+    """All that was measured, beside the full-precision model's time."""
     cells = [
         (
-            r["model"],
-            r["backend"],
-            r["batch"],
-            r["seconds"],
-            r["fastest"],
-            r["slowest"],
-            _ratio(baseline.get(r["batch"]), r["seconds"]),
-            r["peak"],
-            _above_idle(r),
+            row["model"],
+            row["backend"],
+            row["batch"],
+            row["seconds"],
+            row["fastest"],
+            row["slowest"],
+            _ratio(baseline.get(row["batch"]), row["seconds"]),
+            row["peak"],
+            _above_idle(row),
         )
-        for r in rows
+        for row in rows
     ]
     columns = [
         Column("model"),
@@ -183,11 +201,7 @@ def latency(measured: Record | None) -> Section:
         Column("peak MB", "megabytes"),
         Column("MB beyond libraries", "megabytes"),
     ]
-    if cells:
-        section.blocks.append(Table("By model, backend and batch size.", columns, cells))
-    problems = [r for r in measured["rows"] if r.get("problem")]
-    section.blocks += [note(f"{r['model']}, {r['backend']}: not measured, {r['problem']}") for r in problems]
-    return section
+    return Table("By model, backend and batch size.", columns, cells)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

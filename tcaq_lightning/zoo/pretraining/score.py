@@ -75,44 +75,72 @@ def main(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    pipeline = open_pipeline(model)
-    _, denoiser = find_denoiser(pipeline)
-    classes = num_classes(pipeline, denoiser)
-    extractor = load_feature_extractor(features)
-    reference = ReferenceStatistics.load(features / REFERENCE_FILE)
-    class_statistics = None if classes is None else ClassStatistics.load(features / CLASSES_FILE)
-    columns, shown = (8, 64) if classes is None else (classes, 10 * classes)
-    clips = clip_sample or ([True, False] if classes is None else [False])
-    scales: list[Any] = guidance_scale or [None if classes is None else 1.0]
+    scored = _Scored(open_pipeline(model), features, num_images, batch_size, seed)
+    clips = clip_sample or ([True, False] if scored.classes is None else [False])
+    scales: list[Any] = guidance_scale or [None if scored.classes is None else 1.0]
     for num_steps, clip, scale in itertools.product(steps or [20], clips, scales):
-        labels = None if classes is None else list(range(classes))
-        sampling = make_sampling(pipeline, ConditioningConfig(guidance_scale=scale, class_labels=labels))
-        sampler = SamplerConfig("DDIMScheduler", num_steps, options={"clip_sample": clip})
-        vectors: list[Tensor] = []
-        first: list[Tensor] = []
-        for start in range(0, num_images, batch_size):
-            indices = range(start, min(start + batch_size, num_images))
-            images = sampling.sample(denoiser, sampler, indices, seed)
-            vectors.append(extract_features(extractor, images))
-            if len(first) * batch_size < shown:
-                first.append(images)
+        vectors, first = scored.sample(SamplerConfig("DDIMScheduler", num_steps, options={"clip_sample": clip}), scale)
         if grid is not None:
-            tile(to_images(torch.cat(first)[:shown]), columns).save(grid)
+            tile(to_images(first), scored.columns).save(grid)
             grid = None
-        result = frechet_distance(torch.cat(vectors), reference)
         line: dict[str, Any] = {"model": model, "steps": num_steps, "clip_sample": clip, "images": num_images}
-        line |= {
-            "seed": seed,
-            "fid": round(result.value, 4),
-            "low": round(result.low, 4),
-            "high": round(result.high, 4),
-        }
-        if class_statistics is not None and classes is not None:
-            asked = torch.arange(num_images) % classes
-            recognised = (class_statistics.predict(torch.cat(vectors)) == asked).double().mean()
-            line |= {"guidance_scale": scale, "recognised": round(float(recognised), 4)}
+        line |= {"seed": seed, **scored.distance(vectors)}
+        if scored.classes is not None:
+            line |= {"guidance_scale": scale, "recognised": scored.recognised(vectors)}
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
+
+
+class _Scored:
+    """A model with what its images are compared with.
+
+    Args:
+        pipeline: of the model.
+        features: directory of the feature extractor and its reference statistics.
+        num_images: images for each sampler.
+        batch_size: images at a time.
+        seed: of the noise.
+
+    Attributes:
+        classes: number of classes; None for an unconditional model.
+        columns: of the grid.
+    """
+
+    def __init__(self, pipeline: Any, features: Path, num_images: int, batch_size: int, seed: int) -> None:
+        self.pipeline, self.num_images, self.batch_size, self.seed = pipeline, num_images, batch_size, seed
+        _, self.denoiser = find_denoiser(pipeline)
+        self.extractor = load_feature_extractor(features)
+        self.reference = ReferenceStatistics.load(features / REFERENCE_FILE)
+        self.classes = classes = num_classes(pipeline, self.denoiser)
+        self.statistics = None if classes is None else ClassStatistics.load(features / CLASSES_FILE)
+        self.columns, self.shown = (8, 64) if classes is None else (classes, 10 * classes)
+
+    def sample(self, sampler: SamplerConfig, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Features of all images, (N, F), and the images of the grid."""
+        labels = None if self.classes is None else list(range(self.classes))
+        sampling = make_sampling(self.pipeline, ConditioningConfig(guidance_scale=scale, class_labels=labels))
+        vectors: list[Tensor] = []
+        first: list[Tensor] = []
+        for start in range(0, self.num_images, self.batch_size):
+            indices = range(start, min(start + self.batch_size, self.num_images))
+            images = sampling.sample(self.denoiser, sampler, indices, self.seed)
+            vectors.append(extract_features(self.extractor, images))
+            if len(first) * self.batch_size < self.shown:
+                first.append(images)
+        return torch.cat(vectors), torch.cat(first)[: self.shown]
+
+    def distance(self, vectors: Tensor) -> dict[str, float]:
+        """FID and its interval, rounded."""
+        result = frechet_distance(vectors, self.reference)
+        values = {"fid": result.value, "low": result.low, "high": result.high}
+        return {name: round(value, 4) for name, value in values.items()}
+
+    def recognised(self, vectors: Tensor) -> float:
+        """Share of the images that are recognised as of the class that was asked for, rounded."""
+        assert self.statistics is not None
+        assert self.classes is not None
+        asked = torch.arange(self.num_images) % self.classes
+        return round(float((self.statistics.predict(vectors) == asked).double().mean()), 4)
 
 
 if __name__ == "__main__":
