@@ -1,7 +1,7 @@
 """Quantize a diffusion model: calibrate on its own samples, write an integer artifact, show what it cost.
 
-    python train.py --config configs/fashion_mnist_w4a8.yaml                       the main job
-    python train.py --config configs/fashion_mnist_w4a8.yaml --dry_run             units, bits, memory, time
+    python train.py --config configs/w4a8.yaml                                     the main job
+    python train.py --config configs/w4a8.yaml --dry_run                           units, bits, memory, time
     python train.py --config … --quantization.weight.bits 6 --run_dir runs/w6      any key can be given
     python train.py --config … --trainer.devices 4                                 4 GPUs
     torchrun --nproc_per_node 4 --nnodes 2 … train.py --config …                   2 nodes; under SLURM: srun python …

@@ -3,8 +3,8 @@
 What the simulation in float64 differs by from itself in float32 is reported beside it: where float sums are rounded
 otherwise, single values next to the edge of a code fall on its other side, and images of few bits show it.
 
-python -m benchmarks.backends --artifact runs/fashion_mnist_w4a8/quantized
-python -m benchmarks.backends --artifact runs/fashion_mnist_latent_w4a8/quantized --guidance_scale 2
+python -m benchmarks.backends --artifact runs/fashion-mnist-ddpm-w4a8/quantized
+python -m benchmarks.backends --artifact runs/fashion-mnist-latent-w4a8/quantized --guidance_scale 2
 """
 
 from __future__ import annotations

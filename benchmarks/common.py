@@ -33,7 +33,7 @@ from tcaq_lightning.runtime.precision import bfloat16_is_fast
 ROOT = Path(__file__).parents[1]
 MODELS = Path(__file__).with_name("models")
 SHIPPED = "fashion-mnist-ddpm"
-BASE_CONFIG = ROOT / "configs" / "fashion_mnist_w4a8.yaml"
+BASE_CONFIG = ROOT / "configs" / "w4a8.yaml"
 SAMPLING_INTERVAL = 0.01
 """Seconds between two looks at a process' memory."""
 

@@ -1,6 +1,6 @@
 """A model of what a calibration costs, held against measured runs and applied to large models.
 
-    python -m benchmarks.cost --runs '[runs/fashion_mnist_w4a8, runs/fashion_mnist_w4a4]'
+    python -m benchmarks.cost --runs '[runs/fashion-mnist-ddpm-w4a8, runs/fashion-mnist-ddpm-w4a4]'
     python -m benchmarks.cost --ranks 8 --device_tflops 40
 
 Time is counted in forward passes of the full-precision denoiser, one sample each; what a pass takes is measured (for a

@@ -1,7 +1,7 @@
 """Share of a calibration's wall time by stage.
 
     python -m benchmarks.stages --iterations 1000
-    python -m benchmarks.stages --run_dir runs/fashion_mnist_w4a8       a finished run
+    python -m benchmarks.stages --run_dir runs/fashion-mnist-ddpm-w4a8       a finished run
 
 `outside_share` is everything that is neither the optimisation loop nor the evaluation after it: observation, searches,
 store, gate, trajectories, mismatch, plan, and start-up.

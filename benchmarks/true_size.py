@@ -52,7 +52,7 @@ from tcaq_lightning.runtime.allocation_trace import SIZES
 from tcaq_lightning.runtime.files import load_tensors
 from tcaq_lightning.runtime.memory import release_freed_memory
 
-TEXT_CONFIG = ROOT / "configs" / "paper" / "coco_w4a8.yaml"
+TEXT_CONFIG = ROOT / "configs" / "paper" / "coco.yaml"
 TEXT_TOKENS, LATENT_FACTOR = 77, 8
 """Of Stable Diffusion: tokens of a prompt, and pixels of an image by side of a latent."""
 PROMPTS = ("a red boot", "a bag on a table", "two dogs in the snow", "a boat")

@@ -1,11 +1,11 @@
 """Commands on models, finished runs and images: sample, evaluate, statistics, report, export, convert.
 
-python -m tcaq_lightning sample runs/default/quantized --num 64 --output grid.png
-python -m tcaq_lightning evaluate runs/default/quantized --full fashion-mnist-ddpm --output metrics.json
+python -m tcaq_lightning sample runs/quickstart/quantized --num 64 --output grid.png
+python -m tcaq_lightning evaluate runs/quickstart/quantized --full fashion-mnist-ddpm --output metrics.json
 python -m tcaq_lightning evaluate IMAGES --features inception --metrics fid,sfid,is --reference REFERENCE.npz
 python -m tcaq_lightning statistics IMAGES REFERENCE.safetensors
-python -m tcaq_lightning report runs/default
-python -m tcaq_lightning export runs/default/quantized --format openvino exported
+python -m tcaq_lightning report runs/quickstart
+python -m tcaq_lightning export runs/quickstart/quantized --format openvino exported
 python -m tcaq_lightning convert model.ckpt models/lsun-bedrooms --architecture lsun-bedrooms-ldm4
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from tcaq_lightning.config import (
     EvaluationConfig,
     HeadroomConfig,
     LayerRule,
+    ModelConfig,
     PARConfig,
     QuantizationConfig,
     ReconstructionConfig,
@@ -141,3 +144,10 @@ def test_values_that_were_set_later_are_checked_by_check() -> None:
     config.calibration.sampler.num_steps = 0
     with pytest.raises(UserError, match=r"^calibration\.sampler\.num_steps must be at least 1, got 0$"):
         config.check()
+
+
+def test_a_run_directory_is_named_after_model_and_width() -> None:
+    assert Config().run_dir == Path("runs/fashion-mnist-ddpm-w4a8")
+    config = Config(model=ModelConfig("someone/a-model"), run_dir=Path("out/{bits}/{model}"))
+    assert config.run_dir == Path("out/w4a8/a-model")
+    assert dataclasses.replace(config, seed=1).run_dir == config.run_dir

@@ -32,8 +32,9 @@ UNRELATED_TO_RESULT = ("run_dir", "trainer", "logging", "calibration.memory_budg
 class Config(Section):
     """One calibration run."""
 
-    run_dir: Path = Path("runs/default")
-    """Directory of everything the run writes; the same command resumes there."""
+    run_dir: Path = Path("runs/{model}-{bits}")
+    """Directory of everything the run writes; the same command resumes there. {model} stands for the last part of
+    model.path, {bits} for the width, such as w4a8."""
     seed: int = 0
     """Seed of noises, sample draws and searches."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -65,7 +66,7 @@ class Config(Section):
 
     def check(self) -> None:
         """See that all values can be worked with."""
-        self.run_dir = Path(self.run_dir)
+        self.run_dir = self._named(self.run_dir)
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
             if isinstance(value, Section):
@@ -84,6 +85,12 @@ class Config(Section):
                 "enough for one step in every phase and round of tcr and par",
                 self.reconstruction.iterations,
             )
+
+    def _named(self, run_dir: str | Path) -> Path:
+        """A directory whose name may say which model and width it is of."""
+        bits = f"w{self.quantization.weight.bits}a{self.quantization.activation.bits}"
+        model = Path(self.model.path).resolve().name
+        return Path(str(run_dir).replace("{model}", model).replace("{bits}", bits))
 
     def check_ranks(self) -> None:
         """See that there is work for every rank.

@@ -15,7 +15,7 @@ class ReconstructionConfig(Section):
 
     enabled: bool = True
     """Off: rounding to nearest with searched ranges."""
-    iterations: int = 400
+    iterations: int = 200
     """Optimisation steps for each unit, over all phases and rounds together."""
     batch_size: int = 32
     """Samples per step, over all processes together."""

@@ -1,4 +1,4 @@
-"""What every shipped config gives is the same model on every engine: along real trajectories, and in its images."""
+"""What every shipped config and model give is the same on every engine: along real trajectories, and in its images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from benchmarks.backends import backends
 from benchmarks.common import ROOT, watch
@@ -16,6 +15,9 @@ from benchmarks.common import ROOT, watch
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "paper")
+CASES = [(path, "fashion-mnist-ddpm", None) for path in CONFIGS]
+CASES += [(ROOT / "configs" / "w4a8.yaml", f"fashion-mnist-{name}", 2.0) for name in ("latent", "dit")]
+"""Config, model, guidance."""
 FEW: dict[str, Any] = {
     "calibration.num_trajectories": 8,
     "calibration.held_out_trajectories": 2,
@@ -38,11 +40,14 @@ where that is more: at 4 bits one value that falls to the other side of a code m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_engines_compute_the_model_of_every_config(path: Path, tmp_path: Path) -> None:
-    changes = [f"--{key}={value}" for key, value in FEW.items()]
-    watch([sys.executable, str(ROOT / "train.py"), "--config", str(path), f"--run_dir={tmp_path / 'run'}", *changes])
-    guidance = yaml.safe_load(path.read_text())["conditioning"]["guidance_scale"]
+@pytest.mark.parametrize(("path", "model", "guidance"), CASES, ids=lambda value: getattr(value, "stem", str(value)))
+def test_engines_compute_the_model_of_every_config(
+    path: Path, model: str, guidance: float | None, tmp_path: Path
+) -> None:
+    settings = FEW | {"model.path": model, "run_dir": tmp_path / "run"}
+    settings |= {} if guidance is None else {"conditioning.guidance_scale": guidance}
+    changes = [f"--{key}={value}" for key, value in settings.items()]
+    watch([sys.executable, str(ROOT / "train.py"), "--config", str(path), *changes])
     found = backends(tmp_path / "run" / "quantized", samples=8, guidance_scale=guidance)
     itself = found["float64"]
     largest = max(SAME_STEPS, ALIKE * itself["median_error"])

@@ -43,6 +43,8 @@ ARCHITECTURE: dict[str, Any] = {
     "freq_shift": 1,
 }
 """The family of DDIM's CIFAR-10 network (`google/ddpm-cifar10-32`), narrower, for 28 x 28 x 1."""
+SCHEDULE: dict[str, Any] = {"beta_schedule": "linear", "num_train_timesteps": 1000, "clip_sample": False}
+"""Noise schedule, and a sampler that does not clip, as it is calibrated and measured."""
 
 
 class DenoiserPretraining(Pretraining):
@@ -105,7 +107,7 @@ def initial_model(init: Path | None, seed: int) -> tuple[nn.Module, Any]:
     if init is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return network_class(**ARCHITECTURE), scheduler_class(beta_schedule="linear", num_train_timesteps=1000)
+            return network_class(**ARCHITECTURE), scheduler_class(**SCHEDULE)
     try:
         denoiser = network_class.from_pretrained(
             init, subfolder="unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
