@@ -17,11 +17,19 @@ from tcaq_lightning.quantizers.activation import widened
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 QUERIES = 256
-"""So many of each head's queries tell which quantizer its probabilities need; all of them may fill the memory."""
+"""Queries of each head that are kept of an attention's probabilities; all of them may fill the memory."""
 
 
 def probe_indices(groups: Tensor, num_groups: int, total: int) -> Tensor:
     """Samples spread evenly over the groups, the same number in each, sorted by group.
+
+    Args:
+        groups: (N,) timestep group of each sample; none of them is empty.
+        num_groups: G.
+        total: about as many samples are taken, at least one and at most the smallest group from each.
+
+    Returns:
+        (G n,) numbers of samples, those of a group in sequence.
 
     >>> probe_indices(torch.tensor([1, 0, 0, 1, 1]), num_groups=2, total=4)
     tensor([1, 2, 0, 3])
@@ -59,8 +67,8 @@ def capture_inputs(
     def hook(name: str, quantizer: nn.Module) -> Any:
         of_probabilities = isinstance(quantizer, SoftmaxQuantizer)
 
-        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:  # of several calls in a pass the last counts
-            x = widened(args[0])
+        def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = widened(args[0])  # of several calls in a pass the last one is kept
             passed[name] = _some_queries(x) if of_probabilities else x
 
         return receive

@@ -1,8 +1,9 @@
-"""How much an error in a unit's output, at a timestep and in a channel, changes the final sample.
+"""Sensitivity weights: how much an error in a unit's output, at a timestep and in a channel, changes the final sample.
 
-A plain block error is dominated by the last timesteps, where a denoiser's errors are largest and matter least. Weights
-that follow the error to the sample let rounding be learned for the sample. Two factors, both to second order and for
-errors that are independent of each other:
+This project's own (docs/method.md, "Sensitivity weights"). A plain block error is dominated by the last timesteps,
+where a denoiser's errors are largest and matter least. Weights that follow the error to the sample let rounding be
+learned for the sample. They are a product of two factors, both to second order and for errors that are independent of
+each other:
 
 - from the unit's output to the denoiser's prediction: the squared Jacobian, by random projection;
 - from the prediction to the final sample: how far the sampler carries it.
