@@ -16,7 +16,6 @@ from tcaq_lightning.calibration.probes import capture_inputs
 from tcaq_lightning.calibration.streams import UnitData
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.methods.daq import AttentionChoice, LogHistogram, TailFit, choose_softmax
-from tcaq_lightning.methods.ranges import set_range
 from tcaq_lightning.methods.reparameterization import Reparameterization, choose, named
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quantizers, readers
@@ -132,7 +131,7 @@ def _set_activation(
         What `choose` returns; None without a reparameterization.
     """
     errors = choose(quantizer, layers, x, ranges, members) if layers and members else None
-    set_range(quantizer, x, ranges)
+    quantizer.search(x, ranges)
     for layer in layers:
         layer.set_shift()
         layer.search_weight()

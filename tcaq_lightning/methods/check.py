@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tcaq_lightning.config import Config
-from tcaq_lightning.methods.daq import FAMILIES, RULES
+from tcaq_lightning.methods.daq import RULES
 from tcaq_lightning.methods.reparameterization import named
+from tcaq_lightning.quantizers import SOFTMAX_KINDS
 
 
 def check_methods(config: Config) -> None:
@@ -14,4 +15,4 @@ def check_methods(config: Config) -> None:
         UserError: something is not; the message names the key and what there is.
     """
     named(config.tcr.formula, config.tcr.truncation)
-    _ = RULES[config.daq.rule], FAMILIES[config.daq.family]
+    _ = RULES[config.daq.rule], SOFTMAX_KINDS[config.daq.family]

@@ -23,24 +23,15 @@ from torch import Tensor
 
 from tcaq_lightning.config import DAQConfig
 from tcaq_lightning.methods.daq_tails import TailFit, fit_tails
-from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers import SOFTMAX_KINDS, SoftmaxKind, SoftmaxQuantizer
 from tcaq_lightning.quantizers.histogram import LogHistogram
-from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
-from tcaq_lightning.quantizers.range_search import search_affine, search_log
 from tcaq_lightning.quantizers.timestep_groups import values_by_group
-from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.runtime.registry import Registry
 
 __all__ = ["LogHistogram", "TailFit", "choose_softmax", "decide_by_likelihood"]
 
 VALUES = 8192
 """Probabilities of each timestep group in the searches."""
-
-FAMILIES: Registry[tuple[float, ...]] = Registry("daq.family")
-"""By the name that `daq.family` takes: the exponents tau that a logarithmic quantizer, delta 2^(-tau q), may have."""
-FAMILIES.register("log2")((1.0,))  # FQ-ViT, Lin et al. 2022
-FAMILIES.register("log_sqrt2")((0.5,))  # RepQ-ViT, Li et al. 2023
-FAMILIES.register("adalog")(ADALOG_TAUS)  # AdaLog, Wu et al. 2024
 
 
 @dataclass(frozen=True)
@@ -114,29 +105,21 @@ def choose_softmax(
         config: rule and logarithmic family; with `enabled` off every group is uniform.
 
     Raises:
-        UserError: `daq.rule` is not registered.
+        UserError: `daq.rule` or `daq.family` is not registered.
     """
     num_groups, bits = quantizer.delta.numel(), quantizer.bits
     rows = values_by_group(p, num_groups, VALUES)
-    uniform_delta, _ = search_affine(rows, bits, limits=(p.new_zeros(num_groups), p.reshape(num_groups, -1).amax(1)))
-    log_delta, tau = search_log(rows, bits, FAMILIES[config.family])
-
-    def of_samples(table: Tensor) -> Tensor:  # (G,) -> (B, 1, 1, 1)
-        return table.repeat_interleave(p.shape[0] // num_groups).view(-1, 1, 1, 1)
-
-    steps, log_steps, taus = of_samples(uniform_delta), of_samples(log_delta), of_samples(tau)
-    levels = uniform_delta.new_tensor(2**bits - 1)
+    largest = p.reshape(num_groups, -1).amax(1)
+    uniform, logarithmic = SOFTMAX_KINDS["uniform"], SOFTMAX_KINDS[config.family]
+    found = [kind.search(rows, bits, largest) for kind in (uniform, logarithmic)]
     error = _OutputError(p, values, num_groups)
-    evidence = Evidence(
-        fits,
-        error(lambda x, i: fake_quantize(x, steps[i], levels * 0, levels)),
-        error(lambda x, i: log_fake_quantize(x, log_steps[i], taus[i], bits)),
-    )
+    errors = [error(kind, *tables, bits) for kind, tables in zip((uniform, logarithmic), found, strict=True)]
+    evidence = Evidence(fits, *errors)
     chosen = RULES[config.rule](evidence)
     if not config.enabled:
         chosen = torch.zeros_like(chosen)
-    quantizer.delta.copy_(torch.where(chosen, log_delta, uniform_delta))
-    quantizer.tau.copy_(torch.where(chosen, tau, torch.zeros_like(tau)))
+    for buffer, by_uniform, by_logarithmic in zip((quantizer.delta, quantizer.tau), *found, strict=True):
+        buffer.copy_(torch.where(chosen, by_logarithmic, by_uniform))
     return AttentionChoice(
         chosen.cpu(),
         by_likelihood(evidence).cpu(),
@@ -167,9 +150,11 @@ class _OutputError:
         samples = (slice(i, i + 1) for i in range(len(self.p)))
         return torch.cat([function(self.p[i], i) @ self.v[i] for i in samples])
 
-    def __call__(self, quantize: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """(G,) errors of a quantizer: (probabilities of some samples, which ones) -> quantized ones."""
-        difference = self._by_sample(lambda p, i: quantize(p, i) - p)
+    def __call__(self, kind: SoftmaxKind, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
+        """(G,) errors of a kind of quantizer with its delta and tau, both (G,)."""
+        each = len(self.p) // self.num_groups
+        steps, taus = (table.repeat_interleave(each).view(-1, 1, 1, 1) for table in (delta, tau))  # (B, 1, 1, 1)
+        difference = self._by_sample(lambda p, i: kind.fake_quantize(p, steps[i], taus[i], bits) - p)
         by_group = [x.square().reshape(self.num_groups, -1).sum(1) for x in (difference, self.reference)]
         relative: Tensor = by_group[0] / by_group[1].clamp(min=1e-30)
         return relative

@@ -24,14 +24,10 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.methods.ranges import set_range
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.activation import along
-from tcaq_lightning.quantizers.range_search import search_symmetric
 from tcaq_lightning.quantizers.statistics import RangeStatistics
-from tcaq_lightning.quantizers.uniform import fake_quantize
-from tcaq_lightning.quantizers.weight import column, scale_of_inputs
 from tcaq_lightning.runtime.registry import Registry
 
 QUICK_VALUES = 1024
@@ -110,7 +106,7 @@ class Candidate:
     """X' = (X - shift) / r and W' = W diag(r).
 
     It is folded into what is there already: the input's quantizer has steps of s_g r_d, the weight is W r on its grid
-    and divided by r, and W shift is a constant of the layer (`QuantLayer.set_shift`).
+    divided by r (`AdaRoundWeight`), and W shift is a constant of the layer (`QuantLayer.set_shift`).
 
     Attributes:
         r: (C,), positive.
@@ -125,15 +121,6 @@ class Candidate:
         quantizer.r.copy_(self.r)
         if quantizer.shift is not None:
             quantizer.shift.copy_(self.shift)
-
-    def quantized_weight(self, layer: QuantLayer) -> Tensor:
-        """(O, C, ...) W r rounded to nearest on a quickly searched symmetric grid, divided by r again."""
-        learned = layer.learned_weight
-        factor = scale_of_inputs(self.r, learned.weight, learned.conv_groups)
-        scaled = learned.weight * factor
-        step = column(search_symmetric(scaled.flatten(1), learned.bits, candidates=12, norm=2), scaled)
-        top = 2 ** (learned.bits - 1)
-        return fake_quantize(scaled, step, step.new_tensor(-top), step.new_tensor(top - 1)) / factor
 
 
 def choose(
@@ -213,12 +200,12 @@ class OutputError:
             centred = self.x - along(candidate.shift, self.x.ndim, self.quantizer.channel_dim)
             self._targets = [self._output(layer, centred) for layer in self.layers]
         candidate.put_into(self.quantizer)
-        set_range(self.quantizer, self.x, self.ranges, QUICK_VALUES, candidates=8, norm=2)
+        self.quantizer.search(self.x, self.ranges, QUICK_VALUES, candidates=8, norm=2)
         with self.quantizer.groups.using(self.groups):
             quantized = self.quantizer(self.x)
         error = 0.0
         for layer, target in zip(self.layers, self._targets, strict=True):
-            output = layer.linear_map(quantized, candidate.quantized_weight(layer), None)
+            output = layer.linear_map(quantized, layer.learned_weight.nearest(candidate.r), None)
             error += float(output.sub_(target).square_().sum())
         return error / self.power
 

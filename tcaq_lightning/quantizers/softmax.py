@@ -74,7 +74,7 @@ class Logarithmic(SoftmaxKind):
         return log_fake_quantize(x, delta, tau, bits)
 
 
-SOFTMAX_KINDS: Registry[SoftmaxKind] = Registry("softmax quantizer")
+SOFTMAX_KINDS: Registry[SoftmaxKind] = Registry("daq.family")
 """By name; `daq.family` takes one that is not uniform."""
 UNIFORM = SOFTMAX_KINDS.register("uniform")(Uniform())
 SOFTMAX_KINDS.register("log2")(Logarithmic((1.0,)))

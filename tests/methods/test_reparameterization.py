@@ -10,7 +10,6 @@ from torch import Tensor
 from tcaq_lightning.calibration.probes import capture_inputs, probe_indices
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.methods.ranges import set_range
 from tcaq_lightning.methods.reparameterization import (
     QUICK_PLACES,
     REPARAMETERIZATIONS,
@@ -117,8 +116,8 @@ def test_the_error_equals_one_of_the_layers_themselves(searched: Any) -> None:
     layer, x, ranges, (_, after) = searched(RESNET, "conv1", {"mine": Proposed(r[None])})
     quantizer = layer.input_quantizer
     with torch.no_grad():
-        set_range(quantizer, x, ranges, values=1024, candidates=8, norm=2)
-        weight = Candidate(r, torch.zeros(16)).quantized_weight(layer)
+        quantizer.search(x, ranges, values=1024, candidates=8, norm=2)
+        weight = layer.learned_weight.nearest(r)
         expected = layer.linear_map(x, layer.learned_weight.weight, None)
         difference = layer.linear_map(quantizer(x), weight, None) - expected
     assert after == pytest.approx(float(difference.square().sum() / expected.square().sum()))
