@@ -15,7 +15,7 @@ import copy
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from benchmarks.common import SHIPPED, calibration, median, model_path, run, train_here
 from tcaq_lightning.calibration import unit as unit_calibration
-from tcaq_lightning.calibration.fit import fit_unit
-from tcaq_lightning.calibration.reconstruction import Phase, block_error
-from tcaq_lightning.calibration.state import Calibration
-from tcaq_lightning.calibration.streams import Batch, UnitData
+from tcaq_lightning.calibration.fit import PreparedUnit, fit_unit
+from tcaq_lightning.calibration.losses import block_error
+from tcaq_lightning.calibration.reconstruction import Phase
+from tcaq_lightning.calibration.state import Setup
+from tcaq_lightning.calibration.unit_data import Batch
+from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.memory import freed_memory_reused
 from tcaq_lightning.runtime.precision import autocasts
@@ -99,29 +101,25 @@ class Comparison:
 
     def __call__(
         self,
-        work: Calibration,
-        unit: nn.Module,
-        data: UnitData,
-        train: Tensor,
-        held_out: Tensor,
+        setup: Setup,
+        visit: Visit,
+        prepared: PreparedUnit,
         phase: Phase,
         iterations: int,
-        *place: int,
+        callbacks: Sequence[pl.Callback] = (),
     ) -> float:
-        _, position = place
-        name, times, undecided = work.graph.names[position], StepTimes(), 0.0
+        times, undecided, train = StepTimes(), 0.0, prepared.train
         chosen = train[torch.arange(self.batch_size) % len(train)]
-        plain = PlainTraining(work.full.get_submodule(name), data.read(chosen, work.device))
-        before, callbacks = quantization_state(unit), work.callbacks
-        work.callbacks = [*callbacks, times]
-        ours, limit = self.times[phase].setdefault(name, ([], []))
+        batch = prepared.data.read(chosen, setup.device)
+        plain = PlainTraining(setup.full.get_submodule(visit.name), batch)
+        before = quantization_state(prepared.unit)
+        ours, limit = self.times[phase].setdefault(visit.name, ([], []))
         for _ in range(self.repetitions):
             limit += plain.seconds(iterations)
-            restore_quantization_state(unit, before)
-            undecided = self.fit_unit(work, unit, data, train, held_out, phase, iterations, *place)
+            restore_quantization_state(prepared.unit, before)
+            undecided = self.fit_unit(setup, visit, prepared, phase, iterations, [*callbacks, times])
             ours += times.seconds
-        self.every, self.counted = work.config.reconstruction.input_steps_every, iterations - 1
-        work.callbacks = callbacks
+        self.every, self.counted = setup.config.reconstruction.input_steps_every, iterations - 1
         return undecided
 
     def _typical(self, seconds: list[float]) -> float:

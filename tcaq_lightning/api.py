@@ -31,9 +31,10 @@ from torch import nn
 from tcaq_lightning.artifact.directory import artifact_sizes, freeze, save_artifact
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.calibration.planning.plan import Plan, check_stop, make_plan
-from tcaq_lightning.calibration.rounds import calibration_trajectories, run_rounds
+from tcaq_lightning.calibration.rounds import run_rounds
 from tcaq_lightning.calibration.run_dir import Run, settings_of_result
-from tcaq_lightning.calibration.state import Calibrated, Calibration
+from tcaq_lightning.calibration.state import Calibrated, Setup
+from tcaq_lightning.calibration.stored import stored_trajectories
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
@@ -116,7 +117,7 @@ def quantize(
             metrics = measure(model, run)
             report(model, calibrated, metrics, run)
             run.finish()
-    return load_quantized(run.artifact)
+    return load_quantized(run.files.artifact)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class OpenedModel:
         full: that denoiser, in full precision.
         quantized: its twin with quantized layers, which shares its weights.
         sampling: how the pipeline is sampled.
-        groups: timestep groups of the quantized denoiser.
+        timestep_groups: timestep groups of the quantized denoiser.
         graph: units in execution order.
         coverage: what became of every layer.
         plan: counts, memory and time of the run.
@@ -142,7 +143,7 @@ class OpenedModel:
     full: nn.Module
     quantized: nn.Module
     sampling: Sampling
-    groups: TimestepGroups
+    timestep_groups: TimestepGroups
     graph: UnitGraph
     coverage: list[CoverageRow]
     plan: Plan
@@ -186,9 +187,9 @@ def open_model(
 
     # the same module tree, layers replaced, every one accounted for
     boundaries = group_boundaries(probed.timesteps.tolist(), config.quantization.activation.timestep_groups)
-    groups = TimestepGroups(boundaries)
+    timestep_groups = TimestepGroups(boundaries)
     quantized = shared_copy(full)
-    coverage = quantize_denoiser(quantized, config.quantization, groups)
+    coverage = quantize_denoiser(quantized, config.quantization, timestep_groups)
 
     first = probed.flat()[: 2 * probed.halves]
     traced = first.to(next(full.parameters()).device)
@@ -196,7 +197,7 @@ def open_model(
     check_stop(config, graph.names)
     others = other_networks(pipeline, name)
     plan = make_plan(config, full, others, graph, coverage, first, probed.num_steps, earlier_plan)
-    return OpenedModel(config, pipeline, name, full, quantized, sampling, groups, graph, coverage, plan)
+    return OpenedModel(config, pipeline, name, full, quantized, sampling, timestep_groups, graph, coverage, plan)
 
 
 def collect_trajectories(model: OpenedModel, run: Run, advance: Advance | None = None) -> Trajectories:
@@ -207,7 +208,8 @@ def collect_trajectories(model: OpenedModel, run: Run, advance: Advance | None =
         run: keeps the trajectories; those that it has are read.
         advance: told the number of trajectories just done, `len(config.calibration.indices)` in all.
     """
-    return calibration_trajectories(model.config, run, model.full, model.sampling, advance)
+    config, indices = model.config, model.config.calibration.indices
+    return stored_trajectories(run.files.trajectories, config, model.full, model.sampling, indices, advance)
 
 
 def calibrate(
@@ -227,21 +229,18 @@ def calibrate(
     Raises:
         UserError: the full-precision model's own trajectories are not finite.
     """
-    work = Calibration(
+    setup = Setup(
         config=model.config,
-        run=run,
         full=model.full,
         quantized=model.quantized,
         sampling=model.sampling,
         graph=model.graph,
-        context=model.groups,
+        timestep_groups=model.timestep_groups,
         limits=model.plan.limits,
-        trajectories=trajectories,
-        callbacks=callbacks,
+        files=run.files,
     )
     with compiled_kernels(model.config.reconstruction.compile_kernels):
-        rounds = with_room_for_frames(lambda: run_rounds(work))
-    return None if rounds is None else Calibrated(work.records, rounds)
+        return with_room_for_frames(lambda: run_rounds(setup, trajectories, callbacks))
 
 
 def save(model: OpenedModel, run: Run) -> Path:
@@ -256,8 +255,8 @@ def save(model: OpenedModel, run: Run) -> Path:
     """
     freeze(model.quantized)
     metadata = {"config": settings_of_result(model.config), "coverage": len(model.coverage)}
-    on_main(lambda: save_artifact(model.pipeline, model.name, model.quantized, run.artifact, metadata))
-    return run.artifact
+    on_main(lambda: save_artifact(model.pipeline, model.name, model.quantized, run.files.artifact, metadata))
+    return run.files.artifact
 
 
 def measure(model: OpenedModel, run: Run, advance: Advance | None = None) -> Evaluation:
@@ -277,7 +276,7 @@ def measure(model: OpenedModel, run: Run, advance: Advance | None = None) -> Eva
             config.calibration.sampler,
             config.evaluation,
             config.seed,
-            run.directory / "evaluation",
+            run.files.evaluation,
             advance,
         )
 
@@ -299,7 +298,7 @@ def report(model: OpenedModel, calibrated: Calibrated, metrics: Evaluation, run:
         rows = [x for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
         pictures = [to_images(row[: model.config.logging.grid_images]) for row in rows]
         save_grid(pictures[0], pictures[1], run.directory / "samples" / "grid.png")
-        sizes = {"full": denoiser_bytes(model.full), "quantized": artifact_sizes(run.artifact)}
+        sizes = {"full": denoiser_bytes(model.full), "quantized": artifact_sizes(run.files.artifact)}
         content = metrics.to_dict() | {"bytes": sizes}
         seconds = calibrated.seconds() | metrics.seconds
         return write_report(run.directory, content, model.coverage, seconds, calibrated.units, calibrated.rounds)

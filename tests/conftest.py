@@ -15,7 +15,8 @@ from tcaq_lightning.calibration.initialize import Choices, Observations, initial
 from tcaq_lightning.calibration.observation import observing
 from tcaq_lightning.calibration.probes import probe_indices
 from tcaq_lightning.calibration.storage import ActivationStorage
-from tcaq_lightning.calibration.streams import Streams, UnitData
+from tcaq_lightning.calibration.streams import Streams
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
 from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.units import UnitGraph, trace_units

@@ -20,7 +20,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from tcaq_lightning.calibration.storage import ActivationStorage
-from tcaq_lightning.calibration.streams import Arguments, Streams
+from tcaq_lightning.calibration.streams import Streams
+from tcaq_lightning.calibration.unit_data import Arguments
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.models.denoiser_calls import Conditioning, Samples, split_call
 from tcaq_lightning.models.units import UnitGraph, trace_units

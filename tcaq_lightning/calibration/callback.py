@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,3 +48,8 @@ class CalibrationCallback(pl.Callback):
             record: `mismatch` by timestep, `mean_mismatch`, `kept`.
             samples: the quantized sampler's held-out trajectories.
         """
+
+
+def listeners(callbacks: Sequence[pl.Callback]) -> list[CalibrationCallback]:
+    """Those of the callbacks that are told about units and rounds."""
+    return [callback for callback in callbacks if isinstance(callback, CalibrationCallback)]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.calibration.bias_correction import ShiftedLayer
 from tcaq_lightning.calibration.early_stop import EarlyStop, rounded_hard
-from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase, squared_errors
-from tcaq_lightning.calibration.state import Calibration
-from tcaq_lightning.calibration.streams import UnitData
-from tcaq_lightning.nn.layers import QuantLayer
-from tcaq_lightning.nn.output_layers import output_layer
-from tcaq_lightning.nn.parts import quant_layers
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase
+from tcaq_lightning.calibration.restore import warn_of_damage
+from tcaq_lightning.calibration.state import Setup
+from tcaq_lightning.calibration.unit_data import UnitData
+from tcaq_lightning.calibration.unit_errors import squared_errors, weighted_sum
+from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.nn.state import check_quantization_state, quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main, world_size
 from tcaq_lightning.runtime.files import DamagedFileError, read_checkpoint
@@ -27,77 +29,106 @@ from tcaq_lightning.runtime.lightning import UnitCheckpoint, make_trainer
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PreparedUnit:
+    """A unit and the samples that it is calibrated on, on this rank.
+
+    Attributes:
+        unit: quantized unit, initialized.
+        data: its samples, with the weights of their errors.
+        train: numbers of those to learn from.
+        held_out: numbers of those to judge by.
+        shifted: layer whose bias shifts the unit's output; None without bias correction.
+    """
+
+    unit: nn.Module
+    data: UnitData
+    train: Tensor
+    held_out: Tensor
+    shifted: ShiftedLayer | None
+
+
 def fit_unit(
-    work: Calibration,
-    unit: nn.Module,
-    data: UnitData,
-    train: Tensor,
-    held_out: Tensor,
+    setup: Setup,
+    visit: Visit,
+    prepared: PreparedUnit,
     phase: Phase,
     iterations: int,
-    round_index: int,
-    position: int,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> float:
-    """One Lightning fit, resumed from its checkpoint if there is one.
+    """Fit a unit in one phase, resumed from its checkpoint if there is one.
 
     Args:
-        work: the calibration.
-        unit: quantized unit. data: this rank's samples of it.
-        train, held_out: numbers of the samples to learn from, and of those to judge by.
-        phase, iterations: which phase, and its optimisation steps.
-        round_index, position: which unit.
+        setup: what the calibration works on.
+        visit: which unit.
+        prepared: the unit and its samples.
+        phase: which phase.
+        iterations: its optimisation steps.
+        callbacks: Lightning callbacks of the fit.
 
     Returns:
         The share of weights that were undecided at the end; 0 of an r phase.
     """
-    config = work.config
-    path = work.run.checkpoint(round_index, position, phase)
-    if phase == "r" and _resume_point(work.run.checkpoint(round_index, position, "v"), unit):
+    config, unit = setup.config, prepared.unit
+    path = setup.files.checkpoint(visit, phase)
+    if phase == "r" and _resume_point(setup.files.checkpoint(visit, "v"), unit):
         return 0.0  # the V phase has begun, and its checkpoint holds what this phase learned
     resumed = _resume_point(path, unit)
-    before = config.phase_iterations().get((round_index, "r"), 0) if phase == "v" else 0
     module = BlockReconstruction(
         unit,
-        data,
-        train,
-        work.context,
+        prepared.data,
+        prepared.train,
+        setup.timestep_groups,
         config.reconstruction,
         phase,
         iterations,
-        (config.seed, round_index, position),
-        shifted_layer(work, unit, work.graph.names[position]),
-        before,
+        (config.seed, visit.round_index, visit.position),
+        prepared.shifted,
+        config.phase_iterations().get((visit.round_index, "r"), 0) if phase == "v" else 0,
     )
-    callbacks = [*work.callbacks, UnitCheckpoint(path, config.trainer.checkpoint_every)]
+    own: list[pl.Callback] = [UnitCheckpoint(path, config.trainer.checkpoint_every)]
     if (patience := config.reconstruction.patience) is not None:
-        error = partial(held_out_error, work, unit, data, held_out)
-        callbacks.insert(0, EarlyStop(error, iterations, patience))  # first: a checkpoint holds what it has found
-    trainer = make_trainer(config.trainer, callbacks, None, iterations, config.logging.every_n_steps, work.device)
-    with deterministic(work.device):
+        stop = EarlyStop(lambda: held_out_error(setup, prepared), iterations, patience)
+        callbacks = [stop, *callbacks]  # first: a checkpoint holds what it has found
+    trainer = make_trainer(
+        config.trainer, [*callbacks, *own], None, iterations, config.logging.every_n_steps, setup.device
+    )
+    with deterministic(setup.device):
         trainer.fit(module, ckpt_path=str(path) if resumed else None, weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0
     module.finish()
     return undecided
 
 
-def held_out_error(work: Calibration, unit: nn.Module, data: UnitData, held_out: Tensor) -> float:
+def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
     """The unit's weighted error on held-out samples; while it learns, what it would be if the fit ended now."""
-    with rounded_hard(unit):
-        squares = squared_errors(unit, data, held_out, work.context, work.config.judged_batch_size, work.device)
-    return float((squares if data.weights is None else squares * data.weights).sum())
+    batch_size = setup.config.judged_batch_size
+    with rounded_hard(prepared.unit):
+        squares = squared_errors(
+            prepared.unit, prepared.data, prepared.held_out, setup.timestep_groups, batch_size, setup.device
+        )
+    return weighted_sum(squares, prepared.data.weights)
 
 
 def _resume_point(path: Path, unit: nn.Module) -> bool:
     """Whether a fit can go on from `path`; if so the unit gets the state in which that fit began."""
-    state = on_main(lambda: _checkpointed_state(path, unit))
+    state = on_main(lambda: checkpointed_state(path, unit))
     if state is None:
         return False
     restore_quantization_state(unit, state)
     return True
 
 
-def _checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None:
-    """The unit's state in a checkpoint; None without a checkpoint to go on from, and then there is none any more."""
+def checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None:
+    """Read a unit's quantization state from a checkpoint; one that a fit cannot go on from is removed.
+
+    Args:
+        path: of the checkpoint.
+        unit: quantized unit, which the checkpoint has to fit.
+
+    Returns:
+        None without a checkpoint to go on from.
+    """
     if not path.exists():
         return None
     try:
@@ -116,30 +147,16 @@ def _checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None
     return None
 
 
-def warn_of_damage(path: Path, error: DamagedFileError | KeyError) -> None:
-    """Say that a file of the run is not used."""
-    reason = error if isinstance(error, DamagedFileError) else f"{path} does not fit the unit"
-    log.warning("%s; the unit is done again", reason)
-
-
-def shifted_layer(work: Calibration, unit: nn.Module, name: str) -> tuple[QuantLayer, float] | None:
-    """The quantized layer whose bias shifts the unit's output, and the factor from output to layer."""
-    found = output_layer(unit, name)
-    if found is None or not work.config.reconstruction.bias_correction:
-        return None
-    layer = quant_layers(work.quantized).get(found[0])
-    return (layer, found[1]) if layer is not None and layer.bias_shift is not None else None
-
-
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic kernels within a fit, where the device has them, so that a resumed fit is bit-identical."""
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(device.type == "cpu", warn_only=True)
     memory.fill_uninitialized_memory = False  # for debugging, at a pass over all memory
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
         memory.fill_uninitialized_memory = before[1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.calibration.probes import capture_inputs
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.config import DAQConfig, TCRConfig
 from tcaq_lightning.methods.daq import AttentionChoice, LogHistogram, TailFit, choose_softmax
 from tcaq_lightning.methods.reparameterization import Reparameterization, choose, named

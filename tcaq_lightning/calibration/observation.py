@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tcaq_lightning.calibration.initialize import Observations
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.methods.daq import LogHistogram, decide_by_likelihood
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.nn.state import full_precision
@@ -22,7 +22,7 @@ from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 
 @contextmanager
-def observing(unit: nn.Module, groups: TimestepGroups) -> Iterator[Observations]:
+def observing(unit: nn.Module, timestep_groups: TimestepGroups) -> Iterator[Observations]:
     """Run a unit in full precision within; gives what reaches its quantizers, complete at the end.
 
     Ranges are taken of every activation (docs/method.md, "TCR"), histograms and the fits of their tails of every
@@ -30,10 +30,10 @@ def observing(unit: nn.Module, groups: TimestepGroups) -> Iterator[Observations]
 
     Args:
         unit: quantized unit.
-        groups: timestep groups of the denoiser, which know the samples of the batch that runs.
+        timestep_groups: timestep groups of the denoiser, which know the samples of the batch that runs.
     """
     found = Observations()
-    handles = [q.register_forward_pre_hook(_hook(found, name, groups)) for name, q in quantizers(unit).items()]
+    handles = [q.register_forward_pre_hook(_hook(found, name, timestep_groups)) for name, q in quantizers(unit).items()]
     try:
         with full_precision(unit):
             yield found
@@ -47,17 +47,19 @@ def observing(unit: nn.Module, groups: TimestepGroups) -> Iterator[Observations]
         found.fits[name] = decide_by_likelihood(histogram)
 
 
-def _hook(found: Observations, name: str, groups: TimestepGroups) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _hook(
+    found: Observations, name: str, timestep_groups: TimestepGroups
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def receive(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
         (x, *_) = args  # (B, ...)
         if isinstance(quantizer, SoftmaxQuantizer):
             if name not in found.histograms:
-                found.histograms[name] = LogHistogram(groups.num_groups, device=x.device)
-            found.histograms[name].update(x, groups.current)
+                found.histograms[name] = LogHistogram(timestep_groups.num_groups, device=x.device)
+            found.histograms[name].update(x, timestep_groups.current)
         elif isinstance(quantizer, ActivationQuantizer):
             if name not in found.ranges:
-                found.ranges[name] = RangeStatistics(groups.num_groups, x.shape[quantizer.channel_dim])
-            found.ranges[name].update(x, groups.current, quantizer.channel_dim)
+                found.ranges[name] = RangeStatistics(timestep_groups.num_groups, x.shape[quantizer.channel_dim])
+            found.ranges[name].update(x, timestep_groups.current, quantizer.channel_dim)
 
     return receive
 
@@ -69,18 +71,18 @@ class UnitObservation(pl.LightningModule):
         unit: quantized unit.
         data: its calibration samples.
         samples: which of them to observe.
-        groups: timestep groups of the denoiser.
+        timestep_groups: timestep groups of the denoiser.
         batch_size: samples per pass.
     """
 
     def __init__(
-        self, unit: nn.Module, data: UnitData, samples: Tensor, groups: TimestepGroups, batch_size: int
+        self, unit: nn.Module, data: UnitData, samples: Tensor, timestep_groups: TimestepGroups, batch_size: int
     ) -> None:
         super().__init__()
         self.unit = unit
         self.data = data
         self.batches = torch.split(samples, batch_size)
-        self.groups = groups
+        self.timestep_groups = timestep_groups
 
     def predict_dataloader(self) -> DataLoader[int]:
         """Bare batch numbers."""
@@ -88,5 +90,5 @@ class UnitObservation(pl.LightningModule):
 
     def predict_step(self, batch: int, *_: Any) -> int:
         """Run one batch; returns its size."""
-        self.data.run(self.unit, self.groups, self.batches[batch], self.device)
+        self.data.run(self.unit, self.timestep_groups, self.batches[batch], self.device)
         return len(self.batches[batch])

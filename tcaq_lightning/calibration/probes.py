@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import SoftmaxQuantizer

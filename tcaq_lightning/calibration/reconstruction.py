@@ -1,4 +1,4 @@
-"""Reconstruction of one unit: a LightningModule that holds the unit and nothing else (METHOD section 2)."""
+"""Reconstruction of one unit by a LightningModule that holds the unit alone (docs/method.md, "Learned rounding")."""
 
 from __future__ import annotations
 
@@ -12,112 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tcaq_lightning.calibration.bias_correction import ShiftedLayer, follow_mean_error
 from tcaq_lightning.calibration.entry_steps import EntrySteps
-from tcaq_lightning.calibration.streams import Batch, UnitData
+from tcaq_lightning.calibration.losses import channel_errors, gradient_scale, weighted_error
+from tcaq_lightning.calibration.unit_data import Batch, UnitData
 from tcaq_lightning.config import ReconstructionConfig
-from tcaq_lightning.methods.sensitivity import beside_channels, channel_means, mean_squares
-from tcaq_lightning.models.unit_outputs import Outputs, channel_count, output_tensors
-from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers
 from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
 from tcaq_lightning.quantizers.adaround import adaround_regularizer, annealed_beta, undecided_share
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.compilation import compiled
-from tcaq_lightning.runtime.distributed.collectives import average_and_gather, total, world_size
-from tcaq_lightning.runtime.kernels import Kernel
+from tcaq_lightning.runtime.distributed.collectives import average_and_gather, world_size
 from tcaq_lightning.runtime.precision import autocasts
 
 Phase = Literal["r", "v"]
 """r phase: log r and activation steps, weights to nearest. V phase: rounding and steps, r frozen."""
-
-
-def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None) -> Tensor:
-    """Squared difference summed over channels, averaged over the rest (METHOD section 2).
-
-    Args:
-        output, target: (B, C, H, W), (B, T, C) or (B, C); of several outputs the errors are added.
-        weights: (B, C) of the squares, the channels of several outputs in sequence; None weighs all of them 1.
-
-    Returns:
-        Scalar.
-
-    >>> block_error(torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
-    tensor(3.)
-    """
-    return weighted_error(channel_errors(output, target)[0], weights)
-
-
-def weighted_error(squares: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The block error of (B, C) mean squares of each sample's channels; weights as in `block_error`."""
-    return (squares if weights is None else squares * weights).sum(1).mean()
-
-
-@Kernel
-def _errors(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """output - target, and the means of its squares and of itself by sample and channel."""
-    difference = output - target
-    return difference, mean_squares(difference), channel_means(difference)
-
-
-@Kernel
-def _scale_by_channel(difference: Tensor, factor: Tensor) -> Tensor:
-    return difference * beside_channels(factor, difference.ndim)
-
-
-class _ChannelErrors(torch.autograd.Function):
-    """Means of (output - target)^2, with their gradient, and of output - target, by sample and channel.
-
-    Each pass over an output counts beside small units: autograd's own chain takes three times as many.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        difference, squares, means = _errors(output, target)
-        ctx.save_for_backward(difference)
-        ctx.mark_non_differentiable(means)
-        return squares, means
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        factor = grads[0] * (2 * grads[0].numel() / difference.numel())
-        grad: Tensor = _scale_by_channel(difference, factor)
-        return grad, None
-
-
-def channel_errors(output: Outputs, target: Outputs) -> tuple[Tensor, Tensor]:
-    """(B, C) means of squared errors and of errors, output - target, those of several outputs in sequence.
-
-    Args:
-        output, target: as in `block_error`. The gradient is that of the squares alone.
-    """
-    pairs = zip(output_tensors(output), output_tensors(target), strict=True)
-    found = [_ChannelErrors.apply(x, y) for x, y in pairs]  # type: ignore[no-untyped-call]
-    squares, errors = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return squares, errors
-
-
-@torch.no_grad()
-def gradient_scale(output: Outputs, error: Tensor, weights: Tensor | None = None) -> Tensor | None:
-    """What a loss is multiplied with so that float16 can hold its gradients; None for other types.
-
-    The block error is a mean over a batch's pixels or tokens, so that each one's gradient may be below what float16
-    can hold. The factor, a power of 2, brings the root mean square of the output's gradient to about 1.
-
-    Args:
-        output: of the unit. error: its block error. weights: (B, C) as in `block_error`.
-
-    >>> gradient_scale(torch.zeros(2, 4, 8, 4, dtype=torch.float16), torch.tensor(1.0))
-    tensor(64.)
-    """
-    narrow = [x for x in output_tensors(output) if x.dtype is torch.float16]
-    if not narrow:
-        return None
-    channels = sum(channel_count(tuple(x.shape[1:])) for x in narrow)
-    places = sum(x.numel() for x in narrow) / channels
-    square = 4 * error * (1.0 if weights is None else weights.mean()) / channels  # of 2 w (y - t), averaged
-    exponent = (math.log2(places) - square.clamp(min=1e-30).log2() / 2).round()
-    return torch.exp2(exponent.clamp(0, 40))
 
 
 def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
@@ -152,8 +61,8 @@ class BlockReconstruction(pl.LightningModule):
         phase: "r" or "v".
         iterations: optimisation steps.
         seeds: (seed, round, unit index), which with the step fix the samples drawn.
-        shifted: layer whose bias correction follows the unit's mean error while it learns, and the factor from the
-            unit's output to that layer's; None without bias correction.
+        shifted: layer whose bias correction follows the unit's mean error while it learns; None without bias
+            correction.
         steps_before: steps that earlier phases of this round took, for progress bars.
     """
 
@@ -167,7 +76,7 @@ class BlockReconstruction(pl.LightningModule):
         phase: Phase,
         iterations: int,
         seeds: tuple[int, int, int],
-        shifted: tuple[QuantLayer, float] | None = None,
+        shifted: ShiftedLayer | None = None,
         steps_before: int = 0,
     ) -> None:
         super().__init__()
@@ -314,7 +223,8 @@ class BlockReconstruction(pl.LightningModule):
             rows = average_and_gather([*averaged, self.losses["reconstruction"]], rows, self._read)
             groups, residuals = rows[:, 0].long(), rows[:, 1:]
         self.regularize()
-        self._follow_mean_error(residuals, groups)
+        if self.shifted is not None:
+            follow_mean_error(self.shifted, residuals, groups, self.config.bias_rate)
 
     def regularize(self) -> None:
         """Add the gradient of the rounding regulariser, which is the same on all ranks."""
@@ -330,58 +240,7 @@ class BlockReconstruction(pl.LightningModule):
         if penalties:
             self.losses["rounding"] = settings[1] * torch.stack(penalties).sum()
 
-    @torch.no_grad()
-    def _follow_mean_error(self, residual: Tensor, groups: Tensor) -> None:
-        """Move the bias correction towards the mean error of each group, so that rounding is learned beside it."""
-        if self.shifted is not None:
-            layer, factor = self.shifted
-            assert layer.bias_shift is not None
-            counts = (groups[:, None] == groups).sum(1, keepdim=True)  # bincount would wait for the device
-            share = self.config.bias_rate
-            rate = share / (share * counts).clamp(min=1)  # many samples of a group must not overshoot
-            layer.bias_shift.index_add_(0, groups, channel_means(residual) * rate, alpha=factor)
-
     def undecided(self) -> float:
         """Share of the unit's weights whose rounding is undecided yet."""
         logits = [layer.learned_weight.logits.detach().flatten() for layer in quant_layers(self.unit).values()]
         return undecided_share(torch.cat(logits)) if logits else 0.0
-
-
-def _batches(samples: Tensor, size: int) -> Sequence[Tensor]:
-    return torch.split(samples, size) if len(samples) else ()  # a rank may hold none of those that are looked at
-
-
-@torch.no_grad()
-def squared_errors(
-    unit: nn.Module, data: UnitData, samples: Tensor, context: TimestepGroups, batch_size: int, device: torch.device
-) -> Tensor:
-    """(G, C) squared error of the unit as it is now, over all ranks' given samples; its sum is the block error."""
-    sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
-    for batch in data.batches(_batches(samples, batch_size), device):
-        output = data.run_batch(unit, context, batch)
-        squares, _ = channel_errors(output, batch.targets)
-        sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
-    return (total(sums) / total(torch.tensor(len(samples)))).float()
-
-
-@torch.no_grad()
-def mean_errors(
-    unit: nn.Module,
-    data: UnitData,
-    samples: Tensor,
-    context: TimestepGroups,
-    batch_size: int,
-    device: torch.device,
-) -> Tensor:
-    """(G, C) mean of target - output by timestep group and output channel over the given samples of all ranks.
-
-    It is 0 for groups without samples.
-    """
-    sums = torch.zeros(context.num_groups, data.channels, dtype=torch.float64)
-    counts = torch.zeros(context.num_groups, 1, dtype=torch.float64)
-    for batch in data.batches(_batches(samples, batch_size), device):
-        _, errors = channel_errors(data.run_batch(unit, context, batch), batch.targets)
-        groups = batch.groups.cpu()
-        sums.index_add_(0, groups, -errors.double().cpu())
-        counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
-    return (total(sums) / total(counts).clamp(min=1)).float()

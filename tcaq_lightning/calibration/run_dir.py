@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import one_line
@@ -36,12 +37,14 @@ class Run:
 
     Attributes:
         directory: RUN_DIR.
+        files: paths in it.
         manifest: hash, versions, model, plan, and what is finished.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = config.run_dir
+        self.files = RunFiles(config.run_dir)
         self.manifest: dict[str, Any] = {}
         self._lock: int | None = None
 
@@ -59,11 +62,6 @@ class Run:
         """Whether the run has written its report."""
         return bool(self.manifest.get("finished"))
 
-    @property
-    def artifact(self) -> Path:
-        """Directory of the quantized pipeline."""
-        return self.directory / "quantized"
-
     def read(self) -> None:
         """Look at what an earlier command left.
 
@@ -73,7 +71,7 @@ class Run:
         self.manifest = on_main(self._read)
 
     def _read(self) -> dict[str, Any]:
-        path = self.directory / "manifest.json"
+        path = self.files.manifest
         if not path.exists():
             if self.directory.exists() and not self._is_fresh():
                 raise UserError(
@@ -127,23 +125,7 @@ class Run:
         on_main(self._write)
 
     def _write(self) -> None:
-        write_json(self.directory / "manifest.json", self.manifest)
-
-    def round_dir(self, round_index: int) -> Path:
-        """Directory of a round."""
-        return self.directory / "rounds" / f"{round_index:02d}"
-
-    def unit_file(self, round_index: int, position: int, name: str) -> Path:
-        """Finished state of a unit."""
-        return unit_path(self.directory, round_index, position, name)
-
-    def statistics_file(self, round_index: int, position: int, name: str) -> Path:
-        """What was observed of a unit before anything was set."""
-        return statistics_path(self.directory, round_index, position, name)
-
-    def checkpoint(self, round_index: int, position: int, phase: str) -> Path:
-        """Checkpoint of the fit that is running."""
-        return self.round_dir(round_index) / f"unit-{position:03d}-{phase}.ckpt"
+        write_json(self.files.manifest, self.manifest)
 
     def _is_fresh(self) -> bool:
         """Whether the directory is empty but for a manifest that a killed process was writing."""
@@ -153,16 +135,6 @@ class Run:
         """Remove what a killed process was writing."""
         for path in self.directory.rglob(TEMPORARY):
             path.unlink()
-
-
-def unit_path(directory: Path, round_index: int, position: int, name: str) -> Path:
-    """File of a unit's finished state in the RUN_DIR `directory`."""
-    return directory / "rounds" / f"{round_index:02d}" / "units" / f"{position:03d}-{name}.safetensors"
-
-
-def statistics_path(directory: Path, round_index: int, position: int, name: str) -> Path:
-    """File of what was observed of a unit, in the RUN_DIR `directory`."""
-    return directory / "rounds" / f"{round_index:02d}" / "statistics" / f"{position:03d}-{name}.safetensors"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.models.unit_outputs import output_tensors
 from tcaq_lightning.runtime.distributed.collectives import gather, share
 

@@ -1,73 +1,66 @@
-"""What a calibration works on, and what it gives."""
+"""What a calibration works on, which never changes while it runs, and what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tcaq_lightning.calibration.callback import CalibrationCallback
-from tcaq_lightning.calibration.run_dir import Run
+from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.calibration.storage import Tier
+from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.config import Config
 from tcaq_lightning.models.sampling import Sampling
-from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.models.units import UnitGraph
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
+Record: TypeAlias = dict[str, Any]
+"""JSON-ready values by name."""
 
-@dataclass
-class Calibration:
-    """Everything the loop works on.
+
+@dataclass(frozen=True)
+class Setup:
+    """What all steps of a calibration share.
 
     Attributes:
-        full, quantized: denoisers, the second with quantized layers.
+        config: the run's configuration.
+        full: full-precision denoiser.
+        quantized: its twin with quantized layers.
         sampling: how the pipeline is sampled.
         graph: units in execution order.
-        context: timestep groups of the quantized denoiser.
+        timestep_groups: timestep groups of the quantized denoiser.
         limits: bytes of stored activations by tier.
-        trajectories: full-precision trajectories; those after the first `num_trajectories` are held out.
-        callbacks: Lightning callbacks of observation passes and fits.
-        records: of the units, in the order in which they were finished.
-        sensitivities: by unit, (G, C) weights of its squared output error; empty weighs all alike.
+        files: where the run keeps its files.
     """
 
     config: Config
-    run: Run
     full: nn.Module
     quantized: nn.Module
     sampling: Sampling
     graph: UnitGraph
-    context: TimestepGroups
+    timestep_groups: TimestepGroups
     limits: dict[Tier, float]
-    trajectories: Trajectories
-    callbacks: Sequence[pl.Callback] = ()
-    records: list[dict[str, Any]] = field(default_factory=list)
-    sensitivities: dict[str, Tensor] = field(default_factory=dict)
+    files: RunFiles
 
     @property
     def device(self) -> torch.device:
         """Where the denoisers are."""
         return next(self.full.parameters()).device
 
-    @property
-    def listeners(self) -> list[CalibrationCallback]:
-        """The callbacks that are told about units and rounds."""
-        return [callback for callback in self.callbacks if isinstance(callback, CalibrationCallback)]
+    def visits(self, round_index: int, start: int | None = None) -> list[Visit]:
+        """The units' turns in a round, in execution order.
 
-    @property
-    def batch_size(self) -> int:
-        """Samples per pass outside of the optimisation."""
-        return self.config.calibration.batch_size
+        Args:
+            round_index: of the round.
+            start: the round whose result it starts from; None in the first.
+        """
+        return [Visit(round_index, position, name, start) for position, name in enumerate(self.graph.names)]
 
-    @property
-    def held_out(self) -> Trajectories:
-        """Full-precision trajectories of the held-out noises, for the mismatch."""
-        return self.trajectories.select(slice(self.config.calibration.num_trajectories, None))
+    def unit(self, visit: Visit) -> nn.Module:
+        """The quantized unit."""
+        return self.quantized.get_submodule(visit.name)
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,8 @@ class Calibrated:
         rounds: a record for each round: mismatch by step on held-out noise, whether the round was kept, seconds.
     """
 
-    units: list[dict[str, Any]]
-    rounds: list[dict[str, Any]]
+    units: list[Record]
+    rounds: list[Record]
 
     def seconds(self) -> dict[str, float]:
         """Seconds of the whole calibration by stage, over all commands that took part in it."""

@@ -1,24 +1,28 @@
-"""Calibration of one unit: observe, set, learn, correct, gate (METHOD section 6)."""
+"""Calibration of one unit: observe, set, learn, correct, gate (docs/method.md, "Units and order" and "The gate")."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.calibration.fit import fit_unit, held_out_error, shifted_layer
+from tcaq_lightning.calibration.bias_correction import correct_bias, shifted_layer
+from tcaq_lightning.calibration.callback import listeners
+from tcaq_lightning.calibration.fit import PreparedUnit, fit_unit, held_out_error
 from tcaq_lightning.calibration.initialize import Observations, initialize
 from tcaq_lightning.calibration.observation import UnitObservation, observing
 from tcaq_lightning.calibration.probes import probe_indices
-from tcaq_lightning.calibration.reconstruction import Phase, mean_errors, squared_errors
+from tcaq_lightning.calibration.reconstruction import Phase
 from tcaq_lightning.calibration.shards import Shard
-from tcaq_lightning.calibration.state import Calibration
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.state import Record, Setup
+from tcaq_lightning.calibration.unit_data import UnitData
+from tcaq_lightning.calibration.unit_errors import mean_errors, squared_errors, weighted_sum
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.methods.sensitivity import normalized_weights
 from tcaq_lightning.nn.parts import quant_layers, quantizers
@@ -32,85 +36,124 @@ log = logging.getLogger(__name__)
 
 
 def reconstruct_unit(
-    work: Calibration, round_index: int, position: int, data: UnitData, shard: Shard
-) -> dict[str, Any]:
-    """Observe, set, learn, gate; leaves the unit in its final state of this round and returns the record.
+    setup: Setup,
+    visit: Visit,
+    data: UnitData,
+    shard: Shard,
+    sensitivity: Tensor | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+) -> Record:
+    """Observe, set, learn, gate; the unit is left in its final state of this round.
 
     Args:
-        work: the calibration.
-        round_index, position: which unit.
-        data: this rank's samples of it.
+        setup: what the calibration works on.
+        visit: which unit.
+        data: this rank's samples of it; their weights are set.
         shard: which of all samples those are.
-    """
-    config, name = work.config, work.graph.names[position]
-    unit = work.quantized.get_submodule(name)
-    tag = f"round{round_index}/{position:02d}-{name}"
-    train = shard.here(shard.train)
-    held_out = shard.here(_some(shard.held_out, config.calibration.judged_samples))
-    clock = _Clock(data)
-    record: dict[str, Any] = {"round": round_index, "position": position, "unit": name, "kept": True}
+        sensitivity: (G, C) what a squared error of the unit's output does to the samples; None weighs all alike.
+        callbacks: Lightning callbacks of observation and fits.
 
-    if round_index == 0:
-        with clock("observe"):
-            observed = _observe(work, unit, data, shard)
-        with clock("search"):
-            chosen = shard.train[
-                probe_indices(shard.groups[shard.train], work.context.num_groups, config.calibration.probe_samples)
-            ]
-            probes = shard.collected(data, chosen)
-            settings = observed, config.tcr, config.daq, work.device, config.judged_batch_size
-            choices = initialize(unit, probes, work.context, *settings)
-            data.executed += probes.executed
-        path = work.run.statistics_file(round_index, position, name)
-        on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))
-        for listener in work.listeners:
-            listener.on_unit_initialized(Visit(round_index, position, name), unit, observed, choices)
-        if config.reconstruction.enabled:
-            with clock("gate"):
-                _correct_bias(work, unit, name, data, shard)  # so that learning need not make up for mean errors
-        record["attention"] = {n: choice.to_dict() for n, choice in choices.attention.items()}
-        record["tcr_output_error"] = choices.reparameterization
-    incoming = quantization_state(unit)
-    roundings = _roundings(unit)
+    Returns:
+        What was done, JSON-ready.
+    """
+    config, unit, clock = setup.config, setup.unit(visit), StageClock(data)
+    record: Record = {"round": visit.round_index, "position": visit.position, "unit": visit.name, "kept": True}
+    shifted = shifted_layer(unit, visit.name, setup.quantized) if config.reconstruction.bias_correction else None
+    held_out = shard.here(some(shard.held_out, config.calibration.judged_samples))
+    prepared = PreparedUnit(unit, data, shard.here(shard.train), held_out, shifted)
+    if visit.round_index == 0:
+        record |= _initialize(setup, visit, prepared, shard, callbacks, clock)
+    incoming, roundings = quantization_state(unit), _roundings(unit)
     with clock("gate"):
-        squares = squared_errors(unit, data, held_out, work.context, config.judged_batch_size, work.device)
-    data.weights = weights = normalized_weights(work.sensitivities.get(name, torch.ones_like(squares)), squares)
-    record["before"] = record["after"] = float((squares * weights).sum())
+        squares = squared_errors(unit, data, held_out, setup.timestep_groups, config.judged_batch_size, setup.device)
+    data.weights = normalized_weights(torch.ones_like(squares) if sensitivity is None else sensitivity, squares)
+    record["before"] = record["after"] = weighted_sum(squares, data.weights)
     if config.reconstruction.enabled and quantizers(unit):
-        if round_index:
-            _soften(unit, config.reconstruction.refine_logit)
-        undecided = 0.0
-        for (phase_round, phase), iterations in config.phase_iterations().items():
-            if phase_round == round_index:
-                with clock(f"learn_{phase}"), freed_memory_reused(True):
-                    undecided = fit_unit(
-                        work, unit, data, train, held_out, cast("Phase", phase), iterations, round_index, position
-                    )
-        with clock("gate"):
-            _correct_bias(work, unit, name, data, shard)
-            record["after"] = record["learned"] = held_out_error(work, unit, data, held_out)
-        record["undecided"] = undecided
+        record |= _learn(setup, visit, prepared, shard, callbacks, clock)
         if config.reconstruction.gate and not record["learned"] <= record["before"]:
             restore_quantization_state(unit, incoming)
             record |= {"kept": False, "after": record["before"]}
-            log.info(
-                "%s: learned error %.4g > %.4g: the state before is kept", tag, record["learned"], record["before"]
-            )
+            errors = record["learned"], record["before"]
+            log.info("%s: learned error %.4g > %.4g: the state before is kept", visit.tag, *errors)
     record["flipped"] = float((_roundings(unit) != roundings).float().mean()) if len(roundings) else 0.0
-    record["seconds"] = clock.seconds
-    record |= {"executions": clock.executions, "samples": len(shard.groups)}
-    return record
+    return record | {"seconds": clock.seconds, "executions": clock.executions, "samples": len(shard.groups)}
 
 
-def _observe(work: Calibration, unit: nn.Module, data: UnitData, shard: Shard) -> Observations:
-    samples = shard.here(_some(shard.train, work.config.calibration.observed_samples))
+def _initialize(
+    setup: Setup,
+    visit: Visit,
+    prepared: PreparedUnit,
+    shard: Shard,
+    callbacks: Sequence[pl.Callback],
+    clock: StageClock,
+) -> Record:
+    """Observe a unit and set its quantizers; returns what was chosen."""
+    config, unit, data = setup.config, prepared.unit, prepared.data
+    with clock("observe"):
+        observed = _observe(setup, unit, data, shard, callbacks)
+    with clock("search"):
+        groups, probes = shard.groups[shard.train], config.calibration.probe_samples
+        chosen = shard.train[probe_indices(groups, setup.timestep_groups.num_groups, probes)]
+        probed = shard.collected(data, chosen)
+        settings = observed, config.tcr, config.daq, setup.device, config.judged_batch_size
+        choices = initialize(unit, probed, setup.timestep_groups, *settings)
+        data.executed += probed.executed
+    path = setup.files.statistics(visit)
+    on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))
+    for listener in listeners(callbacks):
+        listener.on_unit_initialized(visit, unit, observed, choices)
+    if config.reconstruction.enabled:
+        with clock("gate"):
+            _correct_bias(setup, prepared, shard)  # so that learning need not make up for mean errors
+    return {
+        "attention": {name: choice.to_dict() for name, choice in choices.attention.items()},
+        "tcr_output_error": choices.reparameterization,
+    }
+
+
+def _observe(
+    setup: Setup, unit: nn.Module, data: UnitData, shard: Shard, callbacks: Sequence[pl.Callback]
+) -> Observations:
+    samples = shard.here(some(shard.train, setup.config.calibration.observed_samples))
     if not len(samples):  # every rank takes part in the reductions at the end
         samples = shard.here(shard.train)[:1]
-    module = UnitObservation(unit, data, samples, work.context, work.config.judged_batch_size)
-    trainer = make_trainer(work.config.trainer, work.callbacks, device=work.device)
-    with observing(unit, work.context) as observed:
+    module = UnitObservation(unit, data, samples, setup.timestep_groups, setup.config.judged_batch_size)
+    trainer = make_trainer(setup.config.trainer, callbacks, device=setup.device)
+    with observing(unit, setup.timestep_groups) as observed:
         trainer.predict(module, return_predictions=False)
     return observed
+
+
+def _learn(
+    setup: Setup,
+    visit: Visit,
+    prepared: PreparedUnit,
+    shard: Shard,
+    callbacks: Sequence[pl.Callback],
+    clock: StageClock,
+) -> Record:
+    """Fit a unit in the phases of the round; returns its error afterwards and the share of undecided weights."""
+    config, undecided = setup.config, 0.0
+    if visit.round_index:
+        _soften(prepared.unit, config.reconstruction.refine_logit)
+    for (round_index, phase), iterations in config.phase_iterations().items():
+        if round_index == visit.round_index:
+            with clock(f"learn_{phase}"), freed_memory_reused(True):
+                undecided = fit_unit(setup, visit, prepared, cast("Phase", phase), iterations, callbacks)
+    with clock("gate"):
+        _correct_bias(setup, prepared, shard)
+        error = held_out_error(setup, prepared)
+    return {"after": error, "learned": error, "undecided": undecided}
+
+
+def _correct_bias(setup: Setup, prepared: PreparedUnit, shard: Shard) -> None:
+    """Shift the unit's output channels by their mean error, where a layer can take the shift."""
+    if prepared.shifted is None:
+        return
+    samples = shard.here(some(shard.train, setup.config.calibration.bias_samples))
+    batch_size = setup.config.judged_batch_size
+    errors = mean_errors(prepared.unit, prepared.data, samples, setup.timestep_groups, batch_size, setup.device)
+    correct_bias(prepared.shifted, errors)
 
 
 @torch.no_grad()
@@ -127,27 +170,21 @@ def _roundings(unit: nn.Module) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 
-@torch.no_grad()
-def _correct_bias(work: Calibration, unit: nn.Module, name: str, data: UnitData, shard: Shard) -> None:
-    """Shift the unit's output channels by their mean error, by timestep group (bias correction, Nagel et al. 2019)."""
-    shifted = shifted_layer(work, unit, name)
-    if shifted is None:
-        return
-    layer, factor = shifted
-    assert layer.bias_shift is not None
-    samples = shard.here(_some(shard.train, work.config.calibration.bias_samples))
-    errors = mean_errors(unit, data, samples, work.context, work.config.judged_batch_size, work.device)
-    corrected = layer.bias_shift + errors.to(layer.bias_shift) * factor
-    layer.bias_shift.copy_(corrected.half())  # the artifact holds float16: nothing is left to round off there
+def some(samples: Tensor, count: int) -> Tensor:
+    """About `count` of the samples, spread evenly.
 
-
-def _some(samples: Tensor, count: int) -> Tensor:
-    """About `count` of the samples, spread evenly."""
+    >>> some(torch.arange(10), 3)
+    tensor([0, 3, 6, 9])
+    """
     return samples[:: max(1, len(samples) // count)]
 
 
-class _Clock:
-    """Seconds by stage, and on how many samples the unit ran in each."""
+class StageClock:
+    """Seconds by stage, and on how many samples a unit ran in each.
+
+    Args:
+        data: the unit's samples, which count its runs.
+    """
 
     def __init__(self, data: UnitData) -> None:
         self.data = data
@@ -156,6 +193,7 @@ class _Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Count what is done within to a stage."""
         started, executed = time.perf_counter(), self.data.executed
         yield
         release_freed_memory()  # else what one stage has freed lies beside what the next one takes

@@ -22,10 +22,12 @@ from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.calibration.initialize import initialize
 from tcaq_lightning.calibration.probes import probe_indices
-from tcaq_lightning.calibration.reconstruction import BlockReconstruction, squared_errors
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction
 from tcaq_lightning.calibration.shards import Shard
 from tcaq_lightning.calibration.storage import ActivationStorage
-from tcaq_lightning.calibration.streams import Streams, UnitData, split_arguments
+from tcaq_lightning.calibration.streams import Streams
+from tcaq_lightning.calibration.unit_data import UnitData, split_arguments
+from tcaq_lightning.calibration.unit_errors import squared_errors
 from tcaq_lightning.config import (
     ActivationConfig,
     DAQConfig,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tcaq_lightning.calibration.fit import _checkpointed_state
+from tcaq_lightning.calibration.fit import checkpointed_state
 from tcaq_lightning.config import QuantizationConfig
 from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.nn.prepare import quantize
@@ -24,11 +24,11 @@ def test_a_checkpoint_of_another_full_precision_model_is_not_gone_on_from(make_u
     state = {f"unit.{name}": values.clone() for name, values in unit.state_dict().items()}
     path = tmp_path / "fit.ckpt"
     CheckedCheckpointIO().save_checkpoint({"state_dict": state, "ranks": 1}, path)
-    found = _checkpointed_state(path, unit)
+    found = checkpointed_state(path, unit)
     assert found is not None
     assert torch.equal(found["conv1.weight_quantizer.v"], unit.conv1.learned_weight.logits)
     other = copy.deepcopy(unit)
     with torch.no_grad():
         other.conv1.learned_weight.weight.mul_(1.5)
-    assert _checkpointed_state(path, other) is None
+    assert checkpointed_state(path, other) is None
     assert not path.exists()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -9,18 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from tcaq_lightning.calibration.reconstruction import (
-    BlockReconstruction,
-    Phase,
-    block_error,
-    channel_errors,
-    draw_indices,
-    mean_errors,
-    squared_errors,
-)
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.losses import block_error
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase, draw_indices
+from tcaq_lightning.calibration.unit_errors import squared_errors
 from tcaq_lightning.config import (
     ActivationConfig,
     LayerRule,
@@ -38,22 +30,8 @@ from tcaq_lightning.runtime.lightning import make_trainer
 CPU = torch.device("cpu")
 ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"
 
-Prepared = tuple[Any, nn.Module, UnitData]
 
-
-@pytest.fixture
-def prepare(make_twins: Any, initialized: Any) -> Callable[[str], Prepared]:
-    """A unit of the quantized twin, initialized."""
-
-    def run(name: str) -> Prepared:
-        twins = make_twins(samples=16)
-        unit, data, _ = initialized(twins, name)
-        return twins, unit, data
-
-    return run
-
-
-def module_of(prepared: Prepared, phase: Phase, steps: int, **settings: Any) -> BlockReconstruction:
+def module_of(prepared: tuple[Any, Any, Any], phase: Phase, steps: int, **settings: Any) -> BlockReconstruction:
     twins, unit, data = prepared
     config = ReconstructionConfig(batch_size=8, **settings)
     return BlockReconstruction(unit, data, torch.arange(16), twins.context, config, phase, steps, (0, 0, 3))
@@ -61,30 +39,6 @@ def module_of(prepared: Prepared, phase: Phase, steps: int, **settings: Any) -> 
 
 def fit(module: BlockReconstruction) -> None:
     make_trainer(TrainerConfig(accelerator="cpu"), [], None, module.iterations).fit(module)
-
-
-@given(st.integers(1, 5), st.integers(1, 6))
-def test_block_error_equals_loops(batch: int, channels: int) -> None:
-    for shape, channel_dim in (((batch, channels, 3, 2), 1), ((batch, 4, channels), 2), ((batch, channels), 1)):
-        output, target = torch.randn(shape), torch.randn(shape)
-        squares = (output - target).square().movedim(channel_dim, -1).reshape(-1, channels)
-        expected = sum(sum(row) for row in squares.tolist()) / len(squares)
-        assert block_error(output, target).item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 5, 2), (3, 2, 4, 5, 2), (3, 6, 4), (3, 4)])
-def test_channel_errors_and_their_gradient_equal_autograds(shape: tuple[int, ...]) -> None:
-    output, target = torch.randn(shape, dtype=torch.float64).requires_grad_(), torch.randn(shape, dtype=torch.float64)
-    axes = {4: (2, 3), 5: (1, 3, 4), 3: (1,), 2: ()}[len(shape)]
-    difference = output - target
-    expected = difference.square().mean(axes) if axes else difference.square()
-    squares, errors = channel_errors(output, target)
-    torch.testing.assert_close(squares, expected)
-    torch.testing.assert_close(errors, difference.detach().mean(axes) if axes else difference.detach())
-    assert not errors.requires_grad
-    weights = torch.rand(squares.shape, dtype=torch.float64)
-    gradients = [torch.autograd.grad((x * weights).sum(), output, retain_graph=True)[0] for x in (squares, expected)]
-    torch.testing.assert_close(*gradients)
 
 
 @given(st.integers(1, 1000), st.integers(1, 64), st.lists(st.integers(0, 2**31), min_size=1, max_size=6))
@@ -296,34 +250,6 @@ def test_rates_are_annealed_but_for_the_roundings(prepare: Any) -> None:
     assert seen["steps"] == pytest.approx([module.config.step_lr * f for f in (1, 0.8535534, 0.5, 0.1464466)])
 
 
-@pytest.mark.parametrize("name", [RESNET, ATTENTION, "time_embedding"])
-def test_squared_errors_sum_to_the_mean_block_error_with_any_weights(prepare: Any, name: str) -> None:
-    twins, unit, data = prepare(name)
-    samples = torch.tensor([0, 3, 4, 9, 15])
-    with torch.no_grad():
-        output, target = data.run(unit, twins.context, samples, CPU), data.targets[samples]
-    got = squared_errors(unit, data, samples, twins.context, 2, CPU)  # (G, C)
-    torch.testing.assert_close(got.sum(), block_error(output, target), rtol=1e-4, atol=0)
-    weights = torch.rand(got.shape)
-    expected = block_error(output, target, weights[data.groups[samples]])
-    torch.testing.assert_close((got * weights).sum(), expected, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize(("name", "channel_dim"), [(RESNET, 1), (ATTENTION, 1), ("time_embedding", -1)])
-def test_mean_errors_equal_a_loop(prepare: Any, name: str, channel_dim: int) -> None:
-    twins, unit, data = prepare(name)
-    samples = torch.tensor([0, 1, 5, 9, 12, 15])
-    got = mean_errors(unit, data, samples, twins.context, 4, CPU)
-    with torch.no_grad():
-        difference = data.targets[samples] - data.run(unit, twins.context, samples, CPU)
-    for g in range(2):
-        mine = difference[data.groups[samples] == g].movedim(channel_dim, 0)
-        for c in range(len(mine)):
-            assert got[g, c].item() == pytest.approx(mine[c].mean().item(), abs=1e-5)
-    only_first = mean_errors(unit, data, samples[:2], twins.context, 4, CPU)
-    assert not only_first[1].any()
-
-
 def test_an_attention_without_quantized_projections_can_be_fitted(make_twins: Any, initialized: Any) -> None:
     twins = make_twins(QuantizationConfig(rules=[LayerRule("mid_block.attentions.0.to_*", keep=True)]), samples=16)
     unit, data, _ = initialized(twins, ATTENTION)
@@ -331,23 +257,6 @@ def test_an_attention_without_quantized_projections_can_be_fitted(make_twins: An
     fit(module)
     assert module.undecided() == 0
     module.finish()
-
-
-@pytest.mark.parametrize("count", [1, 8, 64])
-def test_bias_correction_settles_however_many_samples_a_group_has(prepare: Any, count: int) -> None:
-    twins, unit, data = prepare(RESNET)
-    layer = quant_layers(unit)["conv2"]
-    assert layer.bias_shift is not None
-    config = ReconstructionConfig(batch_size=count)
-    module = BlockReconstruction(
-        unit, data, torch.arange(16), twins.context, config, "v", 1, (0, 0, 3), shifted=(layer, 2.0)
-    )
-    groups = torch.ones(count, dtype=torch.long)
-    for _ in range(80):
-        residual = 0.5 - layer.bias_shift[groups][:, :, None, None] / 2.0
-        module._follow_mean_error(residual.expand(-1, -1, 4, 4), groups)
-    torch.testing.assert_close(layer.bias_shift[1], torch.ones(16), rtol=1e-2, atol=1e-2)
-    assert not layer.bias_shift[0].any()
 
 
 def test_quantized_outputs_are_learned_around(make_twins: Any, initialized: Any) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten
 
 from tcaq_lightning.calibration.shards import Shard
-from tcaq_lightning.calibration.streams import UnitData
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.runtime.distributed import collectives
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tcaq_lightning.calibration.storage import ActivationStorage, Tier
-from tcaq_lightning.calibration.streams import Streams, UnitData, store_peaks
+from tcaq_lightning.calibration.streams import Streams, store_peaks
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.models.shape_only import Absent
 from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.state import full_precision

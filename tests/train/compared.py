@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tcaq_lightning.calibration import rounds
+from tcaq_lightning.calibration import restore, rounds
 from tcaq_lightning.runtime.distributed import collectives
 
 
@@ -26,5 +26,5 @@ def compared(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    rounds.broadcast = compared
+    restore.broadcast = rounds.broadcast = compared
     runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")

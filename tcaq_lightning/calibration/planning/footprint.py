@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from tcaq_lightning.calibration.losses import block_error
 from tcaq_lightning.calibration.probes import capture_inputs
-from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase, block_error
-from tcaq_lightning.calibration.streams import SplitArguments, UnitData, split_arguments
+from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase
+from tcaq_lightning.calibration.unit_data import SplitArguments, UnitData, split_arguments
 from tcaq_lightning.config import Config
 from tcaq_lightning.methods.sensitivity import unit_sensitivities
 from tcaq_lightning.models.denoiser_calls import Samples

@@ -23,7 +23,8 @@ from tcaq_lightning.calibration.planning.cost import (
 )
 from tcaq_lightning.calibration.planning.footprint import Footprint, TrialWork, measure_footprint, unit_samples
 from tcaq_lightning.calibration.storage import GIGABYTE, Tier, resolve_limits
-from tcaq_lightning.calibration.streams import TensorKind, UnitData, store_peaks
+from tcaq_lightning.calibration.streams import TensorKind, store_peaks
+from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.denoiser_calls import Samples

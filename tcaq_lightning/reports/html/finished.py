@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from tcaq_lightning.calibration.run_dir import read_manifest, statistics_path, unit_path
+from tcaq_lightning.calibration.run_dir import read_manifest
+from tcaq_lightning.calibration.run_files import RunFiles
+from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.daq import TailFit
 from tcaq_lightning.models.pipelines import one_line
@@ -192,12 +194,12 @@ def _noting(run: FinishedRun, read: Callable[[], T]) -> T | None:
 
 def _read_statistics(directory: Path, unit: Record) -> UnitStatistics | None:
     """Statistics of a unit and its final r and shift; None if the run kept none."""
-    position, name = int(unit["position"]), unit["unit"]
-    path = statistics_path(directory, 0, position, name)
+    files, visit = RunFiles(directory), Visit(0, int(unit["position"]), unit["unit"])
+    path = files.statistics(visit)
     if not path.is_file():
         return None
     tensors, record = load_tensors(path)
-    state_path = unit_path(directory, 0, position, name)
+    state_path = files.unit(visit)
     state, _ = load_tensors(state_path) if state_path.is_file() else ({}, None)
     try:
         return statistics_of(tensors, record, state)
