@@ -175,7 +175,7 @@ def whole_run(settings: Settings, directory: Path) -> dict[str, Any]:
     ended = train(settings)
     run_dir = Path(settings["run_dir"])
     artifact, image = run_dir / "quantized", directory / "image.png"
-    sampler = ["--num", "1", "--steps", str(settings["calibration.sampler.num_steps"])]
+    sampler = ["--num", "1", "--num_steps", str(settings["calibration.sampler.num_steps"])]
     threads = ["--threads", str(settings["trainer.threads"])]
     command = [sys.executable, "-m", "tcaq_lightning", "sample", str(artifact), "--output", str(image)]
     reopened = watch([*command, *sampler, *threads])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "tcaq_lightning"
 ORDER = (
-    {"__main__", "api", "cli"},
+    {"__main__"},
+    {"api", "cli"},
     {"reports", "zoo"},
     {"evaluation"},
     {"calibration", "backends"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import re
 import typing
 from functools import cache
@@ -13,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from tcaq_lightning import __main__ as commands
+from tcaq_lightning.__main__ import COMMANDS
+from tcaq_lightning.cli.arguments import options_of_call
+from tcaq_lightning.cli.commands import command_function
 from tcaq_lightning.config import Config
 from tests.test_architecture import ORDER
 
@@ -62,6 +63,12 @@ def options(line: str) -> list[str]:
     return re.findall(r"--([a-z_][a-z_.]*)", line)
 
 
+def names_of_options(command: str) -> frozenset[str]:
+    """What the options of a command may be called: their whole names, and the ends of these."""
+    names = [option.name.split(".") for option in options_of_call(command_function(COMMANDS, command), {})]
+    return frozenset(".".join(parts[i:]) for parts in names for i in range(len(parts))) | {"help", "help_all"}
+
+
 def parameters(module: str) -> set[str]:
     """Names of all parameters of a module's public functions, without importing it."""
     base = ROOT.joinpath(*module.split("."))
@@ -96,7 +103,7 @@ def test_options_exist(page: str) -> None:
             known = keys() | {"config", "dry_run", "help"}
             line = line[line.index("train.py") :]
         elif match := re.search(r"-m tcaq_lightning ([a-z]+)", line):
-            known = frozenset(inspect.signature(getattr(commands, match[1])).parameters)
+            known = names_of_options(match[1])
         elif match := re.search(r"-m ((?:benchmarks|tcaq_lightning)\.[a-z_.]+)", line):
             known = frozenset(parameters(match[1]))
         else:

@@ -12,9 +12,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from tcaq_lightning.__main__ import is_quantized, main, open_model
+from tcaq_lightning.__main__ import COMMANDS, main
 from tcaq_lightning.artifact.directory import freeze, save_artifact
+from tcaq_lightning.backends.open import is_quantized, open_any
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
+from tcaq_lightning.config.__main__ import default_file
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
 from tcaq_lightning.evaluation.images import ImageWriter, open_images
 from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
@@ -75,8 +77,8 @@ def test_tells_artifacts_from_models(models: dict[str, str]) -> None:
     assert is_quantized(models["quantized"])
     assert not is_quantized(models["full"])
     assert not is_quantized("fashion-mnist-ddpm")
-    assert quant_layers(find_denoiser(open_model(models["quantized"]))[1])
-    assert not quant_layers(find_denoiser(open_model(models["full"]))[1])
+    assert quant_layers(find_denoiser(open_any(models["quantized"]))[1])
+    assert not quant_layers(find_denoiser(open_any(models["full"]))[1])
 
 
 @pytest.mark.parametrize("which", ["full", "quantized"])
@@ -84,7 +86,9 @@ def test_tells_artifacts_from_models(models: dict[str, str]) -> None:
 def test_sample(which: str, scheduler: str | None, models: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "new" / "grid.png"
     options = [] if scheduler is None else ["--scheduler", scheduler]
-    assert run("sample", models[which], "--num", 5, "--steps", 2, "--batch_size", 2, "--output", output, *options) == 0
+    assert (
+        run("sample", models[which], "--num", 5, "--num_steps", 2, "--batch_size", 2, "--output", output, *options) == 0
+    )
     with Image.open(output) as picture:
         assert picture.size == (3 * 56 + 4, 2 * 56 + 2)
 
@@ -92,7 +96,7 @@ def test_sample(which: str, scheduler: str | None, models: dict[str, str], tmp_p
 def test_sample_repeats_and_obeys(models: dict[str, str], tmp_path: Path) -> None:
     def pixels(*arguments: object) -> bytes:
         output = tmp_path / "a.png"
-        assert run("sample", models["full"], "--num", 4, "--steps", 3, "--output", output, *arguments) == 0
+        assert run("sample", models["full"], "--num", 4, "--num_steps", 3, "--output", output, *arguments) == 0
         with Image.open(output) as picture:
             return picture.tobytes()
 
@@ -100,12 +104,12 @@ def test_sample_repeats_and_obeys(models: dict[str, str], tmp_path: Path) -> Non
     assert pixels("--batch_size", 3) == first
     assert pixels("--seed", 1) != first
     assert pixels("--eta", 1) != first
-    assert pixels("--options.timestep_spacing", "trailing") != first
-    assert pixels("--options", '{"timestep_spacing": "trailing"}') != first
+    assert pixels("--sampler.options.timestep_spacing", "trailing") != first
+    assert pixels("--sampler.options", '{"timestep_spacing": "trailing"}') != first
 
 
 def evaluate(path: str, models: dict[str, str], *arguments: object) -> int:
-    sizes = ["--num_images", 4, "--num_trajectories", 2, "--fid_samples", 6, "--steps", 2, "--batch_size", 4]
+    sizes = ["--num_images", 4, "--num_trajectories", 2, "--fid_samples", 6, "--num_steps", 2, "--batch_size", 4]
     return run("evaluate", path, "--features", models["features"], *sizes, *arguments)
 
 
@@ -136,11 +140,16 @@ def test_evaluate_one_model(which: str, models: dict[str, str], tmp_path: Path) 
         (["evaluate", "/no/such/model"], "/no/such/model"),
         (["sample", "FULL", "--scheduler", "NoScheduler"], "'NoScheduler'"),
         (["sample", "FULL", "--num", "-3"], "--num must be at least 1, got -3"),
-        (["sample", "FULL", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["sample", "FULL", "--num_steps", "0"], "sampler.num_steps must be at least 1, got 0"),
         (["sample", "FULL", "--eta", "2"], "eta"),
         (["sample", "FULL", "--num", "many"], "many"),
         (["sample", "FULL", "--threads", "0"], "--threads"),
-        (["sample", "FULL", "--options.no_such", "1"], "no_such"),
+        (["sample", "FULL", "--options.clip_sample", "false"], "can mean --sampler.options.clip_sample or --cond"),
+        (["sample", "FULL", "--steps", "1"], "unknown option --steps; expected one such as --num_steps"),
+        (["sample", "FULL", "--backend", "abacus"], "abacus"),
+        (["evaluate", "FULL", "--sampler.num_steps", "0"], "evaluation.sampler.num_steps must be at least 1, got 0"),
+        (["evaluate", "FULL", "--devices", "0"], "trainer.devices must be at least 1"),
+        (["sample", "FULL", "--sampler.options.no_such", "1"], "no_such"),
         (["sample", "FULL", "--bogus", "1"], "--bogus"),
         (["sample", "FULL", "--output", "FULL/model_index.json/a.png"], "model_index.json"),
         (["sample", "FULL", "--output", "FULL"], "--output: expected a file"),
@@ -156,7 +165,7 @@ def test_evaluate_one_model(which: str, models: dict[str, str], tmp_path: Path) 
 def test_mistakes_are_one_line_and_exit_2(
     arguments: list[str], text: str, models: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    small = {"sample": ["--output", tmp_path / "a.png", "--num", 1, "--steps", 1]}
+    small = {"sample": ["--output", tmp_path / "a.png", "--num", 1, "--num_steps", 1]}
     names = {"FULL": models["full"], "OTHER": models["other"]}
     given = [a.replace("FULL", names["FULL"]).replace("OTHER", names["OTHER"]) for a in arguments]
     command, rest = given[:1], given[1:]
@@ -178,9 +187,24 @@ def test_damaged_config_is_named(models: dict[str, str], tmp_path: Path, capsys:
     assert str(tmp_path / "unet" / "config.json") in capsys.readouterr().err
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("sample", "--help") == 0
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_a_screen_and_shows_an_example(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*([] if command is None else [command]), "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    assert lines[-2] == "example:"
+    assert lines[-1].startswith(f"  python -m tcaq_lightning {command or ''}")
+
+
+def test_all_options_are_described_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sample", "--help_all") == 0
     assert "DDIM's noise share" in capsys.readouterr().out
+
+
+def test_config_prints_all_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config") == 0
+    assert capsys.readouterr().out == default_file()
 
 
 def test_interrupt(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +326,18 @@ def test_two_processes_measure_what_one_does(protocol: dict[str, Path], models: 
     assert contents[0] == contents[1]
 
     # Samples, too; and a picture that only the second rank comes across.
-    samples = ["--features", models["features"], "--steps", 2, "--fid_samples", 6, "--batch_size", 3, "--threads", 1]
+    samples = [
+        "--features",
+        models["features"],
+        "--num_steps",
+        2,
+        "--fid_samples",
+        6,
+        "--batch_size",
+        3,
+        "--threads",
+        1,
+    ]
     for devices in (1, 2):
         saved = ["--save_images", tmp_path / f"pictures{devices}", "--output", tmp_path / "m.json"]
         assert command("evaluate", models["full"], *samples, *saved, "--devices", devices) == (0, "")

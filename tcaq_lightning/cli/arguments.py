@@ -33,6 +33,10 @@ class Option:
     positional: bool = False
 
 
+CONFIG = Option("config", str, None, "YAML file of keys that differ; of several, later ones override earlier ones")
+"""The option that may be given several times."""
+
+
 @dataclass(frozen=True)
 class Given:
     """What a command line gives.
@@ -46,13 +50,19 @@ class Given:
     configs: list[str]
 
 
-def options_of(kind: type, prefix: str = "") -> Iterator[Option]:
-    """An option for every key of a dataclass, and for those of the dataclasses within it."""
+def options_of(kind: type, prefix: str = "", defaults: Any = None) -> Iterator[Option]:
+    """An option for every key of a dataclass, and for those of the dataclasses within it.
+
+    Args:
+        kind: the dataclass.
+        prefix: where it stands, with a dot at the end.
+        defaults: an instance whose values are the defaults; None takes the dataclass's own.
+    """
     for key in keys_of(kind):
-        name = f"{prefix}{key.name}"
-        yield Option(name, key.hint, key.default, key.doc)
+        name, default = f"{prefix}{key.name}", key.default if defaults is None else getattr(defaults, key.name)
+        yield Option(name, key.hint, default, key.doc)
         if key.section is not None:
-            yield from options_of(key.section, f"{name}.")
+            yield from options_of(key.section, f"{name}.", default)
 
 
 def options_of_call(function: Callable[..., Any], docs: Mapping[str, str]) -> Iterator[Option]:
@@ -64,12 +74,11 @@ def options_of_call(function: Callable[..., Any], docs: Mapping[str, str]) -> It
     """
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        required = parameter.default is parameter.empty
-        default = MISSING if required else parameter.default
-        yield Option(name, hints[name], default, docs.get(name, ""), required)
-        section = section_of(hints[name])
+        section, missing = section_of(hints[name]), parameter.default is parameter.empty
+        default = MISSING if missing else parameter.default
+        yield Option(name, hints[name], default, docs.get(name, ""), missing and section is None)
         if section is not None:
-            yield from options_of(section, f"{name}.")
+            yield from options_of(section, f"{name}.", None if missing else default)
 
 
 def read(arguments: Sequence[str], options: Sequence[Option], short: bool = False) -> Given:
@@ -93,18 +102,18 @@ def read(arguments: Sequence[str], options: Sequence[Option], short: bool = Fals
             _put(given.values, places.pop(0).name, Raw(argument))
             continue
         name, joined, text = argument.removeprefix("--").partition("=")
-        option = None if name == "config" else _find(name, options, short)
+        option, whole = _find(name, options, short)
         if not joined:
             if waiting and not waiting[0].startswith("--"):
                 text = waiting.pop(0)
-            elif option is not None and option.hint is bool:
+            elif option.hint is bool:
                 text = "true"
             else:
                 raise UserError(f"--{name}: expected a value, got none")
-        if option is None:
+        if option is CONFIG:
             given.configs.append(text)
         else:
-            _put(given.values, _whole_name(name, option), Raw(text))
+            _put(given.values, whole, Raw(text))
     return given
 
 
@@ -127,25 +136,34 @@ def called_with(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[
     return made
 
 
-def _find(name: str, options: Sequence[Option], short: bool) -> Option:
-    """The option of a name; one that holds a mapping has a name for each of its keys."""
-    for option in options:
-        if option.name == name or (typing.get_origin(option.hint) is dict and name.startswith(f"{option.name}.")):
-            return option
+def _find(name: str, options: Sequence[Option], short: bool) -> tuple[Option, str]:
+    """The option of a name, and its whole name; an option that holds a mapping has a name for each of its keys."""
+    exact = [(o, name) for o in options if name == o.name or (_is_mapping(o) and name.startswith(f"{o.name}."))]
+    if exact:
+        return exact[0]
     if short:
-        ends = [o for o in options if o.name.rpartition(".")[2] == name]
+        ends = [(o, whole) for o in options for whole in _whole_names(name, o)]
         if len(ends) == 1:
             return ends[0]
         if ends:
-            raise UserError(f"--{name} can mean {' or '.join(f'--{o.name}' for o in ends)}; give one of these")
-    names = {o.name: o for o in options} | ({o.name.rpartition(".")[2]: o for o in options} if short else {})
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            raise UserError(f"--{name} can mean {' or '.join(f'--{whole}' for _, whole in ends)}; give one of these")
+    names = {o.name for o in options} | ({o.name.rpartition(".")[2] for o in options} if short else set())
+    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
     hint = f"; expected one such as --{near[0]}" if near else ""
     raise UserError(f"unknown option --{name}{hint}, see --help")
 
 
-def _whole_name(name: str, option: Option) -> str:
-    return name if name.startswith(f"{option.name}.") else option.name
+def _whole_names(name: str, option: Option) -> list[str]:
+    """What the name, the end of an option's, can stand for; of a mapping also with a key of it."""
+    if option.name.endswith(f".{name}"):
+        return [option.name]
+    parts = name.split(".")
+    heads = range(1, len(parts)) if _is_mapping(option) else ()
+    return [".".join([option.name, *parts[i:]]) for i in heads if option.name.endswith(f".{'.'.join(parts[:i])}")]
+
+
+def _is_mapping(option: Option) -> bool:
+    return typing.get_origin(option.hint) is dict
 
 
 def _put(values: dict[str, Any], name: str, value: Raw) -> None:

@@ -33,13 +33,19 @@ def run_command(table: Mapping[str, tuple[str, str]], arguments: Sequence[str], 
     name, *rest = arguments
     if name not in table:
         raise UserError(f"unknown subcommand {name!r}; expected one of {', '.join(table)}, see {program} --help")
-    module, _, attribute = table[name][0].partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), attribute)
+    function = command_function(table, name)
     description = Description.of(function)
     options = list(options_of_call(function, description.docs))
     if asks_for_help(rest):
         show_help(f"{program} {name}", description.about, description.example, options, rest)
     function(**called_with(function, read(rest, options, short=True).values))
+
+
+def command_function(table: Mapping[str, tuple[str, str]], name: str) -> Callable[..., Any]:
+    """The function of a command, whose module is imported now."""
+    module, _, attribute = table[name][0].partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), attribute)
+    return function
 
 
 def overview(table: Mapping[str, tuple[str, str]], program: str, example: str) -> str:

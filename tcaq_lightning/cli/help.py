@@ -34,8 +34,8 @@ class Description:
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Description:
         """Take a docstring with the sections `Args` and `Example` apart."""
-        head, _, rest = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:\n")
-        arguments, _, example = rest.partition("\nExample:\n")
+        text, _, example = inspect.cleandoc(function.__doc__ or "").partition("\nExample:\n")
+        head, _, arguments = text.partition("\nArgs:\n")
         docs = {}
         for entry in re.split(r"\n(?=    \w+:)", f"\n{arguments}"):
             name, _, text = entry.strip().partition(":")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tcaq_lightning.cli.arguments import Option, options_of, read
+from tcaq_lightning.cli.arguments import CONFIG, Option, options_of, read
 from tcaq_lightning.cli.help import asks_for_help, show_help
 from tcaq_lightning.config import Config
 from tcaq_lightning.config.values import build, merged, typed
@@ -18,7 +18,6 @@ from tcaq_lightning.errors import UserError
 PROGRAM = "train.py"
 ABOUT = "Quantize a diffusion model: calibrate on its own samples, write an integer artifact, show what it cost."
 EXAMPLE = "python train.py --config configs/quickstart.yaml --quantization.weight.bits 6 --run_dir runs/w6"
-CONFIG = Option("config", str, None, "YAML file of keys that differ; of several, later ones override earlier ones")
 DRY_RUN = Option("dry_run", bool, False, "print the plan and what becomes of every layer, and stop")
 
 
@@ -38,9 +37,9 @@ def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
         UserError: unknown or mistyped keys, values out of range, an unreadable file.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = [DRY_RUN, *options_of(Config)]
+    options = [CONFIG, DRY_RUN, *options_of(Config)]
     if asks_for_help(arguments):
-        show_help(PROGRAM, ABOUT, EXAMPLE, [CONFIG, *options], arguments)
+        show_help(PROGRAM, ABOUT, EXAMPLE, options, arguments)
     given = read(arguments, options)
     dry_run = given.values.pop("dry_run", "false")
     layers = [_file(Path(path)) for path in given.configs]

@@ -1,0 +1,48 @@
+"""Command: export an artifact for other engines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from tcaq_lightning.backends.export import export_artifact
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.command import at_least, set_threads
+
+
+def export(
+    path: str,
+    output: Path,
+    format: Literal["onnx", "openvino"] = "onnx",  # noqa: A002 - the option's name
+    four_bit: bool = True,
+    tokens: int | None = None,
+    latents: list[int] | None = None,
+    allow_float: bool = False,
+    threads: int | None = None,
+) -> None:
+    """Export the denoiser of an artifact as one graph of integers for all timesteps.
+
+    The graph is opened in the engines that are installed, and the kernel of every quantized product is listed. If one
+    fell back to float that is not meant to, nothing is written.
+
+    Args:
+        path: quantized artifact.
+        output: file ending in .onnx or .xml, or a directory.
+        format: one ONNX file with QuantizeLinear and DequantizeLinear, or OpenVINO's IR.
+        four_bit: store codes of at most 4 bits in 4 bits; else in 8, for engines without 4-bit integers.
+        tokens: length of the context, where the denoiser attends to one; without it, the pipeline's own.
+        latents: height and width of the noisy sample, such as [64,96]; without it, the denoiser's own.
+        allow_float: write the file although products fell back to float.
+        threads: CPU threads; without it, the engines' choice.
+
+    Example:
+        python -m tcaq_lightning export runs/quickstart/quantized exported --format openvino
+    """
+    at_least(1, tokens=tokens, threads=threads)
+    if latents is not None and (len(latents) != 2 or min(latents) < 1):
+        raise UserError(f"--latents: expected a height and a width of at least 1, such as [64,96], got {latents}")
+    set_threads(threads)
+    size = None if latents is None else (latents[0], latents[1])
+    exported = export_artifact(path, output, format, four_bit, tokens, size, allow_float, threads)
+    sys.stdout.write("\n".join([*exported.lines, *(f"wrote {file}" for file in exported.files)]) + "\n")

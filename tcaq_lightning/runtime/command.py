@@ -1,0 +1,83 @@
+"""What commands have in common: checks of options, and a bar on the console."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.distributed.collectives import is_main
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """See that options are large enough, or not given.
+
+    Args:
+        least: the smallest value.
+        values: of the options, by name.
+
+    Raises:
+        UserError: one is smaller.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+
+
+def check_writable(file: Path) -> None:
+    """Find out before the work, not after it, that its result cannot be written; makes the file's directory.
+
+    Raises:
+        UserError: it cannot.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--output: expected a file that can be written, got {file}; choose another path")
+
+
+def set_threads(threads: int | None) -> None:
+    """Let PyTorch use so many CPU threads; None leaves its choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class Advance:
+    """What moves a bar.
+
+    Attributes:
+        by: moves it by a number of samples.
+        to: moves it to a place in a total that is known only then.
+    """
+
+    by: Callable[[int], None]
+    to: Callable[[int, int], None]
+
+    def __call__(self, count: int) -> None:
+        """Move by a number of samples."""
+        self.by(count)
+
+
+@contextmanager
+def progress_bar(total: int, what: str = "samples") -> Iterator[Advance]:
+    """A bar on stderr, on a terminal and of the first process alone; gives what moves it.
+
+    Args:
+        total: number of what is done.
+        what: its name.
+    """
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (console.is_terminal and is_main())) as progress:
+        task = progress.add_task(what, total=total)
+        yield Advance(
+            by=lambda count: progress.advance(task, count),
+            to=lambda done, of: progress.update(task, completed=done, total=of),
+        )
