@@ -35,8 +35,8 @@ from tcaq_lightning.calibration.streams import store_peaks
 from tcaq_lightning.cli import parse_config
 from tcaq_lightning.config import CalibrationConfig, Config, PARConfig, ReconstructionConfig
 from tcaq_lightning.models.architectures import example_samples, on_meta
+from tcaq_lightning.models.graph import trace_units
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample_shape
-from tcaq_lightning.models.units import trace_units
 from tcaq_lightning.runtime.allocation_trace import SIZES
 
 HOUR = 3600.0

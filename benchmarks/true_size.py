@@ -43,8 +43,8 @@ from tcaq_lightning.cli import parse_config
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.architectures import example_samples, on_meta
+from tcaq_lightning.models.graph import trace_units
 from tcaq_lightning.models.pipelines import quiet_diffusers
-from tcaq_lightning.models.units import trace_units
 from tcaq_lightning.nn.coverage import KEPT_BY_RULE, UNKNOWN_ATTENTION
 from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups

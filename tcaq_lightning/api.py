@@ -40,6 +40,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.methods.check import check_methods
+from tcaq_lightning.models.graph import UnitGraph, trace_units
 from tcaq_lightning.models.pipelines import (
     denoiser_bytes,
     find_denoiser,
@@ -50,7 +51,6 @@ from tcaq_lightning.models.pipelines import (
 )
 from tcaq_lightning.models.sampling import Inputs, Sampling, make_sampling
 from tcaq_lightning.models.trajectories import Trajectories, probe
-from tcaq_lightning.models.units import UnitGraph, trace_units
 from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
 from tcaq_lightning.nn.prepare import shared_copy

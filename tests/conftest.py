@@ -19,7 +19,7 @@ from tcaq_lightning.calibration.streams import Streams
 from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.config import ActivationConfig, DAQConfig, QuantizationConfig, TCRConfig, WeightConfig
 from tcaq_lightning.models.denoiser_calls import Samples
-from tcaq_lightning.models.units import UnitGraph, trace_units
+from tcaq_lightning.models.graph import UnitGraph, trace_units
 from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups

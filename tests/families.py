@@ -24,7 +24,7 @@ from tcaq_lightning.calibration.streams import Streams
 from tcaq_lightning.calibration.unit_data import Arguments
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.models.denoiser_calls import Conditioning, Samples, split_call
-from tcaq_lightning.models.units import UnitGraph, trace_units
+from tcaq_lightning.models.graph import UnitGraph, trace_units
 from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 

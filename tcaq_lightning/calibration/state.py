@@ -12,8 +12,8 @@ from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.calibration.storage import Tier
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.config import Config
+from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.sampling import Sampling
-from tcaq_lightning.models.units import UnitGraph
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 Record: TypeAlias = dict[str, Any]

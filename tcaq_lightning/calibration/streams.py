@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 from tcaq_lightning.calibration.storage import ActivationStorage, Ledger, Tier
 from tcaq_lightning.calibration.unit_data import SplitArguments, UnitData, split_arguments
 from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.forwards import Stop, dtype_at_hand, patched_forwards
+from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.shape_only import Absent, absent
 from tcaq_lightning.models.unit_outputs import Outputs, by_sample, output_tensors
-from tcaq_lightning.models.units import Stop, UnitGraph, dtype_at_hand, patched_forwards
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 TensorKind = tuple[tuple[int, ...], torch.dtype]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from tcaq_lightning.config import HeadroomConfig
-from tcaq_lightning.models.units import UnitGraph
+from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.nn.parts import quant_layers
 
 

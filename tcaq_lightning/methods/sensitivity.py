@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.forwards import patched_forwards
+from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.models.unit_outputs import Outputs, by_sample, channel_count, output_tensors
-from tcaq_lightning.models.units import UnitGraph, patched_forwards
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import is_mine, total
 

@@ -19,11 +19,11 @@ from tcaq_lightning.models.unets import denoiser_class
 ARCHITECTURES = ASSETS / "architectures"
 """Configurations, without weights, of published models in diffusers layout."""
 TEXT_TOKENS, TIME_IDS = 77, 6
-"""Of the text encoder of Stable Diffusion, and of the sizes that SDXL is told."""
+"""Lengths of Stable Diffusion's context, and of the sizes that SDXL takes as a condition."""
 PIXART_TOKENS, SD3_TOKENS, FLUX_TOKENS = 300, 333, 512
-"""Of the text encoders of the transformers."""
+"""Lengths of the transformers' contexts."""
 TIMESTEP = 500.0
-"""Of the example."""
+"""Timestep of the example."""
 FLUX_SIDE = 64
 """Side of the grid of packed latents at 1024 x 1024 pixels."""
 
@@ -32,7 +32,7 @@ def find_architecture(name: str) -> Path:
     """Directory of a model's configuration in diffusers layout.
 
     Args:
-        name: of a shipped one, or a directory.
+        name: name of a shipped configuration, or a directory.
 
     Raises:
         UserError: there is none.
@@ -85,7 +85,7 @@ def architecture_scheduler(architecture: Path) -> Any:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a denoiser's inputs its config does not fix, or leaves a choice of.
+    """Sizes of a denoiser's inputs that its config leaves open.
 
     Attributes:
         tokens: length of the context; None is that of the published model.
@@ -106,12 +106,12 @@ class Sizes:
 
 
 def example_samples(denoiser: nn.Module, batch: int, sizes: Sizes | None = None) -> Samples:
-    """Noise in the shapes that a denoiser of a known class takes, on its device; what conditions it is zero.
+    """Noise in the shapes that a denoiser takes, on its device; all conditioning is zero.
 
     Args:
-        denoiser: any of diffusers' that `CONDITIONING` lists, or an unconditional one.
-        batch: B.
-        sizes: of its inputs; None is those that its graph was exported for, where one stands for it, else the usual.
+        denoiser: of a class that `CONDITIONING` lists, or an unconditional one.
+        batch: number of samples B.
+        sizes: sizes of the inputs. None takes those that the denoiser's graph was exported for, else the usual ones.
     """
     config: Any = denoiser.config
     device = next(denoiser.parameters()).device

@@ -38,8 +38,12 @@ class Conditioning:
         """The conditioning of one call.
 
         Args:
-            arguments: keyword arguments. rows: B of the batch. halves: rows of each sample, k; the batch has B / k
-                samples, first the first rows of all of them, then the second ones.
+            arguments: keyword arguments.
+            rows: rows B of the batch.
+            halves: rows k of each sample. The batch has B / k samples: first rows of all samples, then second rows.
+
+        Raises:
+            UserError: an argument is neither tensor, number nor text.
         """
         shared = {id(arguments[name]) for name in SHARED if name in arguments}
         leaves, spec = tree_flatten(arguments)
@@ -62,8 +66,9 @@ class Conditioning:
         """Keyword arguments of a batch.
 
         Args:
-            calls, trajectories: (B,) numbers of the batch's calls and trajectories.
-            device: where its tensors go.
+            calls: (B,) numbers of the rows' calls.
+            trajectories: (B,) numbers of the rows' trajectories.
+            device: where the tensors go.
         """
         leaves: list[Any] = []
         for position in range(len(self.tensors) + len(self.constants)):
@@ -77,12 +82,12 @@ class Conditioning:
         return arguments
 
     def of_samples(self, calls: Tensor, trajectories: Tensor) -> Conditioning:
-        """That of single samples (B,) as the calls of one trajectory."""
+        """The conditioning of single samples (B,), as calls of one trajectory."""
         rows = {i: x[calls % len(x), trajectories].unsqueeze(1) for i, x in self.tensors.items()}
         return Conditioning(self.spec, rows, self.constants)
 
     def select(self, part: slice | Tensor) -> Conditioning:
-        """That of some of the trajectories."""
+        """The conditioning of some trajectories."""
         return Conditioning(self.spec, {i: x[:, part] for i, x in self.tensors.items()}, self.constants)
 
     def __eq__(self, other: object) -> bool:
@@ -102,14 +107,14 @@ class Conditioning:
 
     @staticmethod
     def along_steps(parts: Sequence[Conditioning]) -> Conditioning:
-        """That of successive calls: kept once where it is the same for all of them."""
+        """The conditioning of successive calls, kept once if all calls have the same."""
         if all(part == parts[0] for part in parts[1:]):
             return parts[0]
         return _concatenated(parts, axis=0)
 
     @staticmethod
     def side_by_side(parts: Sequence[Conditioning]) -> Conditioning:
-        """That of further trajectories."""
+        """The conditioning of several groups of trajectories together."""
         return _concatenated(parts, axis=1)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,7 +126,7 @@ class Conditioning:
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], record: dict[str, Any]) -> Conditioning:
-        """From what `packed` gave."""
+        """Undo `packed`."""
 
         def numbered(prefix: str) -> dict[int, Any]:
             return {int(k.removeprefix(prefix)): x for k, x in tensors.items() if k.startswith(prefix)}
@@ -162,9 +167,11 @@ class Samples:
     """Inputs of a denoiser, one sample after the other.
 
     Attributes:
-        x: (N, ...) noisy samples x_t. timesteps: (N,).
-        conditioning: of calls and trajectories.
-        calls, trajectories: (N,) which of them each sample takes; None numbers the trajectories through.
+        x: (N, ...) noisy samples x_t.
+        timesteps: (N,) their timesteps.
+        conditioning: other arguments, by call and trajectory.
+        calls: (N,) the call that each sample takes them from; None is the first one.
+        trajectories: (N,) the trajectory that each sample takes them from; None numbers them through.
     """
 
     x: Tensor
@@ -184,20 +191,20 @@ class Samples:
         return Samples(self.x[index], self.timesteps[index], self.conditioning, calls[index], trajectories[index])
 
     def to(self, device: torch.device) -> Samples:
-        """The same ones, x copied to a device."""
+        """The same samples, with x copied to a device."""
         x = self.x.to(device, copy=True)
         return Samples(x, self.timesteps, self.conditioning, self.calls, self.trajectories)
 
     def conditioning_bytes(self) -> int:
-        """Bytes of what goes with one trajectory."""
+        """Bytes of one trajectory's conditioning."""
         return sum(x[:, 0].nbytes for x in self.conditioning.tensors.values())
 
     def cycled(self, count: int) -> Samples:
-        """So many samples, these ones again and again."""
+        """`count` samples: these, repeated."""
         return self[torch.arange(count) % len(self)]
 
     def arguments(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call of a denoiser with all of them: args, kwargs."""
+        """Positional and keyword arguments of a denoiser's call with all samples."""
         all_of_them = self[slice(None)]
         assert all_of_them.calls is not None
         assert all_of_them.trajectories is not None
@@ -205,7 +212,7 @@ class Samples:
         return (self.x.to(device),), {"timestep": self.timesteps.to(device), "return_dict": False, **conditioning}
 
     def predict(self, denoiser: nn.Module) -> Tensor:
-        """The denoiser's prediction for all of them."""
+        """The denoiser's prediction for all samples."""
         args, kwargs = self.arguments(next(denoiser.parameters()).device)
         prediction: Tensor = denoiser(*args, **kwargs)[0]
         return prediction
@@ -213,7 +220,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser: x_t (B, ...), t (scalar or (B,)), its other arguments that are not None."""
+    """One call of a denoiser.
+
+    Attributes:
+        x: (B, ...) noisy samples x_t.
+        timestep: scalar or (B,).
+        arguments: other arguments that are not None.
+    """
 
     x: Tensor
     timestep: Tensor
@@ -222,6 +235,11 @@ class Call:
 
 def split_call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """What a denoiser is called with, by meaning.
+
+    Args:
+        denoiser: the denoiser.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
 
     Raises:
         UserError: its first argument is no tensor, or it has no `timestep`.

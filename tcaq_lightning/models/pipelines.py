@@ -41,7 +41,7 @@ def quiet_diffusers(index: dict[str, Any] | None = None) -> None:
     """Keep diffusers' progress bars and advice off the console; what goes wrong is raised as well as logged.
 
     Args:
-        index: of the pipeline that will be opened; transformers, if it takes any of it, is kept quiet too.
+        index: index of the pipeline that will be opened; transformers is kept quiet too if the pipeline uses it.
     """
     diffusers_logging.set_verbosity(logging.CRITICAL)
     diffusers_logging.disable_progress_bar()
@@ -58,7 +58,8 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
 
     Args:
         path: directory with a model_index.json, name of a shipped model, or hub id.
-        variant: of the weights' files, such as fp16. dtype: that the model computes in.
+        variant: variant of the weights' files, such as fp16.
+        dtype: type that the model computes in.
 
     Returns:
         The pipeline on the CPU, its denoiser frozen and in evaluation mode.
@@ -152,8 +153,9 @@ def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any
     A scheduler of learned variances takes twice the channels.
 
     Args:
-        denoiser: full precision. scheduler: for one run of the sampler.
-        arguments: of the denoiser for two samples, beside x_t and t.
+        denoiser: full precision.
+        scheduler: for one run of the sampler.
+        arguments: arguments of the denoiser for two samples, beside x_t and t.
 
     Raises:
         UserError: it needs further inputs, takes none of its own sample size, or predicts something else.
@@ -185,7 +187,7 @@ def find_decoder(networks: Mapping[str, nn.Module]) -> Any:
 
 @contextmanager
 def one_by_one(decoder: Any) -> Iterator[None]:
-    """Within, an autoencoder decodes the images of a batch one by one, if it can: together they may take gigabytes."""
+    """Decode the images of a batch one by one within, if the autoencoder can: together they may take gigabytes."""
     before = getattr(decoder, "use_slicing", None)
     if before is None:
         yield

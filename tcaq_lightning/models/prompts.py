@@ -11,7 +11,8 @@ def read_prompts(path: Path, key: str) -> list[str]:
     """Prompts from a text file, one a line; blank lines are left out.
 
     Args:
-        path: of the file. key: config key that errors name.
+        path: the file.
+        key: config key that errors name.
 
     Raises:
         UserError: it cannot be read, or has none.

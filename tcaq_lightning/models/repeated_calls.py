@@ -15,7 +15,8 @@ class CalledAgain:
     """Modules within units that the denoiser's own forward calls too, outside of these.
 
     Args:
-        denoiser: full precision. units: their names.
+        denoiser: full precision.
+        units: names of its units.
     """
 
     def __init__(self, denoiser: nn.Module, units: list[str]) -> None:
@@ -26,7 +27,7 @@ class CalledAgain:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, the units do not run: whatever part of one does is called from outside."""
+        """Watch a run in which the units are replaced: a part of a unit that runs now is called from outside."""
 
         def see(name: str) -> Callable[..., None]:
             return lambda *_: self._found.append(name)
@@ -39,10 +40,11 @@ class CalledAgain:
                 handle.remove()
 
     def echoes(self, run: Callable[[], Any], batch: int) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Those called twice in all, on the same arguments, that return one row a sample.
+        """Modules called twice in all, on the same arguments, that return one row a sample.
 
         Args:
-            run: calls the denoiser, its units included. batch: samples that it does so on.
+            run: calls the denoiser, with its units.
+            batch: number of samples of that call.
 
         Returns:
             By unit and module, the shape of what the module returns without the batch axis.

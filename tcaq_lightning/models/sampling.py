@@ -46,7 +46,8 @@ class Sampling(Protocol):
         """See that there is such a scheduler.
 
         Args:
-            sampler: to sample with. key: config key that errors name.
+            sampler: sampler to use.
+            key: config key that errors name.
 
         Raises:
             UserError: unknown class, option or number of steps.
@@ -56,7 +57,9 @@ class Sampling(Protocol):
         """See that the denoiser can be sampled like this.
 
         Args:
-            denoiser: full precision. sampler: to sample with. key: config key that errors name.
+            denoiser: full precision.
+            sampler: sampler to use.
+            key: config key that errors name.
 
         Raises:
             UserError: it cannot.
@@ -79,7 +82,7 @@ class Sampling(Protocol):
         """
 
     def manifest(self) -> dict[str, Any]:
-        """JSON-ready: everything beside denoiser, sampler, noise that decides what comes out."""
+        """What decides the samples beside denoiser, sampler and noise, JSON-ready."""
 
 
 def make_sampling(pipeline: Any, conditioning: ConditioningConfig, inputs: Inputs | None = None) -> Sampling:
@@ -229,7 +232,7 @@ class PipelineSampling:
 
     @property
     def guidance_scale(self) -> float | None:
-        """The one in force; None of a pipeline without guidance."""
+        """The guidance scale that is used; None for a pipeline without guidance."""
         if self.conditioning.guidance_scale is not None:
             return self.conditioning.guidance_scale
         own = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")

@@ -1,4 +1,4 @@
-"""Tensors without values, for what nobody will read."""
+"""Tensors without values, in the place of tensors whose values nobody reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ META = torch.device("meta")
 
 
 class Absent(Tensor):
-    """Stands for a tensor whose values nobody reads; what is computed of it has none either, and costs nothing.
+    """Stands for a tensor whose values nobody reads. What is computed from it has no values either, and costs nothing.
 
     Shape, type, strides and device are those of the real tensor. What depends on values raises a RuntimeError.
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.denoiser_calls import Call, Conditioning, Samples, watched
+from tcaq_lightning.models.forwards import patched_forwards
 from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.models.sampling import Sampling
-from tcaq_lightning.models.units import patched_forwards
 from tcaq_lightning.runtime.distributed.collectives import gather, share
 
 
@@ -61,12 +61,12 @@ class Trajectories:
         )
 
     def at(self, calls: Tensor, trajectories: Tensor) -> Samples:
-        """The samples (B,) of some calls and trajectories, pair by pair."""
+        """One sample for each pair of a call (B,) and a trajectory (B,)."""
         return Samples(self.inputs[calls, trajectories], self.timesteps[calls], self.conditioning, calls, trajectories)
 
     @classmethod
     def of_samples(cls, samples: Samples) -> Trajectories:
-        """One trajectory of a call for each sample; its final image is of no meaning."""
+        """Samples as the calls of one trajectory, whose final image has no meaning."""
         whole = samples[slice(None)]
         assert whole.calls is not None
         assert whole.trajectories is not None
@@ -94,14 +94,14 @@ class Trajectories:
 
     @classmethod
     def unpacked(cls, tensors: dict[str, Tensor], record: dict[str, Any]) -> Trajectories:
-        """From what `packed` gave."""
+        """Undo `packed`."""
         own = {name: tensors[name] for name in ("inputs", "timesteps", "finals")}
         conditioning = Conditioning.unpacked(tensors, record["conditioning"])
         return cls(**own, conditioning=conditioning, halves=record["halves"])
 
 
 class _Recorder:
-    """Calls of a denoiser while some samples are drawn."""
+    """Records the calls of a denoiser while samples are drawn."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -109,7 +109,7 @@ class _Recorder:
         self.conditioning: list[Conditioning] = []
 
     def see(self, call: Call) -> None:
-        """Take a call down."""
+        """Record a call."""
         rows = len(call.x)
         if rows % self.samples or (self.calls and self._rows(call) != self._rows(self.calls[0])):
             raise UserError(
@@ -125,7 +125,7 @@ class _Recorder:
         self.calls.append(Call(call.x.cpu().clone(), call.timestep.cpu().clone(), {}))
 
     def trajectories(self, finals: Tensor) -> Trajectories:
-        """What was taken down."""
+        """The recorded calls as trajectories."""
         halves = self._rows(self.calls[0])
         inputs = [x for call in self.calls for x in call.x.view(halves, self.samples, *call.x.shape[1:])]
         timesteps = torch.stack([call.timestep.reshape(-1)[0] for call in self.calls]).repeat_interleave(halves)
@@ -171,10 +171,10 @@ def collect(
 def probe(
     denoiser: nn.Module, sampling: Sampling, sampler: SamplerConfig, key: str = "calibration.sampler"
 ) -> Trajectories:
-    """Two trajectories whose predictions after the first one are taken as zero, at the cost of one denoiser call.
+    """Run two trajectories with only one call of the denoiser: every later prediction is zero.
 
-    They tell which calls there are, at which timesteps and with which arguments; the inputs of the first calls are
-    those of real trajectories.
+    The result tells which calls there are, at which timesteps and with which arguments. The inputs of the first calls
+    are those of real trajectories.
 
     Args:
         denoiser: full precision.
@@ -224,7 +224,7 @@ def collect_together(
     batch_size: int,
     advance: Callable[[int], None] | None = None,
 ) -> Trajectories:
-    """`collect` by all ranks, each a part of the noises; every rank gets all trajectories, in their order."""
+    """Run `collect` on all ranks, each on its share of the noises; every rank gets all trajectories, in order."""
     mine = share(indices)
     own = collect(denoiser, sampling, sampler, mine, seed, batch_size, advance).packed() if len(mine) else None
     parts = [Trajectories.unpacked(*part) for part in gather(own) if part is not None]

@@ -14,13 +14,10 @@ __all__ = ["OWN_DENOISERS", "FixedHeadsUNet2DModel", "denoiser_class"]
 class FixedHeadsUNet2DModel(UNet2DModel):
     """A `UNet2DModel` whose attentions all have the same number of heads, whatever their channels.
 
-    So does latent diffusion's network for LSUN-Churches (8 heads on 192, 384 and 768 channels), while `UNet2DModel`
-    knows one number of channels a head for all of its attentions. Everything else is the parent's.
+    Latent diffusion's network for LSUN-Churches is one: 8 heads on 192, 384 and 768 channels. `UNet2DModel` knows only
+    one number of channels a head for all attentions. All arguments but the last are those of `UNet2DModel`.
 
     Args:
-        sample_size, in_channels, out_channels, down_block_types, up_block_types, block_out_channels: as the parent's.
-        layers_per_block, downsample_type, upsample_type, dropout, norm_num_groups, norm_eps: as the parent's.
-        attn_norm_num_groups, resnet_time_scale_shift, flip_sin_to_cos, freq_shift: as the parent's.
         num_attention_heads: heads of every attention; divides the channels of each.
 
     Raises:

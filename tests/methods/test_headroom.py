@@ -7,7 +7,7 @@ import torch
 
 from tcaq_lightning.config import HeadroomConfig
 from tcaq_lightning.methods.headroom import leave_headroom
-from tcaq_lightning.models.units import trace_units
+from tcaq_lightning.models.graph import trace_units
 from tcaq_lightning.nn.parts import quant_layers
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tcaq_lightning.models.units import trace_units
+from tcaq_lightning.models.graph import trace_units
 
 
 class Denoiser(nn.Module):

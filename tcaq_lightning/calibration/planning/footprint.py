@@ -26,10 +26,10 @@ from tcaq_lightning.calibration.unit_data import SplitArguments, UnitData, split
 from tcaq_lightning.config import Config
 from tcaq_lightning.methods.sensitivity import unit_sensitivities
 from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.pipelines import find_decoder, one_by_one
 from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.models.unit_outputs import Outputs, by_sample
-from tcaq_lightning.models.units import UnitGraph
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers, readers
 from tcaq_lightning.nn.prepare import quantize, shared_copy

@@ -28,7 +28,7 @@ from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.denoiser_calls import Samples
-from tcaq_lightning.models.units import UnitGraph
+from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.nn.coverage import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.runtime.distributed.collectives import world_size
 

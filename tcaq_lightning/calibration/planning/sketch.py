@@ -14,8 +14,8 @@ from tcaq_lightning.models.architectures import (
     find_architecture,
     meta_denoiser,
 )
+from tcaq_lightning.models.graph import trace_units
 from tcaq_lightning.models.pipelines import make_scheduler
-from tcaq_lightning.models.units import trace_units
 from tcaq_lightning.nn.coverage import CoverageRow
 from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
 from tcaq_lightning.nn.prepare import shared_copy

@@ -21,8 +21,8 @@ from tcaq_lightning.config import (
     SamplerConfig,
 )
 from tcaq_lightning.models.denoiser_calls import Samples
+from tcaq_lightning.models.graph import trace_units
 from tcaq_lightning.models.pipelines import one_by_one
-from tcaq_lightning.models.units import trace_units
 from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.runtime.allocation_trace import TracedAllocations
 
