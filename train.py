@@ -49,6 +49,7 @@ from tcaq_lightning.reports.markdown import final_table
 from tcaq_lightning.runtime.distributed.collectives import is_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.exit_codes import run_cli
+from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.lightning import quiet_lightning
 
 
@@ -56,6 +57,7 @@ def main() -> None:
     """Run the main job, or what is left of it, on as many devices as it is given."""
     config, dry_run = parse_config()
     quiet_lightning()
+    load_extensions(config.extensions)
     if dry_run and config.model.architecture is not None and not Path(config.model.path).exists():
         show_sketch(config)
         return

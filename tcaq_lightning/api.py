@@ -59,6 +59,7 @@ from tcaq_lightning.reports.markdown import write_report
 from tcaq_lightning.runtime.call_stack import with_room_for_frames
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.distributed.launch import launched
+from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.kernels import compiled_kernels
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
 
@@ -106,6 +107,7 @@ def quantize(
         )
     quiet_diffusers()
     quiet_lightning()
+    load_extensions(config.extensions)
     with launched(config), Run(config) as run:
         if not run.finished:
             model = open_model(config, pipeline, inputs, run.manifest.get("plan"))
@@ -150,7 +152,8 @@ class OpenedModel:
 
     def facts(self) -> dict[str, Any]:
         """What the run's manifest says about the model, JSON-ready."""
-        return {"plan": self.plan.to_dict(), "units": self.graph.names}
+        extensions = load_extensions(self.config.extensions)
+        return {"plan": self.plan.to_dict(), "units": self.graph.names, "extensions": extensions}
 
 
 def open_model(
@@ -173,6 +176,7 @@ def open_model(
         UserError: the settings or the pipeline cannot be worked with.
     """
     check_methods(config)
+    load_extensions(config.extensions)
     if pipeline is None:
         settings = config.model
         pipeline = open_pipeline(settings.path, settings.variant, getattr(torch, settings.dtype))

@@ -147,6 +147,8 @@ def test_evaluate_one_model(which: str, models: dict[str, str], tmp_path: Path) 
         (["sample", "FULL", "--options.clip_sample", "false"], "can mean --sampler.options.clip_sample or --cond"),
         (["sample", "FULL", "--steps", "1"], "unknown option --steps; expected one such as --num_steps"),
         (["sample", "FULL", "--backend", "abacus"], "abacus"),
+        (["sample", "FULL", "--extensions", "/no/file.py"], "extensions[0]: expected a Python file"),
+        (["evaluate", "FULL", "--extensions", "no.module"], "extensions[0]: no.module cannot be imported"),
         (["evaluate", "FULL", "--sampler.num_steps", "0"], "evaluation.sampler.num_steps must be at least 1, got 0"),
         (["evaluate", "FULL", "--devices", "0"], "trainer.devices must be at least 1"),
         (["sample", "FULL", "--sampler.options.no_such", "1"], "no_such"),

@@ -9,6 +9,7 @@ from typing import Literal
 from tcaq_lightning.backends.export import export_artifact
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.command import at_least, set_threads
+from tcaq_lightning.runtime.extensions import load_extensions
 
 
 def export(
@@ -20,6 +21,7 @@ def export(
     latents: list[int] | None = None,
     allow_float: bool = False,
     threads: int | None = None,
+    extensions: list[str] | None = None,
 ) -> None:
     """Export the denoiser of an artifact as one graph of integers for all timesteps.
 
@@ -35,6 +37,7 @@ def export(
         latents: height and width of the noisy sample, such as [64,96]; without it, the denoiser's own.
         allow_float: write the file although products fell back to float.
         threads: CPU threads; without it, the engines' choice.
+        extensions: Python files or modules of your own that register parts, imported first.
 
     Example:
         python -m tcaq_lightning export runs/quickstart/quantized exported --format openvino
@@ -43,6 +46,7 @@ def export(
     if latents is not None and (len(latents) != 2 or min(latents) < 1):
         raise UserError(f"--latents: expected a height and a width of at least 1, such as [64,96], got {latents}")
     set_threads(threads)
+    load_extensions(extensions or [])
     size = None if latents is None else (latents[0], latents[1])
     exported = export_artifact(path, output, format, four_bit, tokens, size, allow_float, threads)
     sys.stdout.write("\n".join([*exported.lines, *(f"wrote {file}" for file in exported.files)]) + "\n")

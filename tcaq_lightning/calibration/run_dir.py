@@ -98,6 +98,12 @@ class Run:
         on_main(lambda: self._start(facts))
 
     def _start(self, facts: dict[str, Any]) -> None:
+        for name, digest in self.manifest.get("extensions", {}).items():
+            if facts.get("extensions", {}).get(name) != digest:
+                raise UserError(
+                    f"extensions: {name} has changed since the run in {self.directory} was begun; use another run_dir, "
+                    "or the file as it was"
+                )
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.directory, os.O_RDONLY)  # held until the process ends, however it ends
         try:
@@ -173,6 +179,7 @@ def settings_of_result(config: Config) -> dict[str, Any]:
     'fashion-mnist-ddpm'
     """
     values = _without(config.to_dict(), (*UNRELATED_TO_RESULT, "evaluation"))
+    values["extensions"] = [Path(name).name if name.endswith(".py") else name for name in config.extensions]
     local, prompts = Path(config.model.path), config.conditioning.prompts
     if local.exists():
         values["model"]["path"] = local.resolve().name

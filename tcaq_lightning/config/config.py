@@ -37,6 +37,9 @@ class Config(Section):
     model.path, {bits} for the width, such as w4a8."""
     seed: int = 0
     """Seed of noises, sample draws and searches."""
+    extensions: list[str] = field(default_factory=list)
+    """Python files, or dotted names of modules, imported before anything is built: metrics, methods, families and
+    quantizers register themselves there."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The pretrained model."""
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)

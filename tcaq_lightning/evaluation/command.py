@@ -17,6 +17,7 @@ from tcaq_lightning.models.pipelines import find_denoiser, to_images
 from tcaq_lightning.models.sampling import make_sampling
 from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar, set_threads
 from tcaq_lightning.runtime.distributed.launch import connected
+from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
 
 
@@ -28,6 +29,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 64,
     threads: int | None = None,
+    extensions: list[str] | None = None,
     *,
     sampler: SamplerConfig,
     conditioning: ConditioningConfig,
@@ -42,6 +44,7 @@ def sample(
         seed: of the noise; image i is the same for any num and batch_size.
         batch_size: images at a time.
         threads: CPU threads; without it, PyTorch's choice.
+        extensions: Python files or modules of your own that register parts, imported first.
         sampler: scheduler, steps and their settings.
         conditioning: prompts or classes, and guidance.
 
@@ -51,6 +54,7 @@ def sample(
     at_least(1, num=num, batch_size=batch_size, threads=threads)
     at_least(0, seed=seed)
     sampler.check("sampler")
+    load_extensions(extensions or [])
     set_threads(threads)
     pipeline = open_any(path, backend)
     _, denoiser = find_denoiser(pipeline)

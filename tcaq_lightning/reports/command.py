@@ -21,6 +21,7 @@ from tcaq_lightning.reports.markdown import final_table
 from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar
 from tcaq_lightning.runtime.distributed.collectives import is_main, on_main
 from tcaq_lightning.runtime.distributed.launch import connected
+from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.files import write_json
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
 
@@ -35,6 +36,7 @@ def evaluate(
     seed: int = 0,
     output: Path | None = None,
     cache: Path | None = None,
+    extensions: list[str] | None = None,
     *,
     evaluation: EvaluationConfig = DEFAULTS,
     conditioning: ConditioningConfig,
@@ -52,6 +54,7 @@ def evaluate(
         seed: of the noise.
         output: JSON file for all figures.
         cache: directory for finished batches, so that the same command goes on after it was killed.
+        extensions: Python files or modules of your own that register parts, imported first.
         evaluation: metrics, features, reference, sampler.
         conditioning: prompts or classes, and guidance.
         trainer: devices and threads.
@@ -60,6 +63,7 @@ def evaluate(
         python -m tcaq_lightning evaluate runs/quickstart/quantized --full fashion-mnist-ddpm
     """
     at_least(0, fid_samples=fid_samples, seed=seed)
+    load_extensions(extensions or [])
     images = _is_images(path)
     number = (0 if images else evaluation.fid_samples) if fid_samples is None else fid_samples
     config = dataclasses.replace(evaluation, fid_samples=number, sampler=evaluation.sampler or SamplerConfig())

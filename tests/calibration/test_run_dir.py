@@ -96,3 +96,15 @@ def test_settings_of_result_tell_no_place(tmp_path: Path) -> None:
     assert settings_of_result(Config(model=ModelConfig("google/ddpm-cifar10-32")))["model"]["path"].startswith(
         "google/"
     )
+
+
+def test_an_extension_that_has_changed_is_refused(tmp_path: Path) -> None:
+    started(tmp_path, extensions={"mine.py": "a1"}).release()
+    with pytest.raises(UserError, match=r"extensions: mine\.py has changed since"):
+        started(tmp_path, extensions={"mine.py": "b2"})
+    started(tmp_path, extensions={"mine.py": "a1"})
+
+
+def test_settings_of_result_name_extensions_without_their_directories() -> None:
+    settings = settings_of_result(Config(extensions=["/home/me/mine.py", "package.module"]))
+    assert settings["extensions"] == ["mine.py", "package.module"]
