@@ -14,20 +14,14 @@ import torch
 from torch import nn
 
 from tcaq_lightning.artifact.directory import weights_digest
-from tcaq_lightning.backends.engines import (
-    ENGINES,
-    ONNXRUNTIME,
-    OPENVINO,
-    GraphInfo,
-    describe_kernels,
-    open_engine,
-    require,
-)
+from tcaq_lightning.backends.engines import ONNX, describe_kernels, engines, open_engine
 from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.backends.graph.inputs import call_of, example_inputs, nest, pipeline_sizes
-from tcaq_lightning.backends.graph.onnx_graph import METADATA_KEY
+from tcaq_lightning.backends.graph_info import GraphInfo
 from tcaq_lightning.backends.kernels import check_kernels, table
 from tcaq_lightning.backends.load import load_quantized
+from tcaq_lightning.backends.openvino import EXTRA, write_ir
+from tcaq_lightning.backends.packages import require
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.backends.stand_in import EngineDenoiser
 from tcaq_lightning.errors import UserError
@@ -35,7 +29,9 @@ from tcaq_lightning.models.architectures import Sizes
 from tcaq_lightning.models.pipelines import find_denoiser
 from tcaq_lightning.runtime.files import naming, write_json
 
-SUFFIXES = {"onnx": ".onnx", OPENVINO: ".xml"}
+OPENVINO = "openvino"
+"""The format of OpenVINO, which writes and opens it."""
+SUFFIXES = {ONNX: ".onnx", OPENVINO: ".xml"}
 NAME = "denoiser"
 GROSS_ERROR = 0.05
 """Relative squared error to the simulation on noise above which the graph is of another model. Rounding that falls
@@ -83,9 +79,9 @@ def export_artifact(
     """
     if graph_format not in SUFFIXES:
         raise UserError(f"--format must be one of {', '.join(SUFFIXES)}, got {graph_format!r}")
-    require("onnx", "onnx")
+    require("onnx", ONNX)
     if graph_format == OPENVINO:
-        require("openvino", OPENVINO)
+        require("openvino", EXTRA)
     target = _target(output, SUFFIXES[graph_format])
     pipeline = load_quantized(path)
     _, denoiser = find_denoiser(pipeline)
@@ -94,10 +90,10 @@ def export_artifact(
     with tempfile.TemporaryDirectory() as scratch:
         first = Path(scratch) / target.name
         if graph_format == OPENVINO:
-            _write_ir(content, first)
+            write_ir(content, first)
         else:
             first.write_bytes(content)
-        wanted = [OPENVINO] if graph_format == OPENVINO else [ONNXRUNTIME, OPENVINO]
+        installed, absent = _engines(graph_format)
         record: dict[str, Any] = {
             "format": graph_format,
             "inputs": {name: list(described.sizes()) for name, described in info.inputs.items()},
@@ -106,11 +102,12 @@ def export_artifact(
             "engines": {},
         }
         lines = []
-        for name in [name for name in wanted if importlib.util.find_spec(name)]:
+        for name in installed:
             found = _check(name, first, denoiser, sizes, allow_float, threads)
             record["engines"][name] = found[0]
             lines.append(found[1])
-        lines += _summary(info, record, four_bit)
+        lines += _summary(info, four_bit)
+        lines += [f"{name} is not installed: its kernels were not checked" for name in absent]
         write_json(first.with_suffix(".json"), record)
         files = _move(Path(scratch), target.parent)
     return Exported(files, lines)
@@ -128,13 +125,11 @@ def _target(output: Path, suffix: str) -> Path:
     return target
 
 
-def _write_ir(content: bytes, file: Path) -> None:
-    import openvino
-
-    model = openvino.Core().read_model(content)
-    text = model.get_rt_info(["framework", METADATA_KEY]).astype(str)
-    model.set_rt_info(text, METADATA_KEY)
-    openvino.save_model(model, str(file), compress_to_fp16=False)
+def _engines(graph_format: str) -> tuple[list[str], list[str]]:
+    """Names of the engines that open a format: installed ones, and others."""
+    found = engines(graph_format)
+    installed = [name for name, engine in found.items() if importlib.util.find_spec(engine.package)]
+    return installed, [name for name in found if name not in installed]
 
 
 @torch.no_grad()
@@ -160,7 +155,7 @@ def _check(
     return record, f"{table(kernels, name)}\n{name}: relative error to the simulated model on noise {error:.2g}"
 
 
-def _summary(info: GraphInfo, record: dict[str, Any], four_bit: bool) -> list[str]:
+def _summary(info: GraphInfo, four_bit: bool) -> list[str]:
     weights = [p for p in info.products if p.weight_bits]
     stored = {kind: sum(p.stored == kind for p in weights) for kind in ("int4", "int8", "uint8")}
     lines = ["weights: " + ", ".join(f"{count} stored as {kind}" for kind, count in stored.items() if count)]
@@ -172,8 +167,6 @@ def _summary(info: GraphInfo, record: dict[str, Any], four_bit: bool) -> list[st
             f"8-bit sums: {len(risky)} products, such as {risky[0]}, may saturate in 16 bits on x86 processors without "
             f"VNNI ({here}); there load_quantized runs them in float"
         )
-    missing = [n for n in ENGINES if n not in record["engines"] and (n == OPENVINO or record["format"] == "onnx")]
-    lines += [f"{name} is not installed: its kernels were not checked" for name in missing]
     return lines
 
 

@@ -1,32 +1,21 @@
-"""Which kernels an engine chose for the quantized products, from its own graph."""
+"""Which kernels an engine chose for the quantized products of its graph."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from tcaq_lightning.backends.graph.onnx_graph import Product
 from tcaq_lightning.errors import UserError
 
-if TYPE_CHECKING:
-    from onnx import ModelProto
-
 T = TypeVar("T")
 RUN = re.compile(r" \(\d+\)$")
 """What a later run of a layer appends to its name."""
-MOVED = re.compile(r"_token_\d+$")
-"""What ONNX Runtime appends to the name of a node that it rewrote for another layout."""
-LOWERED = "/DequantizationMultiply"
-"""What OpenVINO appends to the name of a layer whose scale it moved behind it."""
-INTEGER_OPERATORS = frozenset(
-    {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm"}
-)
-"""Of ONNX Runtime's optimised graph."""
-
 SATURATION = "16-bit sums of this processor may saturate"
 NO_CONVOLUTION = "this engine has no integer convolution with float output"
+ASYMMETRIC = "asymmetric weight of 8 bits: its codes do not fit int8"
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,9 @@ class Kernel:
     """What runs one product.
 
     Attributes:
-        product: the product. kernel: as the engine calls it. precision: of its operands.
+        product: the product.
+        kernel: as the engine calls it.
+        precision: of its operands.
         integer: whether it multiplies integers.
         reason: why it was meant to run in float, or empty.
     """
@@ -51,55 +42,19 @@ class Kernel:
         return not self.integer and not self.reason
 
 
-def openvino_kernels(compiled: Any, products: Sequence[Product], in_float: Iterable[str] = ()) -> list[Kernel]:
-    """Kernels of a compiled OpenVINO model, from its runtime model.
+def kernel_of(found: Mapping[str, T], name: str, missing: T) -> T:
+    """The kernel of a product; of a layer's second run, that of the first one where the engine has merged the two.
 
     Args:
-        compiled: `openvino.CompiledModel`.
-        products: of the graph.
-        in_float: names of those that were kept off integer kernels.
+        found: kernels by the name of their product.
+        name: of the product.
+        missing: what stands for a kernel that is not found.
     """
-    found: dict[str, tuple[str, str]] = {}
-    for op in compiled.get_runtime_model().get_ops():
-        info = {key: value.astype(str) for key, value in op.get_rt_info().items() if hasattr(value, "astype")}
-        if info.get("layerType") in ("Convolution", "GroupConvolution", "MatMul", "FullyConnected", "Deconvolution"):
-            for name in info.get("originalLayersNames", "").split(","):
-                kernel = f"{info['layerType']} {info.get('primitiveType', '')}"
-                # `runtimePrecision` alone also is i8 for float kernels whose weights are stored so
-                precision = kernel.rpartition("_")[2].lower()
-                found.setdefault(name.removesuffix(LOWERED), (kernel, precision))
-    kept = set(in_float)
-    missing = ("not found", "")
-    return [_kernel(p, *_of(found, p.name, missing), SATURATION if p.name in kept else "") for p in products]
-
-
-def onnxruntime_kernels(optimised: ModelProto, products: Sequence[Product], in_float: bool = False) -> list[Kernel]:
-    """Kernels of an ONNX Runtime session, from the graph that it optimised and wrote.
-
-    Its integer convolution gives integers: one whose output stays in float runs in float.
-
-    Args:
-        optimised: the graph.
-        products: of the graph.
-        in_float: whether all were kept off integer kernels.
-    """
-    found = {MOVED.sub("", node.name): node.op_type for node in optimised.graph.node}
-    kernels = []
-    for product in products:
-        operator = _of(found, product.name, "not found")
-        precision = "int8" if operator in INTEGER_OPERATORS else "float32"
-        needs_float = product.operator == "Conv" and product.output_bits is None
-        reason = SATURATION if in_float else NO_CONVOLUTION if needs_float else ""
-        kernels.append(_kernel(product, operator, precision, reason))
-    return kernels
-
-
-def _of(found: Mapping[str, T], name: str, missing: T) -> T:
-    """The kernel of a product; of a layer's second run, that of the first one where the engine has merged the two."""
     return found.get(name) or found.get(RUN.sub("", name), missing)
 
 
-def _kernel(product: Product, kernel: str, precision: str, reason: str) -> Kernel:
+def described(product: Product, kernel: str, precision: str, reason: str) -> Kernel:
+    """A product and its kernel; `reason` says why it was meant to run in float, where the product does not."""
     integer = precision in ("i8", "int8")
     return Kernel(product, kernel, precision, integer, "" if integer else product.note or reason)
 

@@ -29,7 +29,8 @@ class EngineDenoiser(nn.Module):
     it without weights.
 
     Attributes:
-        engine: runs the graph. config: of the denoiser.
+        engine: runs the graph.
+        config: of the denoiser.
     """
 
     def __init__(self, engine: Any, denoiser_class: type[nn.Module], config: Any) -> None:

@@ -11,17 +11,19 @@ group stays outside of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcaq_lightning.backends.engines import require
-from tcaq_lightning.nn.layers import LAYERS, QuantLayer, QuantLinear
+from tcaq_lightning.artifact.directory import OpenedArtifact
+from tcaq_lightning.backends.base import BACKENDS, LEARNS, Backend, LayerKernel
+from tcaq_lightning.backends.integers import centred, fits_int8
+from tcaq_lightning.backends.packages import require
+from tcaq_lightning.nn.layers import QuantLayer, QuantLinear
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers import CodedWeight, StoredTensor
 from tcaq_lightning.quantizers.activation import along, per_sample
@@ -33,20 +35,29 @@ LEAST_ROWS = 32
 """Rows of an input are padded to these: cuBLAS's product takes no fewer than 17."""
 
 
-@dataclass(frozen=True)
-class LayerKernel:
-    """What computes one quantized layer.
+@BACKENDS.register("torchao")
+class TorchAO(Backend):
+    """The simulation, with the products of linear layers on torchao's integer tensors; made for GPUs."""
 
-    Attributes:
-        name: of the layer. kind: its class in full precision.
-        integer: whether its product runs on torchao's integer tensor.
-        reason: why not, or empty.
-    """
+    options = ("packed",)
+    timed = False
 
-    name: str
-    kind: str
-    integer: bool
-    reason: str
+    def check(self) -> None:
+        """The integer tensors of torchao must be there."""
+        _torchao()
+
+    def can_run(self, layer: QuantLayer) -> str:
+        """Why a layer's product cannot be torchao's."""
+        return _reason(layer)
+
+    def build(self, opened: OpenedArtifact, options: Mapping[str, Any]) -> nn.Module:
+        """The denoiser with its linear layers exchanged."""
+        map_linear_layers(opened.denoiser)
+        return opened.denoiser
+
+    def kernels(self, denoiser: nn.Module) -> list[LayerKernel]:
+        """What runs each layer now: a layer that was not exchanged is simulated, even if it need not be."""
+        return layer_kernels(denoiser)
 
 
 class TorchAOWeight(CodedWeight):
@@ -65,7 +76,7 @@ class TorchAOWeight(CodedWeight):
         self.bits, self.conv_groups = source.bits, source.conv_groups
         self.register_buffer("scale", source.scale)
         self.register_buffer("zero_point", source.zero_point)
-        integers = _centred(source).to(torch.int8)
+        integers = centred(source).to(torch.int8)
         one = torch.ones(1, 1, dtype=source.scale.dtype, device=integers.device)
         inputs = tensors.QuantizeTensorToInt8Kwargs(granularity=_per_tensor())
         self.register_buffer(
@@ -114,7 +125,7 @@ class TorchAOLinear(QuantLinear):
         self.dtype, self.in_features = source.dtype, source.in_features
         self.bias_shift, self.shift_bias = source.bias_shift, source.shift_bias
         self.output_quantizer = source.output_quantizer
-        sums = _centred(weight).sum(dim=1).to(weight.scale.dtype) * weight.scale
+        sums = centred(weight).sum(dim=1).to(weight.scale.dtype) * weight.scale
         self.register_buffer("weight_sums", sums, persistent=False)
 
     def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:
@@ -151,8 +162,7 @@ def layer_kernels(denoiser: nn.Module) -> list[LayerKernel]:
     """What computes each quantized layer, or could; the matmuls of attentions are never on integers here."""
     found = []
     for name, layer in quant_layers(denoiser).items():
-        kind = next(source.__name__ for source, replacement in LAYERS.items() if isinstance(layer, replacement))
-        found.append(LayerKernel(name, kind, isinstance(layer, TorchAOLinear), _reason(layer)))
+        found.append(LayerKernel(name, layer.spec.kind, isinstance(layer, TorchAOLinear), _reason(layer)))
     return found
 
 
@@ -164,7 +174,7 @@ def _reason(layer: QuantLayer) -> str:
     if not isinstance(layer, QuantLinear):
         return "a convolution"
     if weight.learns:
-        return "still learns its rounding"
+        return LEARNS
     if not weight.number_format.integers:
         return f"weights in the number format {weight.number_format.name}"
     if layer.input_quantizer.is_dynamic:
@@ -173,17 +183,9 @@ def _reason(layer: QuantLayer) -> str:
         return f"inputs quantized by {layer.input_quantizer.kind}"
     if layer.in_features % MULTIPLE or layer.out_channels % MULTIPLE:
         return f"a size is not a multiple of {MULTIPLE}"
-    integers = _centred(cast("CodedWeight", weight))
-    if int(integers.min()) < -128 or int(integers.max()) > 127:
+    if not fits_int8(cast("CodedWeight", weight)):
         return "asymmetric weights beyond int8"
     return ""
-
-
-def _centred(weight: CodedWeight) -> Tensor:
-    """c - z_o, int32."""
-    codes = weight.codes
-    assert weight.zero_point is not None
-    return codes.int() - weight.zero_point.int().view(-1, *[1] * (codes.ndim - 1))
 
 
 def _torchao() -> Any:

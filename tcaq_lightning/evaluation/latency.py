@@ -23,7 +23,8 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from tcaq_lightning.backends.load import BACKENDS, load_quantized
+from tcaq_lightning.backends.base import BACKENDS
+from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.evaluation.cache import artifact_digest, read_cached, write_cached
 from tcaq_lightning.models.architectures import example_samples
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
@@ -56,8 +57,8 @@ Opener = Callable[[str], nn.Module]
 
 
 def backends() -> dict[str, Opener]:
-    """Engines that an artifact can run on, by name. Extend to add one; one that is not installed raises UserError."""
-    return {name: partial(_open, name) for name in BACKENDS if name != "torchao"}  # made for GPUs
+    """What opens an artifact on each backend that is timed on a CPU; one that is not installed raises UserError."""
+    return {name: partial(_open, name) for name, backend in BACKENDS.items() if backend.timed}
 
 
 def _open(backend: str, path: str) -> nn.Module:

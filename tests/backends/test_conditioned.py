@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.artifact.directory import freeze
-from tcaq_lightning.backends.engines import GraphInfo, open_engine
+from tcaq_lightning.backends.engines import open_engine
 from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.backends.graph.inputs import GraphInput, context_tokens, example_inputs
+from tcaq_lightning.backends.graph_info import GraphInfo
 from tcaq_lightning.backends.kernels import SATURATION, check_kernels
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.backends.stand_in import EngineDenoiser

@@ -72,7 +72,7 @@ def test_nothing_is_left_of_a_failure(
     def fell_back(engine: Any) -> list[Kernel]:
         return [Kernel(p, "Convolution jit_avx2_f32", "f32", False, "") for p in engine.info.products]
 
-    monkeypatch.setattr("tcaq_lightning.backends.engines.OpenVINOEngine.kernels", fell_back)
+    monkeypatch.setattr("tcaq_lightning.backends.openvino.OpenVINOEngine.kernels", fell_back)
     output = tmp_path / "new" / "out"
     assert run(artifact, "--format", "openvino", output) == 2
     message = capsys.readouterr().err

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact.directory import freeze
-from tcaq_lightning.backends.engines import GraphInfo, open_engine
+from tcaq_lightning.backends.engines import open_engine
 from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.onnx_graph import Product, finish, trace
+from tcaq_lightning.backends.graph_info import GraphInfo
 from tcaq_lightning.backends.kernels import NO_CONVOLUTION, SATURATION, check_kernels
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.backends.stand_in import EngineDenoiser

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact.freeze import freeze
+from tcaq_lightning.backends.base import LayerKernel
 from tcaq_lightning.backends.load import load_quantized
-from tcaq_lightning.backends.torchao import LayerKernel, TorchAOLinear, TorchAOWeight, layer_kernels, map_linear_layers
+from tcaq_lightning.backends.torchao import TorchAOLinear, TorchAOWeight, layer_kernels, map_linear_layers
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLinear

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.artifact.structure import describe
-from tcaq_lightning.backends.engines import EXPORT_VERSION, GraphInfo, require
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.inputs import GraphInput, call_of, example_inputs
 from tcaq_lightning.backends.graph.onnx_graph import finish, trace
+from tcaq_lightning.backends.graph_info import EXPORT_VERSION, GraphInfo
+from tcaq_lightning.backends.packages import require
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.architectures import Sizes
 from tcaq_lightning.models.pipelines import one_line
