@@ -45,7 +45,7 @@ from tcaq_lightning.cli import parse_config
 from tcaq_lightning.config import Config
 from tcaq_lightning.evaluation.evaluate import planned_samples
 from tcaq_lightning.models.trajectories import Trajectories
-from tcaq_lightning.reports.markdown import final_table
+from tcaq_lightning.reports.headline import final_table
 from tcaq_lightning.runtime.distributed.collectives import is_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.exit_codes import run_cli

@@ -106,7 +106,8 @@ class Worker:
     """A process that holds one model and times its calls when it is asked; a context manager.
 
     Args:
-        model, backend: names for the rows.
+        model: its name, for the rows.
+        backend: likewise.
         path: of the model.
         threads: of the CPU.
 

@@ -17,7 +17,7 @@ from tcaq_lightning.evaluation.images import open_images
 from tcaq_lightning.evaluation.scores import check_metrics
 from tcaq_lightning.models.pipelines import find_denoiser
 from tcaq_lightning.models.sampling import make_sampling
-from tcaq_lightning.reports.markdown import final_table
+from tcaq_lightning.reports.headline import final_table
 from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar
 from tcaq_lightning.runtime.distributed.collectives import is_main, on_main
 from tcaq_lightning.runtime.distributed.launch import connected

@@ -1,4 +1,4 @@
-"""What a finished run shows: metrics.json, report.md with its plots, and the table on the console."""
+"""Write metrics.json, and report.md with its plots."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tcaq_lightning.evaluation.json_values import finite
-from tcaq_lightning.evaluation.scores import row_of
 from tcaq_lightning.nn.coverage import CoverageRow
+from tcaq_lightning.reports.figures import plot_mismatch, plot_noise_error
+from tcaq_lightning.reports.headline import Record, headline, significant
 from tcaq_lightning.runtime.files import replacing, write_bytes, write_json
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.table import Table
-
-Record = Mapping[str, Any]
-"""JSON-ready values by name."""
 
 NOISE_PLOT = Path("plots/noise_error.png")
 MISMATCH_PLOT = Path("plots/mismatch.png")
@@ -65,40 +61,6 @@ def write_report(
     return content
 
 
-def headline(content: Record) -> list[tuple[str, str]]:
-    """The figures that matter, as (name, text) rows; what was not measured is left out.
-
-    >>> headline({"same_noise": {"mse": 0.0125, "psnr": 25.04, "num_images": 64}, "stages": {"learn": 61.2}})
-    [('same-noise image MSE (64 images)', '0.0125'), ('same-noise image PSNR', '25.04 dB'), ('seconds: learn', '61.2')]
-    """
-    rows = []
-    if noise := content.get("noise_error"):
-        rows.append(("noise error, mean over t > 0", _number(noise["summary"])))
-    if images := content.get("same_noise"):
-        rows.append((f"same-noise image MSE ({images['num_images']} images)", _number(images["mse"])))
-        # None stands for infinity: the images are equal.
-        rows.append(("same-noise image PSNR", "-" if images["psnr"] is None else f"{images['psnr']:.2f} dB"))
-    scores = content.get("scores") or {}
-    for key, label in (("full", "full precision"), ("quantized", "quantized"), ("images", "images")):
-        shown = [row_of(name, record) for name, record in scores.get(key, {}).items()]
-        rows += [(f"{row.label}, {label}", row.text) for row in shown]
-    if size := content.get("bytes"):
-        text = f"{size['quantized']:,} of {size['full']:,} bytes ({size['full'] / size['quantized']:.2f} times smaller)"
-        rows.append(("denoiser on disk", text))
-    rows += [(f"seconds: {stage}", f"{value:.1f}") for stage, value in (content.get("stages") or {}).items()]
-    return rows
-
-
-def final_table(content: Record) -> Table:
-    """The figures that matter as a table for the console."""
-    from rich.table import Table
-
-    table = Table("", "", title="Images" if "images" in content else "Quantized denoiser", show_header=False)
-    for name, text in headline(content):
-        table.add_row(name, text)
-    return table
-
-
 def render(content: Record, samples: Sequence[Path] = ()) -> str:
     """The text of report.md.
 
@@ -113,7 +75,7 @@ def render(content: Record, samples: Sequence[Path] = ()) -> str:
     if noise := content.get("noise_error"):
         parts += ["## Noise error by timestep", f"![noise error]({NOISE_PLOT.as_posix()})"]
         columns = zip(noise["timesteps"], noise["relative"], noise["bias"], strict=True)
-        rows = [(f"{t:g}", _number(error), _number(bias)) for t, error, bias in columns]
+        rows = [(f"{t:g}", significant(error), significant(bias)) for t, error, bias in columns]
         parts.append(_markdown(["t", "relative error", "mean error"], rows))
     if rounds := content.get("rounds"):
         parts += _rounds(rounds)
@@ -137,8 +99,8 @@ def _rounds(rounds: Sequence[Record]) -> list[str]:
     text = "Relative distance of the quantized sampler's x_t from the full-precision sampler's, on held-out noise."
     header = ["t", *(f"round {r['round']}" for r in rounds)]
     by_step = zip(rounds[0]["timesteps"], *(r["mismatch"] for r in rounds), strict=True)
-    rows = [(f"{t:g}", *map(_number, values)) for t, *values in by_step]
-    rows.append(("mean", *(_number(r["mean_mismatch"]) for r in rounds)))
+    rows = [(f"{t:g}", *map(significant, values)) for t, *values in by_step]
+    rows.append(("mean", *(significant(r["mean_mismatch"]) for r in rounds)))
     rows.append(("kept", *("yes" if r["kept"] else "no: the state before it" for r in rounds)))
     return ["## Mismatch by round", text, f"![mismatch]({MISMATCH_PLOT.as_posix()})", _markdown(header, rows)]
 
@@ -154,9 +116,9 @@ def _units(units: Sequence[Record]) -> list[str]:
         (
             str(u["round"]),
             u["unit"],
-            _number(u["before"]),
-            _number(u.get("learned")),
-            _number(u["after"]),
+            significant(u["before"]),
+            significant(u.get("learned")),
+            significant(u["after"]),
             _percent(u.get("undecided")),
             _percent(u.get("flipped")),
             "kept" if u["kept"] else "restored",
@@ -194,71 +156,13 @@ def _attention(attention: Sequence[tuple[str, str, Record]]) -> list[str]:
         errors = [_mean(a[key]) for key in ("uniform_error", "log_error")]
         pattern = "".join("L" if chosen else "u" for chosen in a["logarithmic"])
         counts = [f"{count} of {groups}" for count in (sum(a["logarithmic"]), agreed)]
-        rows.append((unit, name, f"`{pattern}`", *counts, *map(_number, errors)))
+        rows.append((unit, name, f"`{pattern}`", *counts, *map(significant, errors)))
     header = ["unit", "softmax quantizer", "groups", "logarithmic", "rules agree", "uniform error", "log error"]
     text = (
         "One letter for each timestep group, small t first: L logarithmic, u uniform. "
         "Errors are relative, of the attention's output, averaged over the groups."
     )
     return ["## DAQ", text, _markdown(header, rows)]
-
-
-def plot_noise_error(noise: Record) -> Figure:
-    """Relative and mean error of the noise against the timestep.
-
-    Args:
-        noise: `noise_error` of `Evaluation.to_dict()`.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5))
-    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.14, top=0.95, wspace=0.3)  # a layout engine is far slower
-    error, bias = figure.subplots(1, 2)
-    draw_relative_error(error, noise)
-    draw_bias(bias, noise)
-    return figure
-
-
-def draw_relative_error(axes: Axes, noise: Record) -> None:
-    """Relative error of the noise against the timestep, on a logarithmic axis."""
-    axes.plot(noise["timesteps"], points(noise["relative"]), ".-")
-    axes.set(xlabel="t", ylabel="relative noise error", yscale="log")
-    axes.invert_xaxis()
-
-
-def draw_bias(axes: Axes, noise: Record) -> None:
-    """Mean error of the noise against the timestep."""
-    axes.plot(noise["timesteps"], points(noise["bias"]), ".-")
-    axes.axhline(0, color="0.8", linewidth=1)
-    axes.set(xlabel="t", ylabel="mean noise error")
-    axes.invert_xaxis()
-
-
-def plot_mismatch(rounds: Sequence[Record]) -> Figure:
-    """Mismatch of the two samplers' x_t against the timestep, one line for each round.
-
-    Args:
-        rounds: as in `write_report`.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5))
-    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.14, top=0.95)
-    axes = figure.subplots()
-    for record in rounds:
-        label = f"round {record['round']}" + ("" if record["kept"] else " (not kept)")
-        # At the first step both samplers start from the same noise: 0 has no place on a logarithmic axis.
-        values = [v or float("nan") for v in points(record["mismatch"])]
-        axes.plot(record["timesteps"], values, ".-", label=label)
-    axes.set(xlabel="t", ylabel="relative distance of x_t", yscale="log")
-    axes.invert_xaxis()
-    axes.legend()
-    return figure
-
-
-def points(values: Sequence[float | None]) -> list[float]:
-    """Values to draw: NaN, which leaves a gap, for what is not finite."""
-    return [float("nan") if v is None else v for v in values]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -270,10 +174,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _save(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _percent(share: float | None) -> str:

@@ -12,7 +12,8 @@ import pytest
 from tcaq_lightning.__main__ import main
 from tcaq_lightning.evaluation.images import ImageWriter
 from tcaq_lightning.evaluation.metrics.base import METRICS
-from tcaq_lightning.reports.markdown import headline, render
+from tcaq_lightning.reports.headline import headline
+from tcaq_lightning.reports.markdown import render
 from tests.evaluation.inception_weights import pictures
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "extending" / "metric.py"

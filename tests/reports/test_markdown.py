@@ -12,7 +12,8 @@ from rich.console import Console
 from tcaq_lightning.calibration.initialize import AttentionChoice
 from tcaq_lightning.methods.daq import LogHistogram, TailFit, decide_by_likelihood
 from tcaq_lightning.nn.coverage import CoverageRow
-from tcaq_lightning.reports.markdown import final_table, headline, render, write_report
+from tcaq_lightning.reports.headline import final_table, headline
+from tcaq_lightning.reports.markdown import render, write_report
 
 COVERAGE = [
     CoverageRow("conv_in", "Conv2d", "W8 A8", "", 1234),

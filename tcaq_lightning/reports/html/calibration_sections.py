@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from tcaq_lightning.quantizers.statistics import range_heat_maps
+from tcaq_lightning.reports.finished_run import FinishedRun, UnitStatistics
 from tcaq_lightning.reports.html import charts
 from tcaq_lightning.reports.html.events import Events
-from tcaq_lightning.reports.html.finished import FinishedRun, UnitStatistics
 from tcaq_lightning.reports.html.page import (
     Block,
     Cards,

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Literal
 
+from tcaq_lightning.reports.figures import points
 from tcaq_lightning.reports.html.events import Curve
 from tcaq_lightning.reports.html.page import COLOURS, INK
-from tcaq_lightning.reports.markdown import points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,8 @@ def choice_map(labels: Sequence[str], chosen: Sequence[Sequence[bool]], differ: 
 
     Args:
         labels: of the attentions.
-        chosen: (A, G) logarithmic. differ: (A, G) the other rule would choose otherwise.
+        chosen: (A, G) logarithmic.
+        differ: (A, G) the other rule would choose otherwise.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator

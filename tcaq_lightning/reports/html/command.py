@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tcaq_lightning.evaluation.latency import measure_latency
 from tcaq_lightning.evaluation.layer_sensitivity import measure_sensitivity
-from tcaq_lightning.reports.html.finished import read_finished
+from tcaq_lightning.reports.finished_run import read_finished
 from tcaq_lightning.reports.html.write import write_page
 from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar, set_threads
 

@@ -64,7 +64,8 @@ class Figure:
     """A picture with what it shows.
 
     Attributes:
-        picture: HTML of the picture. caption: what one sees and how to read it.
+        picture: HTML of the picture.
+        caption: what one sees and how to read it.
         wide: it takes the page's width and scrolls sideways on a small screen.
     """
 
@@ -87,7 +88,9 @@ class Table:
     """A table whose columns can be sorted.
 
     Attributes:
-        caption: what the rows are. rows: one value for each column; None where there is none.
+        caption: what the rows are.
+        columns: titles and formats.
+        rows: one value for each column; None where there is none.
         folded: shown on demand only.
     """
 

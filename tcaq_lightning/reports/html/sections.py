@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from tcaq_lightning.evaluation.layer_sensitivity import WHOLE
+from tcaq_lightning.reports.figures import draw_bias, draw_relative_error, plot_mismatch
+from tcaq_lightning.reports.finished_run import FinishedRun, Record
+from tcaq_lightning.reports.headline import headline
 from tcaq_lightning.reports.html import charts
-from tcaq_lightning.reports.html.finished import FinishedRun, Record
 from tcaq_lightning.reports.html.page import (
     Block,
     Cards,
@@ -26,7 +28,6 @@ from tcaq_lightning.reports.html.page import (
     plot_style,
     png,
 )
-from tcaq_lightning.reports.markdown import draw_bias, draw_relative_error, headline, plot_mismatch
 
 MOST_ROWS = 40
 """Rows of a chart; the table beside it has them all."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tcaq_lightning.reports.finished_run import FinishedRun, Record
 from tcaq_lightning.reports.html import charts
 from tcaq_lightning.reports.html.calibration_sections import MOST_FIGURES, mean_known
 from tcaq_lightning.reports.html.events import Curve, Events
-from tcaq_lightning.reports.html.finished import FinishedRun, Record
 from tcaq_lightning.reports.html.page import Block, Cards, Column, Figure, Section, Table, drawn, note, plot_style
 from tcaq_lightning.reports.html.sections import or_nothing, unfolded
 

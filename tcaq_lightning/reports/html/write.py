@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tcaq_lightning.evaluation.latency import measured_latency
 from tcaq_lightning.evaluation.layer_sensitivity import measured_sensitivity
+from tcaq_lightning.reports.finished_run import FinishedRun
 from tcaq_lightning.reports.html import calibration_sections, sections, unit_section
 from tcaq_lightning.reports.html.events import read_events
-from tcaq_lightning.reports.html.finished import FinishedRun
 from tcaq_lightning.reports.html.page import Section, render
 from tcaq_lightning.runtime.files import write_bytes
 

@@ -20,7 +20,7 @@ from tcaq_lightning.__main__ import main
 from tcaq_lightning.calibration.run_dir import _digest
 from tcaq_lightning.evaluation.layer_sensitivity import FILE as SENSITIVITY
 from tcaq_lightning.evaluation.layer_sensitivity import measure_sensitivity
-from tcaq_lightning.reports.html.finished import read_finished
+from tcaq_lightning.reports.finished_run import read_finished
 from tcaq_lightning.reports.html.write import write_page
 
 SECTIONS = [

@@ -17,7 +17,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.daq import TailFit
 from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.quantizers.statistics import RangeStatistics
-from tcaq_lightning.reports.markdown import headline
+from tcaq_lightning.reports.headline import headline
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
 from tcaq_lightning.runtime.json_shape import FLAG, MEASURED, NUMBER, TEXT, Named, Optional, check_shape
 
@@ -67,8 +67,12 @@ class UnitStatistics:
     """What calibration saw of a unit before it set anything, and the TCR that it ended with.
 
     Attributes:
-        ranges: by input quantizer, (G, C) each. r: (C,) or (1,), and shift: (C,) or None, by the same names.
-        counts: by softmax quantizer, (G, 1 + bins) histogram. edges: (2 + bins,). fits: one a group, by the same names.
+        ranges: by input quantizer, (G, C) each.
+        r: (C,) or (1,), by the same names.
+        shift: (C,) or None, by the same names.
+        counts: by softmax quantizer, (G, 1 + bins) histogram.
+        edges: of the histograms, (2 + bins,), or None without any.
+        fits: one for each group, by the names of `counts`.
     """
 
     ranges: dict[str, RangeStatistics]
@@ -84,7 +88,9 @@ class FinishedRun:
     """A finished run.
 
     Attributes:
-        directory: RUN_DIR. manifest, metrics: content of its JSON files, checked.
+        directory: RUN_DIR.
+        manifest: content of manifest.json, checked.
+        metrics: content of metrics.json, checked.
         statistics: by unit in execution order; empty for runs that kept none.
         notes: one line for each file that is damaged and was left out.
     """
@@ -211,7 +217,8 @@ def statistics_of(tensors: Mapping[str, Tensor], record: Any, state: Mapping[str
     """Statistics from the content of their file, with r and shift from the unit's state.
 
     Args:
-        tensors, record: as `Observations.tensors` and `Observations.to_dict` made them.
+        tensors: as `Observations.tensors` made them.
+        record: as `Observations.to_dict` made it.
         state: of the unit, as in its file.
 
     Raises:

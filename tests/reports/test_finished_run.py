@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.reports.finished_run import read_finished
 from tcaq_lightning.reports.html.calibration_sections import channel_spread, magnitudes
-from tcaq_lightning.reports.html.finished import read_finished
 
 
 def change(path: Path, edit: Callable[[Any], None]) -> None:
