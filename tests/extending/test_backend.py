@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +11,14 @@ from tcaq_lightning import load_quantized
 from tcaq_lightning.backends.base import layer_kernels
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.latency import backends
+from tcaq_lightning.runtime.extensions import load_extensions
 from tests.backends.conftest import artifact  # noqa: F401 - a fixture
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "extending" / "backend.py"
 
 
-@pytest.fixture(autouse=True)
-def example() -> None:
-    """Import the example, as `extensions` does."""
-    spec = importlib.util.spec_from_file_location("extending_backend", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-
-
 def test_a_backend_of_ones_own_opens_an_artifact(artifact: Path) -> None:  # noqa: F811 - the fixture
+    load_extensions([str(EXAMPLE)])
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 70])
     simulated = load_quantized(artifact).unet(x, t).sample
     all_layers = load_quantized(artifact, backend="weight_only").unet(x, t).sample

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from tcaq_lightning.__main__ import main
 from tcaq_lightning.evaluation.images import ImageWriter
-from tcaq_lightning.evaluation.metrics.base import METRICS
 from tcaq_lightning.reports.headline import headline
 from tcaq_lightning.reports.markdown import render
 from tests.evaluation.inception_weights import pictures
@@ -19,23 +16,11 @@ from tests.evaluation.inception_weights import pictures
 EXAMPLE = Path(__file__).parents[2] / "docs" / "extending" / "metric.py"
 
 
-@pytest.fixture(autouse=True)
-def example() -> None:
-    """Import the example, as `extensions` does."""
-    spec = importlib.util.spec_from_file_location("extending_metric", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-
-
 def test_a_metric_of_ones_own_is_measured_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert METRICS["contrast"].__module__ == "extending_metric"
     pixels = pictures(7)
     ImageWriter(tmp_path / "images", "test").write(range(7), pixels)
     output = tmp_path / "metrics.json"
-    options = ["--metrics", "contrast", "--batch_size", "3", "--output", str(output)]
+    options = ["--extensions", f"[{EXAMPLE}]", "--metrics", "contrast", "--batch_size", "3", "--output", str(output)]
     assert main(["evaluate", str(tmp_path / "images"), *options]) == 0
     expected = float(pixels.double().flatten(1).std(dim=1).mean())
     content = json.loads(output.read_text())
