@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.methods.sensitivity import channel_means
+from tcaq_lightning.models.unit_outputs import channel_means
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.output_layers import output_layer
 from tcaq_lightning.nn.parts import quant_layers

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcaq_lightning.methods.sensitivity import beside_channels, channel_means, mean_squares
-from tcaq_lightning.models.unit_outputs import Outputs, channel_count, output_tensors
+from tcaq_lightning.models.unit_outputs import (
+    Outputs,
+    beside_channels,
+    channel_count,
+    channel_means,
+    mean_squares,
+    output_tensors,
+)
 from tcaq_lightning.runtime.kernels import Kernel
 
 

@@ -24,7 +24,7 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.forwards import patched_forwards
 from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.trajectories import Trajectories
-from tcaq_lightning.models.unit_outputs import Outputs, by_sample, channel_count, output_tensors
+from tcaq_lightning.models.unit_outputs import Outputs, by_sample, channel_count, mean_squares, output_tensors
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import is_mine, total
 
@@ -156,28 +156,6 @@ def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, sign
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward whose intermediate values are not kept for the backward pass."""
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-
-
-WITHIN_CHANNELS = {2: (), 3: (1,), 4: (2, 3), 5: (1, 3, 4)}
-"""Axes of (B, C), (B, T, C), (B, C, H, W) and (B, k, C, H, W) that are neither samples nor channels."""
-
-
-def channel_means(x: Tensor) -> Tensor:
-    """Means of each sample's channels: (B, C, H, W), (B, k, C, H, W), (B, T, C) or (B, C) -> (B, C)."""
-    axes = WITHIN_CHANNELS[x.ndim]
-    return x.mean(axes) if axes else x
-
-
-def mean_squares(x: Tensor) -> Tensor:
-    """Means of the squares of each sample's channels; shapes as in `channel_means`."""
-    return channel_means(x.square())
-
-
-def beside_channels(values: Tensor, dims: int) -> Tensor:
-    """(B, C) values beside a tensor of `dims` axes, as in `channel_means`."""
-    for axis in WITHIN_CHANNELS[dims]:
-        values = values.unsqueeze(axis)
-    return values
 
 
 def normalized_weights(weights: Tensor, squares: Tensor) -> Tensor:

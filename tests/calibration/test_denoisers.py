@@ -37,12 +37,12 @@ from tcaq_lightning.config import (
     TrainerConfig,
     WeightConfig,
 )
-from tcaq_lightning.methods.sensitivity import _squared_jacobians, channel_means
+from tcaq_lightning.methods.sensitivity import _squared_jacobians
 from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.models.forwards import patched_forwards
 from tcaq_lightning.models.graph import trace_units
-from tcaq_lightning.models.unit_outputs import by_sample, output_tensors
+from tcaq_lightning.models.unit_outputs import by_sample, channel_means, output_tensors
 from tcaq_lightning.models.units import find_units
 from tcaq_lightning.nn.coverage import uncovered
 from tcaq_lightning.nn.layers import QuantConv2d, QuantLinear
