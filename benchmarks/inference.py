@@ -35,7 +35,6 @@ from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.prepare import quantize
-from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 ENGINES = ("torch", "onnxruntime", "openvino")
@@ -55,7 +54,7 @@ def nearest(
     for quantizer in quantizers(denoiser).values():
         levels = 2**quantizer.bits - 1
         grown = torch.linspace(1.0, 1.2, groups)
-        if isinstance(quantizer, SoftmaxQuantizer):
+        if quantizer.place == "probabilities":
             quantizer.delta.copy_(grown / levels)
         else:
             quantizer.delta.copy_(8 * grown / levels)

@@ -9,7 +9,6 @@ from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.initialize import Choices, Observations
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.nn.parts import quantizers
-from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.statistics import range_heat_maps
 
 
@@ -28,8 +27,7 @@ class ActivationStatistics(CalibrationCallback):
         modules = quantizers(unit)
         for name, ranges in observed.ranges.items():
             module = modules[name]
-            assert isinstance(module, ActivationQuantizer)
-            if module.r.numel() > 1:
+            if module.place == "input" and module.r.numel() > 1:
                 centred = ranges if module.shift is None else ranges.shifted(module.shift.cpu())
                 after = centred.magnitude() / module.r.cpu()  # (G, C)
                 figure = range_heat_maps(ranges.magnitude(), after, f"{visit.tag} {name}")

@@ -20,7 +20,7 @@ from tcaq_lightning.methods.reparameterization import Reparameterization, choose
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quantizers, readers
 from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
-from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
+from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.statistics import RangeStatistics
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import broadcast, gather, is_mine, world_size
@@ -100,7 +100,7 @@ def initialize(
             if name not in inputs:  # of a layer that the unit does not use
                 for layer in layers:
                     layer.search_weight()
-            elif isinstance(quantizer, SoftmaxQuantizer):
+            elif quantizer.place == "probabilities":
                 values = inputs[_sibling(name, "value")]
                 choice = choose_softmax(quantizer, inputs[name], values, observed.fits[name], daq_config)
                 choices.attention[name] = choice

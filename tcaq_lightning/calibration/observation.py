@@ -33,7 +33,9 @@ def observing(unit: nn.Module, timestep_groups: TimestepGroups) -> Iterator[Obse
         timestep_groups: timestep groups of the denoiser, which know the samples of the batch that runs.
     """
     found = Observations()
-    handles = [q.register_forward_pre_hook(_hook(found, name, timestep_groups)) for name, q in quantizers(unit).items()]
+    handles = [
+        q.register_forward_pre_hook(_hook(found, name, q, timestep_groups)) for name, q in quantizers(unit).items()
+    ]
     try:
         with full_precision(unit):
             yield found
@@ -48,15 +50,15 @@ def observing(unit: nn.Module, timestep_groups: TimestepGroups) -> Iterator[Obse
 
 
 def _hook(
-    found: Observations, name: str, timestep_groups: TimestepGroups
+    found: Observations, name: str, quantizer: ActivationQuantizer | SoftmaxQuantizer, timestep_groups: TimestepGroups
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def receive(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         (x, *_) = args  # (B, ...)
-        if isinstance(quantizer, SoftmaxQuantizer):
+        if quantizer.place == "probabilities":
             if name not in found.histograms:
                 found.histograms[name] = LogHistogram(timestep_groups.num_groups, device=x.device)
             found.histograms[name].update(x, timestep_groups.current)
-        elif isinstance(quantizer, ActivationQuantizer):
+        else:
             if name not in found.ranges:
                 found.ranges[name] = RangeStatistics(timestep_groups.num_groups, x.shape[quantizer.channel_dim])
             found.ranges[name].update(x, timestep_groups.current, quantizer.channel_dim)

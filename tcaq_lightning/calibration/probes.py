@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.nn.state import full_precision
-from tcaq_lightning.quantizers import SoftmaxQuantizer
+from tcaq_lightning.quantizers import Quantizer
 from tcaq_lightning.quantizers.activation import widened
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
@@ -64,8 +64,8 @@ def capture_inputs(
     captured: dict[str, list[Tensor]] = defaultdict(list)
     passed: dict[str, Tensor] = {}
 
-    def hook(name: str, quantizer: nn.Module) -> Any:
-        of_probabilities = isinstance(quantizer, SoftmaxQuantizer)
+    def hook(name: str, quantizer: Quantizer) -> Any:
+        of_probabilities = quantizer.place == "probabilities"
 
         def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = widened(args[0])  # of several calls in a pass the last one is kept

@@ -17,8 +17,8 @@ from tcaq_lightning.calibration.entry_steps import EntrySteps
 from tcaq_lightning.calibration.losses import channel_errors, gradient_scale, weighted_error
 from tcaq_lightning.calibration.unit_data import Batch, UnitData
 from tcaq_lightning.config import ReconstructionConfig
-from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers
-from tcaq_lightning.quantizers import ActivationQuantizer, Rounding
+from tcaq_lightning.nn.parts import quant_layers, quantizers
+from tcaq_lightning.quantizers import Rounding
 from tcaq_lightning.quantizers.adaround import adaround_regularizer, annealed_beta, undecided_share
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.compilation import compiled
@@ -102,22 +102,8 @@ class BlockReconstruction(pl.LightningModule):
 
     def _begin(self) -> None:
         rounding = Rounding.SOFT if self.phase == "v" else Rounding.NEAREST
-        found: list[dict[str, list[nn.Parameter]]] = []
-        for quantizer in quantizers(self.unit).values():
-            if isinstance(quantizer, ActivationQuantizer):
-                quantizer.drop_probability = self.config.qdrop
-                found.append(quantizer.begin_learning(reparameterize=self.phase == "r"))
-            else:
-                found.append(quantizer.begin_learning())
-        found += [
-            layer.learned_weight.begin_learning(rounding, layer.input_quantizer.r)
-            for layer in quant_layers(self.unit).values()
-        ]
-        found += [
-            layer.output_quantizer.begin_learning()
-            for layer in quant_layers(self.unit).values()
-            if layer.output_quantizer is not None and layer.input_quantizer.headroom == 1
-        ]
+        found = [q.begin_learning(self.phase == "r", self.config.qdrop) for q in quantizers(self.unit).values()]
+        found += [layer.begin_learning(rounding) for layer in quant_layers(self.unit).values()]
         for parameters in found:
             for kind, values in parameters.items():
                 self.learned[kind] += values
@@ -126,12 +112,8 @@ class BlockReconstruction(pl.LightningModule):
         """Fold what was learned into the unit and round hard."""
         for quantizer in quantizers(self.unit).values():
             quantizer.end_learning()
-            if isinstance(quantizer, ActivationQuantizer):
-                quantizer.drop_probability = 0.0
-        for outputs in output_quantizers(self.unit):
-            outputs.end_learning()
         for layer in quant_layers(self.unit).values():
-            layer.learned_weight.end_learning()
+            layer.end_learning()
             if self.phase == "r":
                 layer.search_weight()
         self.unit.eval()

@@ -21,7 +21,7 @@ from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample_shape
 from tcaq_lightning.models.sampling import make_sampling
 from tcaq_lightning.models.trajectories import Trajectories, collect
-from tcaq_lightning.nn.attention import QuantAttnProcessor
+from tcaq_lightning.nn.attention import quantized_processor
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, TimestepHook
@@ -138,7 +138,7 @@ def parts_of(quantized: nn.Module) -> list[str]:
     return [
         name
         for name, module in quantized.named_modules()
-        if isinstance(module, QuantLayer) or (is_attention(module) and isinstance(module.processor, QuantAttnProcessor))
+        if isinstance(module, QuantLayer) or quantized_processor(module) is not None
     ]
 
 
@@ -184,8 +184,8 @@ def groups_of(quantized: nn.Module) -> TimestepGroups:
     layer = next(iter(quant_layers(quantized).values()), None)
     if layer is not None:
         return layer.input_quantizer.groups
-    processor = next(m for m in quantized.modules() if isinstance(m, QuantAttnProcessor))
-    return processor.query.groups
+    processors = (quantized_processor(module) for module in quantized.modules())
+    return next(processor for processor in processors if processor is not None).query.groups
 
 
 @torch.no_grad()

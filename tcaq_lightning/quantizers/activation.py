@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ class ActivationQuantizer(Quantizer):
     """
 
     kind: ClassVar[str] = "uniform"
+    place: ClassVar[Literal["input"]] = "input"
     delta: Tensor
     zero_point: Tensor
     r: Tensor
@@ -137,14 +138,14 @@ class ActivationQuantizer(Quantizer):
         if self.shift is not None:
             ranges = ranges.shifted(self.shift.cpu())
         low, high = (limit.to(x.device) for limit in ranges.limits(self.r.cpu()))
-        rows = self._scaled_by_group(x, ranges.low.shape[0], values)
+        rows = self.scaled_by_group(x, ranges.low.shape[0], values)
         delta, zero = search_affine(rows, self.bits, candidates, (low, high), norm)
         if self.constant_zero and bool((zero != zero[0]).any()):
             delta, zero = search_common_zero(rows, self.bits, zero, candidates, (low, high), norm)
         self.delta.copy_(delta * self.headroom)
         self.zero_point.copy_(zero)
 
-    def _scaled_by_group(self, x: Tensor, num_groups: int, values: int) -> Tensor:
+    def scaled_by_group(self, x: Tensor, num_groups: int, values: int) -> Tensor:
         """(G, n) `values_by_group` of (x - shift) / r, computed for those values alone."""
         rows = x.reshape(num_groups, -1)
         positions = some_positions(rows.shape[1], values)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tcaq_lightning.quantizers.activation import per_sample
-from tcaq_lightning.quantizers.base import Place, StoredTensor
+from tcaq_lightning.quantizers.base import StoredTensor
 from tcaq_lightning.quantizers.logarithmic import ADALOG_TAUS, log_fake_quantize
 from tcaq_lightning.quantizers.range_search import search_affine, search_log
 from tcaq_lightning.quantizers.steps import LearnedSteps
@@ -22,7 +22,11 @@ from tcaq_lightning.runtime.registry import Registry
 
 
 class SoftmaxKind(ABC):
-    """One way to quantize values in [0, 1] by two numbers for each timestep group, delta and tau."""
+    """One way to quantize values in [0, 1] by two numbers for each timestep group, delta and tau.
+
+    `SoftmaxQuantizer` computes delta q where tau is 0 and delta 2^(-tau q) where it is positive: kinds differ in what
+    they search.
+    """
 
     @abstractmethod
     def search(self, rows: Tensor, bits: int, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +103,7 @@ class SoftmaxQuantizer(LearnedSteps):
     """
 
     kind: ClassVar[str] = "softmax"
-    place: ClassVar[Place] = "probabilities"
+    place: ClassVar[Literal["probabilities"]] = "probabilities"
     delta: Tensor
     tau: Tensor
 

@@ -228,13 +228,13 @@ def test_few_values_are_scaled_as_all_of_them_would_be(shape: tuple[int, ...], c
     quantizer.r.copy_(torch.tensor([0.5, 1.0, 2.0, 3.0]))
     x = torch.randn(shape)
     expected = x / along(quantizer.r, x.ndim, channel_dim)
-    found = quantizer._scaled_by_group(x, 3, values)
+    found = quantizer.scaled_by_group(x, 3, values)
     assert torch.equal(found, values_by_group(expected, 3, values))
     quantizer.allow_shift()
     assert quantizer.shift is not None
     quantizer.shift.copy_(torch.tensor([0.0, 1.0, -2.0, 0.5]))
     expected = quantizer.centred(x) / along(quantizer.r, x.ndim, channel_dim)
-    found = quantizer._scaled_by_group(x, 3, values)
+    found = quantizer.scaled_by_group(x, 3, values)
     assert torch.equal(found, values_by_group(expected, 3, values))
 
 

@@ -229,7 +229,7 @@ class TrialWork:
         self.twin, self.context = shared_copy(denoiser), TimestepGroups([])
         quantize(self.twin, config.quantization, self.context)
         for quantizer in quantizers(self.twin).values():
-            if isinstance(quantizer, SoftmaxQuantizer):
+            if quantizer.place == "probabilities":
                 quantizer.logarithmic()  # which it remembers: to find it out is no part of the work
 
     def model_bytes(self) -> int:
@@ -300,13 +300,12 @@ class TrialWork:
         return held + max(self.scaled(name, search, probes), seen + self.scaled(name, self.judge, batch))
 
     @staticmethod
-    def _search(quantizer: nn.Module, layers: list[QuantLayer], x: Tensor) -> None:
+    def _search(quantizer: ActivationQuantizer | SoftmaxQuantizer, layers: list[QuantLayer], x: Tensor) -> None:
         """One candidate of a quantizer's search, on the input of the layers that read it."""
-        if isinstance(quantizer, SoftmaxQuantizer):
+        if quantizer.place == "probabilities":
             tau, one = quantizer.tau.new_ones(()), x[:1]  # sample by sample
             torch.matmul(log_fake_quantize(one, quantizer.delta[0], tau, quantizer.bits) - one, one.mT[..., :1])
             return
-        assert isinstance(quantizer, ActivationQuantizer)
         centred = quantizer.centred(x)
         targets = [layer.linear_map(centred, layer.learned_weight.weight, None) for layer in layers]
         quantized = quantizer(x)

@@ -68,12 +68,12 @@ class NumberFormat(ABC):
     Args:
         bits: code width b, one of `widths`.
         symmetric: whether zero points are constant; must be true of formats without them.
+        name: in the registry.
 
     Raises:
         UserError: a width or symmetry that the format does not have.
 
     Attributes:
-        name: in the registry, set by `make_format`.
         widths: code widths that it has, within 2..8.
         integers: whether grid values are the integers c - z, with a scale for each output channel: what integer kernels
             of engines can multiply.
@@ -82,15 +82,14 @@ class NumberFormat(ABC):
         scale_dtype: of scales in the artifact, to which `storable` rounds; None: that in which they are computed.
     """
 
-    name: str = ""
     widths: ClassVar[range] = range(2, 9)
     integers: ClassVar[bool] = False
     zero_points: ClassVar[bool] = False
     sharing: ClassVar[Sharing] = Sharing()
     scale_dtype: ClassVar[torch.dtype | None] = None
 
-    def __init__(self, bits: int, symmetric: bool = True) -> None:
-        kind = self.name or type(self).__name__
+    def __init__(self, bits: int, symmetric: bool = True, name: str = "") -> None:
+        self.name = kind = name or type(self).__name__
         if bits not in self.widths:
             first, last = self.widths[0], self.widths[-1]
             raise UserError(
@@ -131,8 +130,8 @@ class NumberFormat(ABC):
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
         """Round to nearest and go back, with gradients for learning.
 
-        The gradient to `x` is straight-through within the grid and 0 beyond it, that to the scale is LSQ's (Esser et
-        al. 2020), as in `uniform.fake_quantize`.
+        The gradient to `x` is straight-through between the grid's ends and 0 beyond them, that to the scale is LSQ's
+        (Esser et al. 2020): sum(g (q - x / s)) between the ends and sum(g q) beyond.
 
         Args:
             x: any shape.
@@ -187,6 +186,4 @@ def make_format(name: str, bits: int, symmetric: bool = True) -> NumberFormat:
     Raises:
         UserError: there is none, or it lacks that width or symmetry.
     """
-    made = FORMATS[name](bits, symmetric)
-    made.name = name
-    return made
+    return FORMATS[name](bits, symmetric, name)
