@@ -17,7 +17,7 @@ several processes every rank makes the same calls, within `launched(config)`.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.methods.check import check_methods
+from tcaq_lightning.models.borrowed import borrowed
 from tcaq_lightning.models.graph import UnitGraph, trace_units
 from tcaq_lightning.models.pipelines import (
     denoiser_bytes,
@@ -62,6 +63,7 @@ from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.kernels import compiled_kernels
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
+from tcaq_lightning.runtime.undisturbed import undisturbed
 
 Advance = Callable[[int], None]
 """Told the number of samples just done, for a progress bar."""
@@ -77,12 +79,13 @@ def quantize(
     """Quantize a pipeline's denoiser: calibrate on its own samples, write an integer artifact, measure what it cost.
 
     The same call again resumes where the last one stopped, in `run_dir`; a finished run is opened. The directory gets
-    the artifact, metrics.json and report.md. Nothing is printed and no event files are written: those are the business
-    of the callbacks that are handed in.
+    the artifact, metrics.json and report.md. Nothing is printed and no event files are written: callbacks that are
+    handed in do that. The caller's configuration, pipeline and process are left as they were: torch's threads and
+    random state, warning filters, loggers.
 
     Args:
-        pipeline: any diffusers pipeline from noise to images, such as `DDPMPipeline(unet, scheduler)`. Its denoiser is
-            frozen and put on the device that `config.trainer` says.
+        pipeline: any diffusers pipeline from noise to images, such as `DDPMPipeline(unet, scheduler)`. While the
+            call lasts, it is on the device that `config.trainer` says.
         config: what a YAML file would say; `config.model` is taken down, not opened.
         run_dir: directory of everything that is written; None takes `config.run_dir`.
         callbacks: Lightning callbacks of each unit's observation and fits; a `CalibrationCallback` is told about
@@ -98,28 +101,36 @@ def quantize(
     >>> from diffusers import DDPMPipeline
     >>> quantize(DDPMPipeline(unet, scheduler), Config(), "runs/mine")  # doctest: +SKIP
     """
+    config = copy.deepcopy(config)
     if run_dir is not None:
-        config = dataclasses.replace(config, run_dir=Path(run_dir))
+        config.run_dir = Path(run_dir)
     if config.trainer.stop_after is not None:
         raise UserError(
             f"trainer.stop_after is {config.trainer.stop_after!r}, but `quantize` returns the whole pipeline; expected "
             "null: call train.py, or the functions of `tcaq_lightning.api` one by one, to stop early"
         )
-    quiet_diffusers()
-    quiet_lightning()
-    load_extensions(config.extensions)
-    with launched(config), Run(config) as run:
-        if not run.finished:
-            model = open_model(config, pipeline, inputs, run.manifest.get("plan"))
-            run.start(**model.facts())
-            trajectories = collect_trajectories(model, run)
-            calibrated = calibrate(model, trajectories, run, callbacks)
-            assert calibrated is not None  # nothing stops it early
-            save(model, run)
-            metrics = measure(model, run)
-            report(model, calibrated, metrics, run)
-            run.finish()
-    return load_quantized(run.files.artifact)
+    with undisturbed(), borrowed(pipeline):
+        quiet_diffusers()
+        quiet_lightning()
+        load_extensions(config.extensions)
+        with launched(config), Run(config) as run:
+            if not run.finished:
+                _all_steps(config, pipeline, run, callbacks, inputs)
+        return load_quantized(run.files.artifact)
+
+
+def _all_steps(
+    config: Config, pipeline: Any, run: Run, callbacks: Sequence[pl.Callback], inputs: Inputs | None
+) -> None:
+    model = open_model(config, pipeline, inputs, run.manifest.get("plan"))
+    run.start(**model.facts())
+    trajectories = collect_trajectories(model, run)
+    calibrated = calibrate(model, trajectories, run, callbacks)
+    assert calibrated is not None  # nothing stops it early
+    save(model, run)
+    metrics = measure(model, run)
+    report(model, calibrated, metrics, run)
+    run.finish()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
 
 from tcaq_lightning import quantize
 from tcaq_lightning.config import ActivationConfig as Activation
@@ -65,16 +70,72 @@ def config() -> Config:
     )
 
 
+def state_of_the_process() -> dict[str, Any]:
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    return {
+        "loggers": [(x.name, x.level, x.disabled, x.propagate, list(x.handlers), list(x.filters)) for x in loggers],
+        "filters": list(warnings.filters),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+        "frozen": gc.get_freeze_count(),
+        "bars": diffusers_logging.is_progress_bar_enabled(),
+    }
+
+
+def state_of_the_pipeline(pipeline: DDPMPipeline) -> dict[str, Any]:
+    modules, parameters = list(pipeline.unet.modules()), list(pipeline.unet.parameters())
+    return {
+        "training": [m.training for m in modules],
+        "gradients": [(p.requires_grad, p.grad) for p in parameters],
+        "places": [(id(p), p.device, p.dtype) for p in parameters],
+        "values": [p.detach().clone().tolist() for p in parameters],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
+        "scheduler": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(pipeline.scheduler).items()},
+        "attributes": sorted(vars(pipeline)),
+    }
+
+
 def labels(indices: Sequence[int]) -> dict[str, Any]:
     return {"class_labels": torch.tensor(list(indices)) % 3}
 
 
-def test_a_denoiser_with_arguments_of_its_own(tmp_path: Path) -> None:
-    """DDPMPipeline hands over no labels: the caller's inputs do, in calibration as in the measurements."""
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """The caller's own number of threads, which is not the configuration's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_denoiser_with_arguments_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DDPMPipeline hands over no labels: the caller's inputs do, in calibration as in the measurements.
+
+    Nothing of the caller's is left changed.
+    """
     pipeline, steps = DDPMPipeline(labelled_unet(), DDIMScheduler()), Steps()
     seen: list[torch.Tensor] = []
     pipeline.unet.class_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    quantized = quantize(pipeline, config(), tmp_path / "run", callbacks=[steps], inputs=labels)
+    settings = config()
+    settings.trainer.threads = 1
+    logging.getLogger("pytorch_lightning").setLevel(logging.INFO)
+    pipeline.unet.train()
+    before = state_of_the_process(), state_of_the_pipeline(pipeline), settings.to_dict()
+    quantized = quantize(pipeline, settings, tmp_path / "run", callbacks=[steps], inputs=labels)
+    known = {entry[0] for entry in before[0]["loggers"]}
+    after = state_of_the_process(), state_of_the_pipeline(pipeline), settings.to_dict()
+    after[0]["loggers"] = [
+        entry for entry in after[0]["loggers"] if entry[0] in known
+    ]  # modules imported since have own
+    for then, now in zip(before, after, strict=True):
+        assert [key for key in then if then[key] != now[key]] == []
+    assert capsys.readouterr().out == ""
+    pipeline.unet.eval()
     assert {int(label) for batch in seen for label in batch} == {0, 1, 2}
     layers = quant_layers(quantized.unet)
     assert "conv_in" in layers
