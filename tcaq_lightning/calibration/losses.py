@@ -20,7 +20,7 @@ from tcaq_lightning.runtime.kernels import Kernel
 
 
 def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None) -> Tensor:
-    """Squared difference summed over channels, averaged over the rest (METHOD section 2).
+    """Squared difference summed over channels, averaged over the rest (docs/method.md, "Learned rounding").
 
     Args:
         output, target: (B, C, H, W), (B, T, C) or (B, C); of several outputs the errors are added.

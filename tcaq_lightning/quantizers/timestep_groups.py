@@ -1,7 +1,7 @@
 """Timestep groups: which activation parameters belong to which timestep.
 
 Groups are intervals of t itself, not of a step's number, so that any sampler with any number of steps finds its group
-(METHOD section 1). Layers below the top of a denoiser never see t: one pre-hook on the denoiser turns its `timestep`
+(docs/method.md, "Quantizers"). Layers below the top of a denoiser never see t: one pre-hook turns its `timestep`
 argument into a group index that all quantizers of this denoiser share.
 """
 

@@ -1,6 +1,6 @@
 """Uniform affine quantization with learnable steps.
 
-q = clip(round(x / s) + z, 0, 2^b - 1),  x^ = s (q - z)   (Jacob et al. 2018, eq. 1; METHOD section 1)
+q = clip(round(x / s) + z, 0, 2^b - 1),  x^ = s (q - z)   (Jacob et al. 2018, eq. 1; docs/method.md, "Quantizers")
 
 Everything here works on `low = -z` and `high = 2^b - 1 - z`, the range of q - z, so that symmetric weights and
 affine activations are one case.

@@ -3,8 +3,8 @@
 Every product of a quantized layer is taken of codes that an integer kernel can hold, with constant scales and zero
 points; what depends on the timestep stands around it as cheap operations on floats:
 
-    x^ = r s_g (u - z_g),  u = clip(round(x / (r s_g)) + z_g, 0, 2^b - 1)   the simulated input, METHOD section 1
-    W x^ + b = s_g (W' u) + (b - s_g z_g W' 1)                              W' = scale (q - z), METHOD section 3
+    x^ = r s_g (u - z_g),  u = clip(round(x / (r s_g)) + z_g, 0, 2^b - 1)   (docs/method.md, "Quantizers")
+    W x^ + b = s_g (W' u) + (b - s_g z_g W' 1)                              W' = scale (q - z) (docs/method.md, "TCR")
 
 W' u runs on uint8 x int8. W' 1 is a constant of each output channel, for a padded convolution of each pixel too: what
 is padded is u = 0 and not z_g, so the border sees less of it. Where all groups have one zero point it is the
