@@ -24,6 +24,7 @@ from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.compilation import compiled
 from tcaq_lightning.runtime.distributed.collectives import average_and_gather, world_size
 from tcaq_lightning.runtime.precision import autocasts
+from tcaq_lightning.runtime.seeds import derive
 
 Phase = Literal["r", "v"]
 """r phase: log r and activation steps, weights to nearest. V phase: rounding and steps, r frozen."""
@@ -40,10 +41,7 @@ def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
     Returns:
         (batch_size,) long.
     """
-    mixed = 0
-    for seed in seeds:
-        mixed = (mixed * 6364136223846793005 + seed + 1442695040888963407) % 2**63
-    return torch.randint(count, (batch_size,), generator=torch.Generator().manual_seed(mixed))
+    return torch.randint(count, (batch_size,), generator=torch.Generator().manual_seed(derive(*seeds)))
 
 
 class BlockReconstruction(pl.LightningModule):
@@ -176,8 +174,7 @@ class BlockReconstruction(pl.LightningModule):
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """One step on freshly drawn samples, this rank's share of the batch."""
         if self.config.qdrop:
-            primes = (1, 7919, 104729, 31, 1299709, 15485863)
-            torch.manual_seed(sum(s * p for s, p in zip(self._seeds(self.global_step), primes, strict=True)))
+            torch.manual_seed(derive(*self._seeds(self.global_step), 1))  # other numbers than those of the draw
         self._read()
         samples, self._coming = self._coming, None
         assert samples is not None  # there is a batch for every step

@@ -26,7 +26,7 @@ from tcaq_lightning.models.trajectories import collect
 from tcaq_lightning.runtime.distributed.collectives import on_main, share
 
 # Calibration counts its noises from 0. Other seeds would not keep clear of them for certain: torch's CPU generator
-# looks at the lower 32 bits of a seed only, and seed * SEED_STRIDE + index wraps around there.
+# looks at the lower 32 bits of a seed only, and `derive` wraps around there.
 HELD_OUT_START = 400_000
 """Number of the first held-out trajectory's noise."""
 IMAGES_START = 500_000

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tcaq_lightning.config import Config, PARConfig
 from tcaq_lightning.models.trajectories import Trajectories
+from tcaq_lightning.runtime.seeds import derive
 
 
 def quantized_share(config: PARConfig, round_index: int) -> float:
@@ -58,7 +59,7 @@ def draw(config: Config, round_index: int) -> Draw:
         round_index: m, 1 .. M.
     """
     share = quantized_share(config.par, round_index)
-    seed = config.seed * 1009 + round_index
+    seed = derive(config.seed, round_index)
     order = torch.randperm(config.calibration.num_trajectories, generator=torch.Generator().manual_seed(seed))
     learned = order[: config.learned_trajectories(round_index)]
     replaced, unchanged = learned.tensor_split([round(share * len(learned))])

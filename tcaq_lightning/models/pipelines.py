@@ -22,13 +22,12 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.class_conditional import ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline
 from tcaq_lightning.models.schedulers import OWN_SCHEDULERS
 from tcaq_lightning.models.unets import denoiser_class
+from tcaq_lightning.runtime.seeds import derive
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
 OWN_PIPELINES = {c.__name__: c for c in (ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline)}
 """Pipelines that model_index.json may name and diffusers lacks."""
-SEED_STRIDE = 1_000_003
-"""Distance of the noise seeds of two runs, so that their samples share none."""
 
 
 def shipped(name: str) -> Path | None:
@@ -265,7 +264,7 @@ def initial_noise(shape: Sequence[int], indices: Sequence[int], seed: int) -> tu
     Returns:
         Standard normal (B, C, H, W) on the CPU, and the generators that go on with each sample's step noise.
     """
-    generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in indices]
+    generators = [torch.Generator().manual_seed(derive(seed, i)) for i in indices]
     return torch.stack([torch.randn(*shape, generator=g) for g in generators]), generators
 
 

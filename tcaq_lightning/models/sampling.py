@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import (
-    SEED_STRIDE,
     check_denoiser,
     configured_scheduler,
     find_decoder,
@@ -28,6 +27,7 @@ from tcaq_lightning.models.pipelines import (
 )
 from tcaq_lightning.models.prompts import read_prompts
 from tcaq_lightning.runtime.hashing import weights_hash
+from tcaq_lightning.runtime.seeds import derive
 
 UNCONDITIONAL = (DDPMPipeline, DDIMPipeline, LDMPipeline)
 """Pipelines that our own loop samples: their calls fix a scheduler, or hand it what it does not take."""
@@ -201,7 +201,7 @@ class PipelineSampling:
     @torch.no_grad()
     def sample(self, denoiser: nn.Module, sampler: SamplerConfig, indices: Sequence[int], seed: int) -> Tensor:
         """As in `Sampling`."""
-        generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in indices]
+        generators = [torch.Generator().manual_seed(derive(seed, i)) for i in indices]
         arguments: dict[str, Any] = {
             **self.conditioning.options,
             "num_inference_steps": sampler.num_steps,
@@ -225,7 +225,7 @@ class PipelineSampling:
         decoder = find_decoder(other_networks(self.pipeline, self.name))
         with self._with(denoiser, scheduler), one_by_one(decoder), torch.random.fork_rng():
             # Pipelines that hand their steps no generator draw from the global one.
-            torch.manual_seed(seed * SEED_STRIDE + indices[0])
+            torch.manual_seed(derive(seed, indices[0]))
             images = self.pipeline(**arguments)[0]
         samples = torch.as_tensor(images).movedim(-1, 1) * 2 - 1  # (B, H, W, C) in [0, 1] -> (B, C, H, W)
         return samples.float().contiguous()

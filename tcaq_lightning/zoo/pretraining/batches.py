@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tcaq_lightning.runtime.seeds import derive
+
 
 def batch_indices(num_images: int, batch_size: int, step: int, seed: int) -> Tensor:
     """Which images a step sees: one permutation an epoch, a function of (seed, step) alone.
@@ -52,4 +54,4 @@ def stratified_timesteps(batch_size: int, num_timesteps: int, rng: torch.Generat
 
 def generator(seed: int, index: int, stream: int) -> torch.Generator:
     """A CPU generator of its own for each (seed, index, stream)."""
-    return torch.Generator().manual_seed((seed * 2 + stream) * 1_000_003 + index)
+    return torch.Generator().manual_seed(derive(seed * 2 + stream, index))
