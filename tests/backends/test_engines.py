@@ -66,7 +66,7 @@ def test_asymmetric_codes_below_four_signed_bits_are_stored_in_eight(backend: st
     "case",
     [
         {"bits": 4},
-        {"bits": 8, "boundaries": []},
+        pytest.param({"bits": 8, "boundaries": []}, marks=pytest.mark.slow),
         {"bits": 6, "softmax": "mixed", "rules": [LayerRule("*", activation_bits=6, softmax_bits=4)]},
     ],
 )

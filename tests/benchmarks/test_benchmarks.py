@@ -148,6 +148,7 @@ def test_deeper_unets_have_as_many_times_the_blocks() -> None:
     assert counts == [8, 16, 32]
 
 
+@pytest.mark.slow
 def test_one_json_line() -> None:
     options = ["--channels", "2", "--inputs", "9", "--repetitions", "1"]
     command = [sys.executable, "-m", "benchmarks.range_search", *options]

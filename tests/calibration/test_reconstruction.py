@@ -213,8 +213,8 @@ def test_a_unit_that_only_reads_its_inputs_learns_at_every_step(prepare: Any) ->
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
-        (RESNET, "r"),
         (ATTENTION, "v"),
+        pytest.param(RESNET, "r", marks=pytest.mark.slow),
         pytest.param(RESNET, "v", marks=pytest.mark.slow),
         pytest.param(ATTENTION, "r", marks=pytest.mark.slow),
     ],

@@ -23,6 +23,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
 SHIPPED = ("fashion-mnist-ddpm", "fashion-mnist-latent", "fashion-mnist-dit")
 TEXT = ("Flux", "SD3", "SDXL")
+PLANNED = ("fashion-mnist-dit", "Flux", "SD3")
+"""Models whose plan is made in the fast tests; the others take longer."""
 FEW: dict[str, Any] = {
     "calibration.num_trajectories": 2,
     "calibration.held_out_trajectories": 1,
@@ -86,7 +88,9 @@ def test_every_width_covers_every_model(model: str, open_once: Callable[[str], A
         assert not any(row.note.startswith("unknown") for row in rows)
 
 
-@pytest.mark.parametrize("model", [*SHIPPED, *TEXT])
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=[] if m in PLANNED else [pytest.mark.slow]) for m in (*SHIPPED, *TEXT)]
+)
 def test_plan(model: str, open_once: Callable[[str], Any], tmp_path: Path) -> None:
     opened = open_model(config_of("w4a4", model, tmp_path / "run"), copy.deepcopy(open_once(model)))
     assert opened.plan.units == len(opened.graph.names) > 5

@@ -71,7 +71,9 @@ def predictions(pipeline: Any) -> Tensor:
     return prediction
 
 
-@pytest.mark.parametrize("iterations", [0, 4], ids=["nearest", "learned"])
+@pytest.mark.parametrize(
+    "iterations", [pytest.param(0, id="nearest", marks=pytest.mark.slow), pytest.param(4, id="learned")]
+)
 def test_a_format_of_ones_own_is_calibrated_stored_and_opened(tmp_path: Path, iterations: int) -> None:
     quantized = quantize(DDPMPipeline(tiny_unet(), DDIMScheduler()), config(iterations), tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 60
+LONGEST = 180
 """Seconds after which a job is killed, by SIGALRM."""
 
 
@@ -55,6 +55,7 @@ def install_fault(target: str, number: int, name: str) -> None:
 def child(job: dict[str, Any]) -> int:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     signal.alarm(LONGEST)
     os.environ.update(job["environment"])
     if job["fault"]:

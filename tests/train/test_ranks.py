@@ -128,6 +128,7 @@ def test_stopped_politely(command: Command, config: Path, undisturbed_pair: Path
     assert_same(tmp_path / "run", undisturbed_pair)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks(command: Command, config: Path, tmp_path: Path) -> None:
     """Finished units are kept, the one that was being learned is begun again, and it is said so."""
     args = ("--config", config, "--run_dir", tmp_path / "run", *QUICK)
@@ -205,6 +206,7 @@ def started(*args: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.Pop
     )
 
 
+@pytest.mark.slow
 def test_processes_that_the_command_starts(config: Path, undisturbed_pair: Path, tmp_path: Path) -> None:
     process = started("--config", config, "--run_dir", tmp_path / "run", "--trainer.devices", "2")
     out, err = process.communicate(timeout=300)

@@ -82,6 +82,7 @@ def test_killed_everywhere(command: Command, config: Path, undisturbed: Path, tm
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_with_patience(command: Command, config: Path, tmp_path: Path) -> None:
     """Phases that end early are resumed to the same bits too."""
     args = ("--config", config, "--reconstruction.patience", "1", "--par.enabled", "false")
