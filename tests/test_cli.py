@@ -43,7 +43,7 @@ def test_a_file_and_overrides(tmp_path: Path) -> None:
         ("- 1", "must hold keys and values"),
         ("seed: {a", "no valid YAML"),
         ("seed: 1\nseed: 2", "the key seed is there twice"),
-        ("quantization:", "quantization must hold keys and values, got None"),
+        ("quantization:", "quantization must hold keys and values, got null"),
         ("seed:", "seed must be int, got null"),
         ("calibration: {sampler: {eta: high}}", "calibration.sampler.eta must be float, got high"),
     ],

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from tcaq_lightning.cli.arguments import CONFIG, Option, options_of, read
 from tcaq_lightning.cli.help import asks_for_help, show_help
 from tcaq_lightning.config import Config
+from tcaq_lightning.config.plain_yaml import read_yaml
 from tcaq_lightning.config.values import build, merged, typed
 from tcaq_lightning.errors import UserError
 
@@ -49,30 +48,10 @@ def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
 def _file(path: Path) -> dict[str, Any]:
     """A config file's values, nested as in the file."""
     try:
-        return typed(Config, yaml.load(path.read_text(encoding="utf-8"), _StrictLoader))  # noqa: S506 - a SafeLoader
+        return typed(Config, read_yaml(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error}); expected a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"--config {path}: no valid YAML: {error}") from error
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without the same key twice, of which the last one would win unseen."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping.
-
-        Raises:
-            yaml.constructor.ConstructorError: a key is there twice.
-        """
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value} is there twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)

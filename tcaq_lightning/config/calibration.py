@@ -9,6 +9,10 @@ from typing import Literal
 from tcaq_lightning.config.checks import Section, require, require_count
 from tcaq_lightning.config.sampler import SamplerConfig
 
+MOST_GIGABYTES = 1e9
+MOST_TRAJECTORIES = 400_000
+"""Noises from this number on are those of the evaluation."""
+
 
 @dataclass
 class MemoryBudget(Section):
@@ -29,6 +33,12 @@ class MemoryBudget(Section):
                 value is None or 0 <= value < math.inf,
                 f"calibration.memory_budget.{name}",
                 "finite and at least 0, or null",
+                value,
+            )
+            require(
+                value is None or value <= MOST_GIGABYTES,
+                f"calibration.memory_budget.{name}",
+                f"at most {MOST_GIGABYTES:g} (gigabytes), or null",
                 value,
             )
 
@@ -65,12 +75,19 @@ class CalibrationConfig(Section):
         require_count(self.num_trajectories, "calibration.num_trajectories")
         require_count(self.held_out_trajectories, "calibration.held_out_trajectories")
         require(
+            self.num_trajectories + self.mismatch_trajectories <= MOST_TRAJECTORIES,
+            "calibration.num_trajectories + calibration.mismatch_trajectories",
+            f"at most {MOST_TRAJECTORIES}",
+            self.num_trajectories + self.mismatch_trajectories,
+        )
+        require(
             self.mismatch_trajectories >= self.held_out_trajectories,
             "calibration.mismatch_trajectories",
             f"at least calibration.held_out_trajectories ({self.held_out_trajectories})",
             self.mismatch_trajectories,
         )
-        for name in ("batch_size", "observed_samples", "probe_samples", "bias_samples", "judged_samples"):
+        require_count(self.batch_size, "calibration.batch_size", most=2**20)
+        for name in ("observed_samples", "probe_samples", "bias_samples", "judged_samples"):
             require_count(getattr(self, name), f"calibration.{name}")
         self.memory_budget.check()
         self.sampler.check("calibration.sampler")

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from tcaq_lightning.config.values import check_types
 from tcaq_lightning.errors import UserError
+
+LEAST_THREADS = 32
+"""CPU threads that may be asked for on any machine."""
+PLAIN = "a number, a text, a list or a mapping, as a file of settings can hold it"
 
 
 @dataclass
@@ -13,6 +21,7 @@ class Section:
     """A part of the configuration that stands in one place. It is checked when it is made."""
 
     def __post_init__(self) -> None:
+        check_types(self, type(self).__name__)
         self.check()
 
     def check(self) -> None:
@@ -49,11 +58,43 @@ def require_share(value: float, key: str) -> None:
     require(0 <= value <= 1, key, "in [0, 1]", value)
 
 
-def require_factor(value: float, key: str) -> None:
+def require_factor(value: float, key: str, most: float = 1e6) -> None:
     """See that a value is finite and widens, or leaves what it multiplies."""
     require(1 <= value < math.inf, key, "finite and at least 1", value)
+    require(value <= most, key, f"at most {most:g}", value)
 
 
-def require_count(value: int | None, key: str, least: int = 1) -> None:
-    """See that a number of things is large enough, or not given."""
+def require_rate(value: float, key: str, most: float = 1e6) -> None:
+    """See that a value is finite, not negative and not absurd."""
+    require(0 <= value < math.inf, key, "finite and at least 0", value)
+    require(value <= most, key, f"at most {most:g}", value)
+
+
+def require_count(value: int | None, key: str, least: int = 1, most: int = 10**9) -> None:
+    """See that a number of things is neither too small nor absurd, or not given."""
     require(value is None or value >= least, key, f"at least {least}", value)
+    require(value is None or value <= most, key, f"at most {most}", value)
+
+
+def require_threads(value: int | None, key: str) -> None:
+    """See that a number of CPU threads is one that this machine can work with, or not given."""
+    most = max(LEAST_THREADS, 2 * (os.cpu_count() or 1))
+    require(value is None or value >= 1, key, "at least 1 or null", value)
+    require(value is None or value <= most, key, f"at most {most} on this machine", value)
+
+
+def require_text(value: str | Path | None, key: str) -> None:
+    """See that a name or path holds something, and nothing that no file name can, or is not given."""
+    text = value if value is None else str(value)
+    require(text is None or text.strip() != "", key, "not empty", text)
+    require(text is None or "\0" not in text, key, "without NUL characters", text)
+
+
+def require_plain(value: Any, key: str) -> None:
+    """See that a setting is made of numbers, texts, lists and mappings, as a file of settings can hold them."""
+    require(value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)), key, PLAIN, type(value))
+    if isinstance(value, float):
+        require(math.isfinite(value), key, "finite", value)
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for name, part in parts:
+        require_plain(part, f"{key}.{name}" if isinstance(value, dict) else f"{key}[{name}]")

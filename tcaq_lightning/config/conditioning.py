@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tcaq_lightning.config.checks import Section, require
+from tcaq_lightning.config.checks import Section, require, require_plain, require_text
 
 
 @dataclass
@@ -34,5 +34,8 @@ class ConditioningConfig(Section):
             "null or not empty",
             [],
         )
+        require_text(self.prompts, "conditioning.prompts")
+        require_plain(self.options, "conditioning.options")
         scale = self.guidance_scale
         require(scale is None or 0 <= scale < math.inf, "conditioning.guidance_scale", "finite and at least 0", scale)
+        require(scale is None or scale <= 1e4, "conditioning.guidance_scale", "at most 1e4", scale)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tcaq_lightning.config.calibration import CalibrationConfig
-from tcaq_lightning.config.checks import Section, require
+from tcaq_lightning.config.checks import Section, require, require_text
 from tcaq_lightning.config.conditioning import ConditioningConfig
 from tcaq_lightning.config.daq import DAQConfig
 from tcaq_lightning.config.evaluation import EvaluationConfig
@@ -69,7 +69,10 @@ class Config(Section):
 
     def check(self) -> None:
         """See that all values can be worked with."""
+        require_text(self.run_dir, "run_dir")
         self.run_dir = self._named(self.run_dir)
+        for i, name in enumerate(self.extensions):
+            require_text(name, f"extensions[{i}]")
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
             if isinstance(value, Section):
@@ -81,6 +84,13 @@ class Config(Section):
             f"at most calibration.sampler.num_steps ({self.calibration.sampler.num_steps})",
             self.quantization.activation.timestep_groups,
         )
+        if self.num_rounds > 1:
+            require(
+                self.par.rounds <= self.reconstruction.iterations,
+                "par.rounds",
+                f"at most reconstruction.iterations ({self.reconstruction.iterations})",
+                self.par.rounds,
+            )
         if self.reconstruction.enabled:
             require(
                 min(self.phase_iterations().values()) >= 1,

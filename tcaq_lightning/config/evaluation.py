@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tcaq_lightning.config.checks import Section, require, require_count
+from tcaq_lightning.config.checks import Section, require, require_count, require_text
 from tcaq_lightning.config.sampler import SamplerConfig
 
 INCEPTION = "inception"
@@ -54,17 +54,19 @@ class EvaluationConfig(Section):
         """See that all values can be worked with."""
         if self.sampler is not None:
             self.sampler.check("evaluation.sampler")
-        require_count(self.num_trajectories, "evaluation.num_trajectories")
-        require_count(self.num_images, "evaluation.num_images")
-        require(self.fid_samples >= 0, "evaluation.fid_samples", "at least 0", self.fid_samples)
-        require_count(self.batch_size, "evaluation.batch_size")
+        require_count(self.num_trajectories, "evaluation.num_trajectories", most=100_000)
+        require_count(self.num_images, "evaluation.num_images", most=10**7)
+        require_count(self.fid_samples, "evaluation.fid_samples", 0, 10**7)
+        require_count(self.batch_size, "evaluation.batch_size", most=2**20)
         require(
             0 < len(self.metrics) == len(set(self.metrics)),
             "evaluation.metrics",
             "a list of different metrics",
             self.metrics,
         )
-        require_count(self.is_splits, "evaluation.is_splits")
-        require_count(self.kid_subsets, "evaluation.kid_subsets")
-        require(self.kid_subset_size >= 2, "evaluation.kid_subset_size", "at least 2", self.kid_subset_size)
-        require_count(self.neighbours, "evaluation.neighbours")
+        require_count(self.is_splits, "evaluation.is_splits", most=10**6)
+        require_count(self.kid_subsets, "evaluation.kid_subsets", most=10**6)
+        require_count(self.kid_subset_size, "evaluation.kid_subset_size", 2, 10**7)
+        require_count(self.neighbours, "evaluation.neighbours", most=10**6)
+        for name in ("features", "reference", "inception_weights", "clip_model", "clip_prompts", "save_images"):
+            require_text(getattr(self, name), f"evaluation.{name}")

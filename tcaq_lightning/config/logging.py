@@ -21,4 +21,4 @@ class LoggingConfig(Section):
     def check(self) -> None:
         """See that all values can be worked with."""
         require_count(self.every_n_steps, "logging.every_n_steps")
-        require_count(self.grid_images, "logging.grid_images")
+        require_count(self.grid_images, "logging.grid_images", most=4096)

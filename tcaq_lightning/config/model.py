@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tcaq_lightning.config.checks import Section
+from tcaq_lightning.config.checks import Section, require, require_text
 
 
 @dataclass
@@ -21,3 +21,9 @@ class ModelConfig(Section):
     """Variant of the weights' files, such as fp16; null takes the ones without."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the model computes in; quantizers and rounding are always computed in float32."""
+
+    def check(self) -> None:
+        """See that all values can be worked with."""
+        for name in ("architecture", "variant"):
+            require_text(getattr(self, name), f"model.{name}")
+        require("\0" not in self.path, "model.path", "without NUL characters", self.path)

@@ -25,6 +25,7 @@ class PARConfig(Section):
     def check(self) -> None:
         """See that all values can be worked with."""
         require(self.rounds >= 1, "par.rounds", "at least 1 (par.enabled switches them off)", self.rounds)
+        require(self.rounds <= 1000, "par.rounds", "at most 1000", self.rounds)
         require(0 < self.share < 1, "par.share", "between 0 and 1", self.share)
         require(0 < self.final_share <= 1, "par.final_share", "in (0, 1]", self.final_share)
         require(0 < self.trajectories <= 1, "par.trajectories", "in (0, 1]", self.trajectories)

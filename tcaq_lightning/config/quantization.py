@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from tcaq_lightning.config.checks import Section, require, require_bits, require_count
+from tcaq_lightning.config.checks import Section, require, require_bits, require_count, require_text
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ActivationConfig(Section):
     def check(self) -> None:
         """See that all values can be worked with."""
         require_bits(self.bits, "quantization.activation.bits")
-        require_count(self.timestep_groups, "quantization.activation.timestep_groups")
+        require_count(self.timestep_groups, "quantization.activation.timestep_groups", most=10_000)
 
 
 @dataclass
@@ -94,6 +94,7 @@ class LayerRule(Section):
             "rules with either a role or a pattern",
             {"role": self.role, "pattern": self.pattern},
         )
+        require_text(self.pattern, "quantization.rules.pattern")
         for name in ("weight_bits", "activation_bits", "softmax_bits"):
             require_bits(getattr(self, name), f"quantization.rules[{self.role or self.pattern}].{name}")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tcaq_lightning.config.checks import require_count, require_share
+from tcaq_lightning.config.checks import require_count, require_plain, require_share, require_text
+from tcaq_lightning.config.values import check_types
 
 
 @dataclass
@@ -30,5 +31,8 @@ class SamplerConfig:
         Raises:
             UserError: a value is out of range; the message names its whole key.
         """
-        require_count(self.num_steps, f"{key}.num_steps")
+        check_types(self, key)
+        require_count(self.num_steps, f"{key}.num_steps", most=10_000)
+        require_text(self.scheduler, f"{key}.scheduler")
+        require_plain(self.options, f"{key}.options")
         require_share(self.eta, f"{key}.eta")

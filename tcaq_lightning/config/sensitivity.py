@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tcaq_lightning.config.checks import Section, require, require_count
+from tcaq_lightning.config.checks import Section, require, require_count, require_rate
 
 
 @dataclass
@@ -30,4 +30,5 @@ class SensitivityConfig(Section):
             "finite and positive",
             self.data_variance,
         )
-        require_count(self.probes, "sensitivity.probes")
+        require_rate(self.data_variance, "sensitivity.data_variance")
+        require_count(self.probes, "sensitivity.probes", most=10_000)

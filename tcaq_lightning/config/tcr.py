@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from tcaq_lightning.config.checks import Section, require
+from tcaq_lightning.config.checks import Section, require, require_factor
 
 
 @dataclass
@@ -26,5 +25,5 @@ class TCRConfig(Section):
 
     def check(self) -> None:
         """See that all values can be worked with."""
-        require(1 <= self.truncation < math.inf, "tcr.truncation", "finite and at least 1", self.truncation)
+        require_factor(self.truncation, "tcr.truncation")
         require(0 < self.share < 1, "tcr.share", "between 0 and 1", self.share)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
-from tcaq_lightning.config.checks import Section, require, require_count
+from tcaq_lightning.config.checks import Section, require, require_count, require_text, require_threads
+
+MOST_DEVICES = 16
+"""Processes that may be asked for on any machine."""
+MOST_MINUTES = 525_600
+"""A year."""
 
 
 @dataclass
@@ -32,8 +38,10 @@ class TrainerConfig(Section):
 
     def check(self) -> None:
         """See that all values can be worked with."""
-        require_count(self.devices, "trainer.devices")
-        require_count(self.num_nodes, "trainer.num_nodes")
+        require_count(self.devices, "trainer.devices", most=max(MOST_DEVICES, os.cpu_count() or 1))
+        require_count(self.num_nodes, "trainer.num_nodes", most=100_000)
         require(0 < self.timeout < math.inf, "trainer.timeout", "finite and positive", self.timeout)
-        require(self.threads is None or self.threads >= 1, "trainer.threads", "at least 1 or null", self.threads)
+        require(self.timeout <= MOST_MINUTES, "trainer.timeout", f"at most {MOST_MINUTES} (minutes)", self.timeout)
+        require_threads(self.threads, "trainer.threads")
+        require_text(self.stop_after, "trainer.stop_after")
         require_count(self.checkpoint_every, "trainer.checkpoint_every")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from tcaq_lightning.config.keys import keys_of, section_of, shown, type_name
+from tcaq_lightning.config.plain_yaml import SWITCHES, Unclear, parse_yaml
 from tcaq_lightning.errors import UserError
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ def typed(kind: Any, values: Any, key: str = "") -> dict[str, Any]:
         UserError: as in `from_values`.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{key or 'the file'} must hold keys and values, got {values!r}")
+        raise UserError(f"{key or 'the file'} must hold keys and values, got {_shortened(_text(values))}")
     known = {k.name: k.hint for k in keys_of(kind)}
     found = {}
     for name, value in values.items():
@@ -62,6 +64,24 @@ def typed(kind: Any, values: Any, key: str = "") -> dict[str, Any]:
             raise UserError(f"unknown key {whole}; expected one of {', '.join(known)}{hint}")
         found[name] = convert(value, known[name], whole)
     return found
+
+
+def check_types(made: Any, key: str) -> None:
+    """See that the fields of a dataclass that was made in Python have their types.
+
+    Args:
+        made: the dataclass; those within it are checked when they are made.
+        key: what stands before its fields' names in messages.
+
+    Raises:
+        UserError: a field has not.
+    """
+    kind: Any = type(made)
+    for field in keys_of(kind):
+        value = getattr(made, field.name)
+        nested = value if isinstance(value, (list, tuple)) else [value]
+        if not any(dataclasses.is_dataclass(part) for part in nested):
+            convert(value, field.hint, f"{key}.{field.name}")
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +144,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if section is not None:
         return typed(section, value, key)
     if hint is Any:
-        return str(value) if isinstance(value, Raw) else value
+        return _plain(value, key)
     if origin is list:
         return _listed(value, inner[0], key)
     if origin is dict:
@@ -142,18 +162,34 @@ def convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def _scalar(value: Any, kind: type, key: str) -> Any:
-    if kind is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    if kind is str and isinstance(value, str):
-        return str(value)
+    if kind in (Path, str) and isinstance(value, (str, kind)):
+        return kind(value)
+    if kind is bool and isinstance(value, Unclear) and value.lower() in SWITCHES:
+        return SWITCHES[value.lower()]
     if kind is bool and isinstance(value, bool):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with suppress(ValueError):
-            return float(value)  # YAML takes 1e-3 for text
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value)
     raise _mistaken(value, kind, key)
+
+
+def _plain(value: Any, key: str) -> Any:
+    """A value of any type that JSON has, too."""
+    if isinstance(value, Unclear):
+        raise UserError(
+            f"{key}: versions of YAML read {value} differently; write true or false, a decimal number without leading "
+            "zeros, or a text in quotes"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key} must be finite, got {value}")
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
+    return str(value) if isinstance(value, Raw) else value
 
 
 def _listed(value: Any, inner: Any, key: str) -> list[Any]:
@@ -166,7 +202,7 @@ def _listed(value: Any, inner: Any, key: str) -> list[Any]:
 
 
 def _one_of(value: Any, hints: Sequence[Any], whole: Any, key: str) -> Any:
-    if isinstance(value, Raw) and value in ("null", "") and type(None) in hints:
+    if isinstance(value, Raw) and value in ("null", "~") and type(None) in hints:
         return None
     for hint in hints:
         if hint is type(None):
@@ -192,16 +228,26 @@ def _takes_text(hint: Any) -> bool:
 def _parsed(value: Raw, key: str) -> Any:
     """What the text means in YAML; a text that stays one remains the command line's."""
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: no valid YAML: {value!r}") from error
-    return Raw(found) if isinstance(found, str) else found
+        found = parse_yaml(value)
+    except ValueError as error:
+        raise UserError(f"{key}: no valid YAML: {_shortened(repr(str(value)))}: {error}") from error
+    return Raw(found) if type(found) is str else found
 
 
 def _mistaken(value: Any, hint: Any, key: str) -> UserError:
-    got = str(value) if isinstance(value, Raw) else value
+    unclear = isinstance(value, Unclear) and not _takes_text(hint)
+    hint_ = " in decimal digits, without leading zeros, prefixes or underscores" if unclear and hint is not bool else ""
+    return UserError(f"{key} must be {type_name(hint)}{hint_}, got {_shortened(_text(value))}")
+
+
+def _text(value: Any) -> str:
+    """A value in one line, as YAML writes it if it can."""
+    got = str(value) if isinstance(value, (Raw, Unclear)) else value
     try:
-        text = shown(got)
-    except yaml.YAMLError:
-        text = repr(got)
-    return UserError(f"{key} must be {type_name(hint)}, got {text}")
+        return shown(got)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return repr(got)
+
+
+def _shortened(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."
