@@ -46,6 +46,7 @@ from tcaq_lightning.config import Config
 from tcaq_lightning.evaluation.evaluate import planned_samples
 from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.reports.headline import final_table
+from tcaq_lightning.runtime.command import plain_console
 from tcaq_lightning.runtime.distributed.collectives import is_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.exit_codes import run_cli
@@ -62,7 +63,7 @@ def main() -> None:
         show_sketch(config)
         return
     with launched(config), Run(config) as run:
-        train(config, run, Console(log_path=False, quiet=not is_main()), dry_run)
+        train(config, run, plain_console(quiet=not is_main()), dry_run)
 
 
 def train(config: Config, run: Run, console: Console, dry_run: bool) -> None:
@@ -129,7 +130,7 @@ def watching(
 
 def show_sketch(config: Config) -> None:
     """Print the plan of a model whose weights are not at hand."""
-    console, sketch = Console(log_path=False), sketch_run(config)
+    console, sketch = plain_console(), sketch_run(config)
     console.print(sketch.plan.table())
     console.print(coverage_table(sketch.coverage))
     console.print(str(sketch), soft_wrap=True)

@@ -38,7 +38,7 @@ def counting(console: Console, label: str, total: int) -> Iterator[Callable[[int
 
 def _bar(console: Console) -> Bar:
     return Bar(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

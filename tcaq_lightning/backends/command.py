@@ -42,9 +42,9 @@ def export(
     Example:
         python -m tcaq_lightning export runs/quickstart/quantized exported --format openvino
     """
-    at_least(1, tokens=tokens, threads=threads)
-    if latents is not None and (len(latents) != 2 or min(latents) < 1):
-        raise UserError(f"--latents: expected a height and a width of at least 1, such as [64,96], got {latents}")
+    at_least(1, 10**6, tokens=tokens)
+    if latents is not None and (len(latents) != 2 or min(latents) < 1 or max(latents) > 65_536):
+        raise UserError(f"--latents: expected a height and a width in 1..65536, such as [64,96], got {latents}")
     set_threads(threads)
     load_extensions(extensions or [])
     size = None if latents is None else (latents[0], latents[1])

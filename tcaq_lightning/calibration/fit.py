@@ -86,6 +86,9 @@ def fit_unit(
         prepared.shifted,
         config.phase_iterations().get((visit.round_index, "r"), 0) if phase == "v" else 0,
     )
+    if not module.learns:
+        module.finish()
+        return 0.0
     own: list[pl.Callback] = [UnitCheckpoint(path, config.trainer.checkpoint_every)]
     if (patience := config.reconstruction.patience) is not None:
         stop = EarlyStop(lambda: held_out_error(setup, prepared), iterations, patience)

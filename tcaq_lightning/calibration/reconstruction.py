@@ -124,14 +124,23 @@ class BlockReconstruction(pl.LightningModule):
         """Note the number of ranks: a fit goes on with that one only."""
         checkpoint["ranks"] = world_size()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with a rate for each kind of parameter, annealed to 0 but for V's."""
-        rates = {
+    @property
+    def _rates(self) -> dict[str, float]:
+        return {
             "v": self.config.rounding_rate(self.iterations),
             "r": self.config.r_lr,
             "steps": self.config.step_lr,
             "weight_scales": self.config.scale_lr,
         }
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn: a unit may be kept in full precision, or all its rates be 0."""
+        return any(parameters and self._rates[kind] > 0 for kind, parameters in self.learned.items())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam with a rate for each kind of parameter, annealed to 0 but for V's."""
+        rates = self._rates
         for kind, parameters in self.learned.items():
             for parameter in parameters:
                 parameter.requires_grad_(rates[kind] > 0)

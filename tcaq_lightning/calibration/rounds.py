@@ -28,7 +28,7 @@ from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.nn.state import settle
 from tcaq_lightning.runtime.distributed.collectives import broadcast, total
 from tcaq_lightning.runtime.files import naming
-from tcaq_lightning.runtime.memory import freed_memory_reused
+from tcaq_lightning.runtime.memory import freed_memory_reused, out_of_memory_in
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,8 @@ def _run_round(
         for listener in listeners(callbacks):
             listener.on_unit_start(visit)
         if streams is not None:
-            record = _advance(setup, visit, streams, shard, record, sensitivities.get(visit.name), callbacks)
+            with out_of_memory_in(f"unit {visit.name}"):
+                record = _advance(setup, visit, streams, shard, record, sensitivities.get(visit.name), callbacks)
         assert record is not None
         records.append(record)
         for listener in listeners(callbacks):

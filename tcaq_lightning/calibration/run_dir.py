@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tcaq_lightning.calibration.run_files import RunFiles
+from tcaq_lightning.calibration.run_files import RunFiles, check_places
 from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import one_line
@@ -72,6 +72,7 @@ class Run:
 
     def _read(self) -> dict[str, Any]:
         path = self.files.manifest
+        check_places(self.directory)
         if not path.exists():
             if self.directory.exists() and not self._is_fresh():
                 raise UserError(

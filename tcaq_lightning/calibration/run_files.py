@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from tcaq_lightning.calibration.visit import Visit
+from tcaq_lightning.errors import UserError
+
+DIRECTORIES = (
+    *("calibration", "evaluation", "plots", "quantized", "report", "rounds", "samples", "tensorboard"),
+    *("rounds/*", "rounds/*/units", "rounds/*/statistics", "evaluation/*"),
+)
+"""Patterns of what a run makes as directories."""
+FILES = ("manifest.json", "config.yaml", "metrics.json", "report.md", "report.html", "plots/*", "samples/*")
+"""Patterns of what it writes as files."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +79,28 @@ class RunFiles:
     def checkpoint(self, visit: Visit, phase: str) -> Path:
         """Checkpoint of the fit that is running."""
         return self.round_dir(visit.round_index) / f"unit-{visit.position:03d}-{phase}.ckpt"
+
+
+def check_places(directory: Path) -> None:
+    """See before the work that nothing stands where a run will write.
+
+    Args:
+        directory: RUN_DIR, which need not be there.
+
+    Raises:
+        UserError: a file is in the place of a directory, or a directory in that of a file, or one that is closed.
+    """
+    for pattern in DIRECTORIES:
+        for path in directory.glob(pattern):
+            if not path.is_dir():
+                raise UserError(
+                    f"run_dir: expected a directory at {path}, got a file; remove it, or use another run_dir"
+                )
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise UserError(f"run_dir: {path} cannot be written to; open it, or use another run_dir")
+    for pattern in FILES:
+        for path in directory.glob(pattern):
+            if path.is_dir():
+                raise UserError(
+                    f"run_dir: expected a file at {path}, got a directory; remove it, or use another run_dir"
+                )

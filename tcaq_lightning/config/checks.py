@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tcaq_lightning.config.values import check_types
 from tcaq_lightning.errors import UserError
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 LEAST_THREADS = 32
 """CPU threads that may be asked for on any machine."""
 PLAIN = "a number, a text, a list or a mapping, as a file of settings can hold it"
@@ -84,10 +86,10 @@ def require_threads(value: int | None, key: str) -> None:
 
 
 def require_text(value: str | Path | None, key: str) -> None:
-    """See that a name or path holds something, and nothing that no file name can, or is not given."""
+    """See that a name or path holds something, and no control characters, or is not given."""
     text = value if value is None else str(value)
     require(text is None or text.strip() != "", key, "not empty", text)
-    require(text is None or "\0" not in text, key, "without NUL characters", text)
+    require(text is None or not _CONTROL.search(text), key, "without control characters", text)
 
 
 def require_plain(value: Any, key: str) -> None:

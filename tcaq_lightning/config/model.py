@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tcaq_lightning.config.checks import Section, require, require_text
+from tcaq_lightning.config.checks import Section, require_text
 
 
 @dataclass
@@ -24,6 +24,5 @@ class ModelConfig(Section):
 
     def check(self) -> None:
         """See that all values can be worked with."""
-        for name in ("architecture", "variant"):
+        for name in ("path", "architecture", "variant"):
             require_text(getattr(self, name), f"model.{name}")
-        require("\0" not in self.path, "model.path", "without NUL characters", self.path)

@@ -15,7 +15,7 @@ from tcaq_lightning.evaluation.images import open_images
 from tcaq_lightning.evaluation.spaces import write_statistics
 from tcaq_lightning.models.pipelines import find_denoiser, to_images
 from tcaq_lightning.models.sampling import make_sampling
-from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar, set_threads
+from tcaq_lightning.runtime.command import at_least, check_seed, check_writable, progress_bar, set_threads
 from tcaq_lightning.runtime.distributed.launch import connected
 from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
@@ -51,8 +51,9 @@ def sample(
     Example:
         python -m tcaq_lightning sample runs/quickstart/quantized --num_steps 50 --output grid.png
     """
-    at_least(1, num=num, batch_size=batch_size, threads=threads)
-    at_least(0, seed=seed)
+    at_least(1, 100_000, num=num)
+    at_least(1, 2**20, batch_size=batch_size)
+    check_seed(seed)
     sampler.check("sampler")
     load_extensions(extensions or [])
     set_threads(threads)
@@ -96,7 +97,7 @@ def statistics(
     Example:
         python -m tcaq_lightning statistics REAL_IMAGES reference.safetensors --cache cache --devices 2
     """
-    at_least(1, batch_size=batch_size)
+    at_least(1, 2**20, batch_size=batch_size)
     at_least(0, num_features=num_features)
     if output.suffix != ".safetensors":
         raise UserError(f"output: expected a name that ends in .safetensors, got {output}; give such a name")

@@ -162,7 +162,9 @@ def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any
     takes = f"x_t, t, {', '.join(arguments)}" if arguments else "x_t and t alone"
     expected = f"model.path: expected a {type(denoiser).__name__} that maps {takes} to a prediction like x_t"
     try:
-        x = torch.zeros(2, *sample_shape(denoiser), device=next(denoiser.parameters()).device)
+        x = torch.zeros(
+            2, *sample_shape(denoiser), device=next(denoiser.parameters()).device, dtype=denoiser_dtype(denoiser)
+        )
         t = torch.ones(2, dtype=torch.long, device=x.device)
         prediction = denoiser(x, t, return_dict=False, **on_device(arguments or {}, x.device))[0]
     except Exception as error:  # a model raises whatever it likes
@@ -196,6 +198,12 @@ def one_by_one(decoder: Any) -> Iterator[None]:
         yield
     finally:
         decoder.use_slicing = before
+
+
+def denoiser_dtype(denoiser: nn.Module) -> torch.dtype:
+    """The type that a denoiser takes samples in, and computes in."""
+    dtype: torch.dtype = getattr(denoiser, "dtype", torch.float32)
+    return dtype
 
 
 def denoiser_bytes(denoiser: nn.Module) -> int:
@@ -295,7 +303,7 @@ def sample(
     scheduler = make_scheduler(own_scheduler, sampler)
     device = next(denoiser.parameters()).device
     noise, generators = initial_noise(sample_shape(denoiser), indices, seed)
-    x: Tensor = noise.to(device) * scheduler.init_noise_sigma
+    x: Tensor = noise.to(device, denoiser_dtype(denoiser)) * scheduler.init_noise_sigma
     known = inspect.signature(scheduler.step).parameters
     extra: dict[str, Any] = {"eta": sampler.eta} if "eta" in known else {}
     if "generator" in known:

@@ -32,6 +32,19 @@ from tcaq_lightning.runtime.seeds import derive
 UNCONDITIONAL = (DDPMPipeline, DDIMPipeline, LDMPipeline)
 """Pipelines that our own loop samples: their calls fix a scheduler, or hand it what it does not take."""
 
+GIVEN = {
+    "num_inference_steps": "calibration.sampler.num_steps",
+    "eta": "calibration.sampler.eta",
+    "prompt": "conditioning.prompts",
+    "negative_prompt": "conditioning.negative_prompt",
+    "guidance_scale": "conditioning.guidance_scale",
+    "class_labels": "conditioning.class_labels",
+    "generator": "seed",
+    "batch_size": "calibration.batch_size",
+    "output_type": "nothing",
+    "return_dict": "nothing",
+}
+"""Arguments of a pipeline's call that have a key of their own, or that are always the same."""
 
 Inputs: TypeAlias = "Callable[[Sequence[int]], dict[str, Any]]"
 """A denoiser's arguments beside x_t and t, by name, for numbered samples: tensors (B, ...), or the same for all."""
@@ -147,11 +160,11 @@ class LoopSampling:
         """As in `Sampling`."""
         x = sample(denoiser, self.scheduler, sampler, indices, seed, self.inputs(indices))
         if self.decoder is None:
-            return x
+            return x.float()
         latents = x.to(self.decoder.device, self.decoder.dtype) / self.decoder.config.scaling_factor
         with one_by_one(self.decoder):
             images: Tensor = self.decoder.decode(latents, return_dict=False)[0]
-        return images.to(x.dtype)
+        return images.float()
 
     def manifest(self) -> dict[str, Any]:
         """As in `Sampling`."""
@@ -184,6 +197,9 @@ class PipelineSampling:
                 f"conditioning.options: {type(pipeline).__name__} takes no {unknown[0]!r}; it takes "
                 f"{sorted(self._accepted - {'self'})}"
             )
+
+        for name in sorted(set(conditioning.options) & set(GIVEN)):
+            raise UserError(f"conditioning.options: {name} is none of them; give {GIVEN[name]} in its place")
 
     def check_sampler(self, sampler: SamplerConfig, key: str) -> None:
         """As in `Sampling`."""

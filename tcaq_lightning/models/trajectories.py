@@ -206,6 +206,12 @@ def probe(
         ) from error
     if not first[0][0].isfinite().all():
         raise UserError(f"model.path: {type(denoiser).__name__} predicts NaN or infinity; expected finite values")
+    shape, predicted = tuple(found.inputs.shape[2:]), tuple(first[0][0].shape[1:])
+    if predicted != shape and predicted != (2 * shape[0], *shape[1:]):  # beside variances
+        raise UserError(
+            f"model.path: expected a {type(denoiser).__name__} whose prediction is like x_t, {shape}, got {predicted}; "
+            "one that takes further channels, such as those of an image to inpaint, is not supported"
+        )
     return found
 
 

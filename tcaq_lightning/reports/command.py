@@ -6,8 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tcaq_lightning.backends.open import is_quantized, open_any
 from tcaq_lightning.config import ConditioningConfig, EvaluationConfig, SamplerConfig, TrainerConfig
 from tcaq_lightning.errors import UserError
@@ -18,7 +16,7 @@ from tcaq_lightning.evaluation.scores import check_metrics
 from tcaq_lightning.models.pipelines import find_denoiser
 from tcaq_lightning.models.sampling import make_sampling
 from tcaq_lightning.reports.headline import final_table
-from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar
+from tcaq_lightning.runtime.command import at_least, check_seed, check_writable, plain_console, progress_bar
 from tcaq_lightning.runtime.distributed.collectives import is_main, on_main
 from tcaq_lightning.runtime.distributed.launch import connected
 from tcaq_lightning.runtime.extensions import load_extensions
@@ -62,7 +60,8 @@ def evaluate(
     Example:
         python -m tcaq_lightning evaluate runs/quickstart/quantized --full fashion-mnist-ddpm
     """
-    at_least(0, fid_samples=fid_samples, seed=seed)
+    at_least(0, 10**7, fid_samples=fid_samples)
+    check_seed(seed)
     load_extensions(extensions or [])
     images = _is_images(path)
     number = (0 if images else evaluation.fid_samples) if fid_samples is None else fid_samples
@@ -79,7 +78,7 @@ def evaluate(
         else:
             content, metrics = _measure_models(path, full, conditioning, config, trainer, seed, output, cache)
         if is_main():
-            Console().print(final_table({**content, "stages": metrics.seconds}))
+            plain_console().print(final_table({**content, "stages": metrics.seconds}))
         if output is not None:
             on_main(lambda: write_json(output, content))
 

@@ -7,28 +7,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tcaq_lightning.config.checks import require, require_count, require_threads
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.distributed.collectives import is_main
 
 
-def at_least(least: int, **values: int | None) -> None:
-    """See that options are large enough, or not given.
+def at_least(least: int, most: int = 10**9, /, **values: int | None) -> None:
+    """See that options are large enough and not absurd, or not given.
 
     Args:
         least: the smallest value.
+        most: the largest one.
         values: of the options, by name.
 
     Raises:
-        UserError: one is smaller.
+        UserError: one is smaller or larger.
     """
     for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
+        require_count(value, f"--{name}", least, most)
+
+
+def check_seed(seed: int) -> None:
+    """See that a seed is one whose noises no other seed has: of larger ones, torch takes the lower 32 bits.
+
+    Raises:
+        UserError: it is not.
+    """
+    require(0 <= seed < 2**31, "--seed", "in 0 .. 2^31 - 1", seed)
 
 
 def check_writable(file: Path) -> None:
@@ -43,9 +54,23 @@ def check_writable(file: Path) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let PyTorch use so many CPU threads; None leaves its choice."""
+    """Let PyTorch use so many CPU threads; None leaves its choice.
+
+    Raises:
+        UserError: this machine has not nearly so many.
+    """
+    require_threads(threads, "--threads")
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def plain_console(**settings: Any) -> Console:
+    """A console that prints texts as they are: names and paths of users may look like markup or emoji.
+
+    Args:
+        settings: further ones of rich's `Console`.
+    """
+    return Console(log_path=False, markup=False, emoji=False, **settings)
 
 
 @dataclass
@@ -73,8 +98,8 @@ def progress_bar(total: int, what: str = "samples") -> Iterator[Advance]:
         total: number of what is done.
         what: its name.
     """
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = plain_console(stderr=True)
     with Progress(*columns, console=console, disable=not (console.is_terminal and is_main())) as progress:
         task = progress.add_task(what, total=total)
         yield Advance(

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.runtime.distributed.environment import started_rank
-from tcaq_lightning.runtime.memory import reuse_freed_memory
+from tcaq_lightning.runtime.memory import is_out_of_memory, out_of_memory_message, reuse_freed_memory
 
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED = 141
 EXIT_TERMINATED = 143
 
 ENVIRONMENT_ERRORS = {
@@ -34,8 +36,17 @@ ENVIRONMENT_ERRORS = {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EROFS,
+    errno.ENOTEMPTY,
+    errno.EMFILE,
+    errno.ENFILE,
 }
 """Failures of the file system that the user can mend; others are faults and keep their traceback."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
+TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 def run_cli(function: Callable[[], int | None]) -> int:
@@ -48,24 +59,42 @@ def run_cli(function: Callable[[], int | None]) -> int:
 
     Returns:
         0 or what the command returns; 2 after one line on stderr for a user's mistake, a wrong argument or a file
-        system that is full or closed; 75 after one line when another process of the run is lost; 130 after Ctrl-C, 143
-        after SIGTERM. Faults of the program propagate.
+        system that is full or closed, or memory that is used up; 75 after one line when another process of the run is
+        lost; 130 after Ctrl-C, 141 when nobody reads what is printed, 143 after SIGTERM. Faults of the program
+        propagate.
 
     >>> run_cli(lambda: None)
     0
     """
     reuse_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
         with _signals_exit(), _quiet_threads():
-            return function() or 0
+            code = function() or 0
+            sys.stdout.flush()
+            return code
     except BaseException as error:
         found = ending(error)
         if found is None:
             raise
         code, message = found
+        if code == EXIT_CLOSED:
+            _drop_output()
         if message and (started_rank() == 0 or isinstance(error, RankLostError)):
-            sys.stderr.write(f"error: {' '.join(message.split())}\n")
+            sys.stderr.write(f"error: {printable(message)}\n")
         return code
+
+
+def printable(message: str) -> str:
+    r"""A message in one line, without characters that a terminal would obey.
+
+    >>> printable("a\nb \x1b[2J")
+    'a b \\x1b[2J'
+    """
+    joined = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
 
 
 def ending(error: BaseException) -> tuple[int, str] | None:
@@ -78,22 +107,41 @@ def ending(error: BaseException) -> tuple[int, str] | None:
         return EXIT_USER_ERROR, str(error)
     if isinstance(error, RankLostError):
         return EXIT_RANK_LOST, str(error)
+    # rich turns a closed pipe into exit(1), Lightning Ctrl-C within a fit.
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, BrokenPipeError):
+        return EXIT_CLOSED, "nobody reads what this command prints, so it has ended; the same command again goes on"
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         where = error.filename2 or error.filename or "a file of this command"
-        return (
-            EXIT_USER_ERROR,
-            f"cannot read or write {where}: {error.strerror}; free space, or choose a path you may use",
-        )
-    if isinstance(error, KeyboardInterrupt):
+        return EXIT_USER_ERROR, f"cannot read or write {where}: {error.strerror}; {_advice(error.errno)}"
+    if is_out_of_memory(error):
+        return EXIT_USER_ERROR, out_of_memory_message(error)
+    if isinstance(cause, KeyboardInterrupt):
         return EXIT_INTERRUPTED, ""
     if isinstance(error, SystemExit):
-        # Lightning turns Ctrl-C within a fit into exit(1).
-        if isinstance(error.__context__, KeyboardInterrupt):
-            return EXIT_INTERRUPTED, ""
         if error.code is None or isinstance(error.code, int):
             return error.code or 0, ""
         return EXIT_USER_ERROR, str(error.code)
     return None
+
+
+def _advice(number: int | None) -> str:
+    """How to mend a failure of the file system."""
+    if number in FULL:
+        return "free space, or choose a path where there is some"
+    if number in IN_THE_WAY:
+        return "something else is in its place: remove that, or choose another path"
+    if number in TOO_MANY:
+        return "raise the number of open files (ulimit -n)"
+    return "choose a path that exists and that you may use"
+
+
+def _drop_output() -> None:
+    """Send what is still to be printed nowhere, so that the interpreter does not complain at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextmanager
@@ -117,6 +165,8 @@ def _signals_exit() -> Iterator[None]:
     """Let SIGTERM raise SystemExit(143), so that files and processes are cleaned up; a repeated one is ignored.
 
     Within a SLURM job the same holds for SIGUSR1, which `#SBATCH --signal=USR1@90` sends ahead of the time limit.
+    Ctrl-C raises KeyboardInterrupt; a second one ends the process at once, without a traceback, also after the
+    command: what is on disk is whole at any time.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -128,7 +178,14 @@ def _signals_exit() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         raise SystemExit(EXIT_TERMINATED)
 
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+        before.pop(signal.SIGINT, None)
+        raise KeyboardInterrupt
+
     before = {number: signal.signal(number, leave) for number in numbers}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:

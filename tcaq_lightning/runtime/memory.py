@@ -9,8 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from tcaq_lightning.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SMALL, _LARGE = 1 << 20, 1 << 30
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
 
 _kept = [_LARGE]
 """Up to which size this process' C library keeps freed blocks now."""
@@ -61,6 +67,50 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up, of a GPU or of the host.
+
+    >>> is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
+    True
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def out_of_memory_message(error: BaseException, where: str = "") -> str:
+    """What to tell the user whose memory is used up, in one line.
+
+    Args:
+        error: as `is_out_of_memory` takes it.
+        where: what was done, such as `unit mid_block`.
+    """
+    detail = " ".join(str(error).split("\n")[0].split())[:150]
+    return (
+        f"out of memory{f' in {where}' if where else ''} ({detail or type(error).__name__}); lower reconstruction."
+        "batch_size, calibration.batch_size, evaluation.batch_size or calibration.memory_budget, or the number of "
+        "images at a time; the same command goes on from there"
+    )
+
+
+@contextmanager
+def out_of_memory_in(where: str) -> Iterator[None]:
+    """Say in one line what memory was used up by.
+
+    Args:
+        where: what is done within, such as `unit mid_block`.
+
+    Raises:
+        UserError: memory is used up.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory_message(error, where)) from error
 
 
 def available_memory() -> float:

@@ -168,6 +168,8 @@ def test_conditioning_that_does_not_fit_is_named(build: Any, tmp_path: Path) -> 
         (build("class"), ConditioningConfig(prompts=prompts), "takes no prompts"),
         (build("class"), ConditioningConfig(negative_prompt="x"), "conditioning.negative_prompt"),
         (build("class"), ConditioningConfig(options={"hight": 3}), "takes no 'hight'"),
+        (build("class"), ConditioningConfig(options={"num_inference_steps": 9}), "calibration.sampler.num_steps"),
+        (build("class"), ConditioningConfig(options={"guidance_scale": 9.0}), "give conditioning.guidance_scale"),
         (build("consistency"), ConditioningConfig(guidance_scale=2.0), "conditioning.guidance_scale"),
         (DDIMPipeline(pixel_unet(num_class_embeds=4), DDIMScheduler()), ConditioningConfig(), "no class labels"),
     ]
@@ -178,7 +180,7 @@ def test_conditioning_that_does_not_fit_is_named(build: Any, tmp_path: Path) -> 
 
 def test_a_pipeline_that_fails_is_one_line(build: Any) -> None:
     pipeline = build("class")
-    sampling = make_sampling(pipeline, ConditioningConfig(options={"latents": torch.zeros(2, 9, 4, 4)}))
+    sampling = make_sampling(pipeline, ConditioningConfig(options={"latents": "noise"}))
     assert isinstance(sampling, PipelineSampling)
     with pytest.raises(UserError, match="UNet2DConditionModel cannot be sampled in 3 steps like this") as raised:
         probe(pipeline.unet, sampling, SAMPLER)

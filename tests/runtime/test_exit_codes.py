@@ -4,12 +4,14 @@ import argparse
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.runtime.distributed.environment import Place
@@ -37,6 +39,14 @@ def test_result_is_the_exit_code(value: int | None, code: int) -> None:
         (PermissionError(errno.EACCES, "Permission denied", "/closed"), "/closed"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
         (SystemExit("wrong use"), "error: wrong use"),
+        (UserError("two\nlines, \x1b[2J and \x00"), r"two lines, \x1b[2J and \x00"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a/plots"), "something else is in its place"),
+        (MemoryError(), "out of memory (MemoryError)"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            "reconstruction.batch_size",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore advice"), "the same command"),
     ],
 )
 def test_mistakes_are_one_line(error: BaseException, text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +55,59 @@ def test_mistakes_are_one_line(error: BaseException, text: str, capsys: pytest.C
     assert out == ""
     assert err.count("\n") == 1
     assert text in err
+
+
+def test_a_full_disk_asks_for_space_and_a_directory_in_the_way_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, advised in ((errno.ENOSPC, True), (errno.EISDIR, False), (errno.ENOTDIR, False), (errno.EACCES, False)):
+        assert run_cli(raising(OSError(number, os.strerror(number), "/some/file"))) == 2
+        assert ("free space" in capsys.readouterr().err) == advised
+
+
+CLOSED = """
+import sys
+from rich.console import Console
+from tcaq_lightning.runtime.exit_codes import run_cli
+write = {write}
+def work():
+    for _ in range(100_000):
+        write("some text")
+sys.exit(run_cli(work))
+"""
+INTERRUPTED = """
+import os, signal, sys, time
+from tcaq_lightning.runtime.exit_codes import run_cli
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    finally:
+        {within}
+code = run_cli(work)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", ["Console().print", "sys.stdout.write"])
+def test_a_closed_pipe_is_said(write: str) -> None:
+    code = CLOSED.format(write=write)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert (process.wait(), err.count("\n")) == (141, 1)
+    assert err.startswith("error: nobody reads")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within", ["pass", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_ctrl_c_twice_ends_without_a_traceback(within: str) -> None:
+    code = INTERRUPTED.format(within=within)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), OSError(errno.EIO, "a broken disk")])

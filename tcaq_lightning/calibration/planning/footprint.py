@@ -325,6 +325,9 @@ class TrialWork:
         config = dataclasses.replace(self.config.reconstruction, **settings, compile=False)  # as it is, it takes more
         module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, 1, (0, 0, 0))
         module.to(self.device)  # as a Trainer would
+        if not module.learns:
+            module.finish()
+            return
         optimizer = module.configure_optimizers()
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from tcaq_lightning.evaluation.latency import measure_latency
 from tcaq_lightning.evaluation.layer_sensitivity import measure_sensitivity
 from tcaq_lightning.reports.finished_run import read_finished
 from tcaq_lightning.reports.html.write import write_page
-from tcaq_lightning.runtime.command import at_least, check_writable, progress_bar, set_threads
+from tcaq_lightning.runtime.command import at_least, check_writable, plain_console, progress_bar, set_threads
 
 
 def report(
@@ -36,9 +34,8 @@ def report(
         python -m tcaq_lightning report runs/quickstart --sensitivity 8 --latency 1,8
     """
     for size in latency or []:
-        at_least(1, latency=size)
-    at_least(0, sensitivity=sensitivity)
-    at_least(1, threads=threads)
+        at_least(1, 2**20, latency=size)
+    at_least(0, 100_000, sensitivity=sensitivity)
     set_threads(threads)
     run = read_finished(run_dir)
     target = run_dir / "report.html" if output is None else output
@@ -49,4 +46,4 @@ def report(
     if latency:
         measure_latency(run_dir, run.manifest["config"], latency, threads)
     write_page(run, target)
-    Console().print(f"report: {target}", soft_wrap=True)
+    plain_console().print(f"report: {target}", soft_wrap=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
+from tcaq_lightning.runtime.command import plain_console
 from tcaq_lightning.zoo.conversion import convert as conversion
 
 
@@ -27,4 +26,4 @@ def convert(
     """
     record = conversion.convert(source, output, architecture, ema, tokenizer)
     parts = ", ".join(f"{name} {count:,}" for name, count in record["parameters"].items())
-    Console(soft_wrap=True).print(f"{output}: {record['weights']}, parameters: {parts}", highlight=False)
+    plain_console(soft_wrap=True).print(f"{output}: {record['weights']}, parameters: {parts}", highlight=False)
