@@ -25,6 +25,8 @@ from torch import Tensor
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.files import sha256, write_bytes
+from tcaq_lightning.runtime.json_files import read_json
+from tcaq_lightning.runtime.one_line import one_line
 
 if TYPE_CHECKING:
     from tcaq_lightning.artifact.blobs import Stored
@@ -33,6 +35,8 @@ QUANT_METHOD = "tcaq"
 PLAIN, QUANTIZED_OUTPUTS = FORMAT_VERSIONS = (1, 2)
 """Of files: the second one where outputs are quantized too, which releases that know the first alone must refuse."""
 CHECKSUMS_FILE = "checksums.json"
+DIGEST = "config_sha256"
+"""Key of the checksum that a config.json holds of itself."""
 _SAVING = threading.Lock()
 """Held while a denoiser is saved: the tensors are handed to diffusers in its quantizer."""
 
@@ -122,6 +126,7 @@ class TCAQQuantizer(DiffusersQuantizer):
         """
         expected = self._values.get("sha256")
         for file in checkpoint_files:
+            _check_file(Path(file).with_name("config.json"))
             if (got := sha256(Path(file))) != expected:
                 raise UserError(
                     f"{file} is damaged: expected SHA-256 {expected} (config.json), got {got}; copy the artifact again"
@@ -158,9 +163,10 @@ class TCAQQuantizer(DiffusersQuantizer):
         try:
             structure = Structure.from_dict(self._values)
             rebuild(model, structure, packed=True)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except Exception as error:  # diffusers' modules and the tables raise each in its own way
             raise UserError(
-                f"quantization_config: its tables do not fit {type(model).__name__}: {error!r}; copy the artifact again"
+                f"quantization_config: its tables do not fit {type(model).__name__}: {one_line(error)}; copy the "
+                "artifact again"
             ) from error
         self._stored = stored_tensors(model)
         # Not by `register_buffer`: a module has a method `bfloat16`, and there may be tensors of that name.
@@ -280,7 +286,40 @@ def config_text(denoiser: Any, quantization: dict[str, Any]) -> str:
     config = json.loads(denoiser.to_json_string())
     for key in ("_name_or_path", "quantization_config"):  # where the model lay on this machine; at the end
         config.pop(key, None)
-    return _readable_json({**config, "quantization_config": quantization}) + "\n"
+    content = {**config, "quantization_config": quantization}
+    return _readable_json({**content, "quantization_config": {**quantization, DIGEST: _config_digest(content)}}) + "\n"
+
+
+def check_config(content: dict[str, Any], where: str) -> None:
+    """See that a config.json is as it was written; the first release put no checksum in it.
+
+    Args:
+        content: of the file, whose `quantization_config` is a mapping.
+        where: the file, for messages.
+
+    Raises:
+        UserError: it is not.
+    """
+    expected = content["quantization_config"].get(DIGEST)
+    if expected is not None and (got := _config_digest(content)) != expected:
+        raise UserError(f"{where} is damaged: expected content with SHA-256 {expected}, got {got}; copy it again")
+
+
+def _check_file(file: Path) -> None:
+    """`check_config` of a file, which diffusers has read already."""
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {one_line(error)}; copy the artifact again") from error
+    if isinstance(content, dict) and isinstance(content.get("quantization_config"), dict):
+        check_config(content, str(file))
+
+
+def _config_digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a config.json's values, this one left out."""
+    quantization = {key: value for key, value in content["quantization_config"].items() if key != DIGEST}
+    canonical = json.dumps({**content, "quantization_config": quantization}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _readable_json(values: dict[str, Any], depth: int = 3, indent: str = "") -> str:

@@ -40,9 +40,11 @@ from tcaq_lightning.artifact.diffusers_quantizer import (
 from tcaq_lightning.artifact.freeze import freeze
 from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.pipelines import DENOISER_NAMES, one_line, pipeline_class, quiet_diffusers
+from tcaq_lightning.models.pipelines import DENOISER_NAMES, pipeline_class, quiet_diffusers
 from tcaq_lightning.models.unets import denoiser_class
 from tcaq_lightning.runtime.files import naming, sha256
+from tcaq_lightning.runtime.json_files import read_json
+from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.version import VERSION
 
 __all__ = [
@@ -238,7 +240,7 @@ def _denoiser_name(directory: Path) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_bytes())
+        values = read_json(file)
     except OSError as error:
         raise UserError(f"{file} is missing or unreadable; expected a file of a diffusers directory") from error
     except ValueError as error:
@@ -258,6 +260,8 @@ def _verify_checksums(directory: Path, name: str) -> None:
         raise UserError(f"{own} is damaged: expected a list of checksums that fits its own; copy or write it again")
     for name, expected in files.items():
         file = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{own} is damaged: expected names of files beneath it, got {name!r}")
         if not file.is_file():
             raise UserError(f"{file} is missing; {CHECKSUMS_FILE} lists it; copy or write the artifact again")
         if (got := sha256(file)) != expected:

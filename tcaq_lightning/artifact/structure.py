@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class Structure:
         return cls(
             {name: LayerSpec.from_dict(row) for name, row in values["layers"].items()},
             {name: AttentionSpec.from_dict(row) for name, row in values["attentions"].items()},
-            [float(boundary) for boundary in values["timestep_boundaries"]],
+            _checked_boundaries(values["timestep_boundaries"]),
             {str(name): _dtype_name(_dtype_of(dtype)) for name, dtype in values.get("dtypes", {}).items()},
         )
 
@@ -98,13 +100,22 @@ def rebuild(denoiser: nn.Module, structure: Structure, packed: bool = False) -> 
     build(denoiser, structure.layers, structure.attentions, groups, "packed" if packed else "codes")
 
 
+def _checked_boundaries(values: Any) -> list[float]:
+    """Boundaries of timestep groups: numbers, finite and ascending, as `bucketize` needs them."""
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"expected numbers as timestep_boundaries, got {str(values)[:100]}")
+    if not all(map(math.isfinite, values)) or any(a >= b for a, b in pairwise(values)):
+        raise ValueError(f"expected finite ascending timestep_boundaries, got {str(values)[:100]}")
+    return [float(value) for value in values]
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _dtype_of(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"expected a type such as bfloat16, got {name!r}")
     return dtype
 

@@ -13,6 +13,7 @@ from tcaq_lightning.artifact.directory import OpenedArtifact
 from tcaq_lightning.backends.base import BACKENDS, LEARNS, Backend, find_backend
 from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.backends.graph.inputs import pipeline_sizes
+from tcaq_lightning.backends.graph_checksum import check_graph
 from tcaq_lightning.backends.graph_info import GraphInfo
 from tcaq_lightning.backends.integers import fits_int8
 from tcaq_lightning.backends.kernels import ASYMMETRIC, Kernel
@@ -133,6 +134,8 @@ def open_engine(
         raise UserError(f"backend: expected one of {', '.join(engines())}, which open graphs, got {backend!r}")
     if isinstance(source, Path) and not source.is_file():
         raise UserError(f"model: no such file: {source}; export it with python -m tcaq_lightning export")
+    if isinstance(source, Path):
+        check_graph(source)
     engine = found.open(source, info, **settings)
     if artifact is not None and engine.info.artifact != artifact:
         where = source if isinstance(source, Path) else "the graph"

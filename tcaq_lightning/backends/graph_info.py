@@ -9,7 +9,7 @@ from tcaq_lightning.backends.graph.inputs import GraphInput
 from tcaq_lightning.backends.graph.onnx_graph import Product
 from tcaq_lightning.errors import UserError
 
-EXPORT_VERSION = 2
+EXPORT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tcaq_lightning.backends.kernels import NO_CONVOLUTION, SATURATION, Kernel, 
 from tcaq_lightning.backends.packages import require
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.nn.layers import QuantLayer
+from tcaq_lightning.runtime.one_line import one_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -9,12 +9,14 @@ from typing import Any
 from tcaq_lightning.backends.base import BACKENDS
 from tcaq_lightning.backends.engines import ONNX, Engine, EngineBackend
 from tcaq_lightning.backends.graph.onnx_graph import METADATA_KEY, Product
+from tcaq_lightning.backends.graph_checksum import KEY, PLACEHOLDER, WEIGHTS_KEY, sealed
 from tcaq_lightning.backends.graph_info import GraphInfo
 from tcaq_lightning.backends.kernels import SATURATION, Kernel, described, kernel_of
 from tcaq_lightning.backends.packages import require
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.pipelines import one_line
+from tcaq_lightning.runtime.files import sha256
+from tcaq_lightning.runtime.one_line import one_line
 
 EXTRA = "openvino"
 NO_EFFECT = 3e38
@@ -142,4 +144,9 @@ def write_ir(content: bytes, file: Path) -> None:
     model = openvino.Core().read_model(content)
     text = model.get_rt_info(["framework", METADATA_KEY]).astype(str)
     model.set_rt_info(text, METADATA_KEY)
+    model.set_rt_info("of the ONNX graph", ["framework", KEY])
+    model.set_rt_info(PLACEHOLDER, KEY)
     openvino.save_model(model, str(file), compress_to_fp16=False)
+    model.set_rt_info(sha256(file.with_suffix(".bin")), WEIGHTS_KEY)
+    openvino.save_model(model, str(file), compress_to_fp16=False)  # the same weights again
+    file.write_bytes(sealed(file.read_bytes()))

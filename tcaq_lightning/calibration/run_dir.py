@@ -19,9 +19,9 @@ import yaml
 from tcaq_lightning.calibration.run_files import RunFiles, check_places
 from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.files import TEMPORARY, write_bytes, write_json
+from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.version import VERSION
 
 

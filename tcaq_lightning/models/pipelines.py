@@ -22,6 +22,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.class_conditional import ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline
 from tcaq_lightning.models.schedulers import OWN_SCHEDULERS
 from tcaq_lightning.models.unets import denoiser_class
+from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.seeds import derive
 
 ASSETS = Path(__file__).parent / "assets"
@@ -124,12 +125,6 @@ def _load_denoiser(source: str, name: str, class_name: str, loading: dict[str, A
             raise UserError(f"model.path: {name} weight {key} of {source} is NaN or infinite; expected finite weights")
     module: nn.Module = denoiser.requires_grad_(False).eval()
     return module
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An error as one line of at most about `limit` characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:limit]}"
 
 
 def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:

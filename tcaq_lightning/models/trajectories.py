@@ -13,9 +13,9 @@ from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.denoiser_calls import Call, Conditioning, Samples, watched
 from tcaq_lightning.models.forwards import patched_forwards
-from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.models.sampling import Sampling
 from tcaq_lightning.runtime.distributed.collectives import gather, share
+from tcaq_lightning.runtime.one_line import one_line
 
 
 @dataclass

@@ -46,6 +46,7 @@ class LayerSpec:
     role: Role = field(default="block", compare=False)
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_bits(self.weight_bits, self.activation_bits)
 
     @property
@@ -98,6 +99,7 @@ class AttentionSpec:
     quantizer: str = "uniform"
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_bits(self.activation_bits, self.softmax_bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +110,15 @@ class AttentionSpec:
     def from_dict(cls, values: dict[str, Any]) -> AttentionSpec:
         """Undo `to_dict`; TypeError or ValueError if the values do not fit."""
         return cls(**values)
+
+
+def _require_types(spec: LayerSpec | AttentionSpec) -> None:
+    """See that values, which may come from a file, are of the types of the defaults."""
+    for f in fields(spec):
+        kind = str if f.name in ("kind", "input_of") else type(f.default)
+        value = getattr(spec, f.name)
+        if type(value) is not kind and not (f.name == "input_of" and value is None):
+            raise ValueError(f"expected {f.name} to be {kind.__name__}, got {value!r}")
 
 
 def _require_bits(*widths: int) -> None:

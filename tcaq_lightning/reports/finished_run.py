@@ -15,11 +15,11 @@ from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.daq import TailFit
-from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.quantizers.statistics import RangeStatistics
 from tcaq_lightning.reports.headline import headline
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
 from tcaq_lightning.runtime.json_shape import FLAG, MEASURED, NUMBER, TEXT, Named, Optional, check_shape
+from tcaq_lightning.runtime.one_line import one_line
 
 T = TypeVar("T")
 Record = Mapping[str, Any]

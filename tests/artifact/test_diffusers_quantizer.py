@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
+from tcaq_lightning.artifact.diffusers_quantizer import DIGEST
 from tcaq_lightning.artifact.directory import freeze, save_artifact
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
@@ -228,6 +229,10 @@ def test_damage_and_other_versions_are_refused_by_from_pretrained(artifact: Path
         DDIMPipeline.from_pretrained(artifact)
     settings["quantization_config"].update(version=1, timestep_boundaries=[1.0])
     config.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"config.json is damaged"):
+        DDIMPipeline.from_pretrained(artifact)
+    del settings["quantization_config"][DIGEST]  # as the first release wrote it
+    config.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="elements"):
         DDIMPipeline.from_pretrained(artifact)
 
@@ -271,9 +276,57 @@ def test_tables_that_do_not_fit_are_one_line(artifact: Path) -> None:
     file = artifact / "unet" / "config.json"
     config = json.loads(file.read_text())
     del config["quantization_config"]["attentions"]
+    del config["quantization_config"][DIGEST]
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match="its tables do not fit UNet2DModel"):
         UNet2DModel.from_pretrained(artifact / "unet")
+
+
+def damages() -> list[Callable[[dict[str, Any]], Any]]:
+    """What can happen to a config.json, whose values would all be taken otherwise, or fail late."""
+
+    def layer(**values: Any) -> Callable[[dict[str, Any]], Any]:
+        return lambda c: c["quantization_config"]["layers"]["conv_in"].update(values)
+
+    return [
+        layer(activation_bits=4),
+        layer(activation_bits=8.0),
+        layer(weight_bits=True),
+        layer(kept="no"),
+        layer(symmetric=0),
+        layer(kind="Linear"),
+        layer(weight_format="fp17"),
+        layer(input_quantizer="none"),
+        layer(input_of="nowhere"),
+        lambda c: c["quantization_config"].update(timestep_boundaries=[float("nan")] * 2),
+        lambda c: c["quantization_config"]["timestep_boundaries"].reverse(),
+        lambda c: c["quantization_config"].update(timestep_boundaries=["30", "60"]),
+        lambda c: c["quantization_config"].update(layers=[]),
+        lambda c: c["quantization_config"].update(dtypes={"": "int8"}),
+        lambda c: c["quantization_config"].update(sha256="0" * 64),
+        lambda c: c.update(norm_eps=1e-3),
+        lambda c: c.update(sample_size=16),
+        lambda c: c.pop("act_fn"),
+    ]
+
+
+@pytest.mark.parametrize("digest", [True, False], ids=["with checksum", "first release"])
+def test_every_change_of_a_table_is_refused(artifact: Path, digest: bool) -> None:
+    file = artifact / "unet" / "config.json"
+    intact = file.read_text()
+    for number, damage in enumerate(damages()[: None if digest else -3]):
+        config = json.loads(intact)
+        damage(config)
+        if not digest:
+            if number == 0:  # of one tensor's width nothing else tells
+                continue
+            del config["quantization_config"][DIGEST]
+        file.write_text(json.dumps(config))
+        with pytest.raises((UserError, ValueError)) as raised:
+            UNet2DModel.from_pretrained(artifact / "unet")
+        assert "\n" not in str(raised.value)
+    file.write_text(intact)
+    UNet2DModel.from_pretrained(artifact / "unet")
 
 
 def test_never_pickles_and_never_quantizes(artifact: Path, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from tcaq_lightning.artifact.structure import describe
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.inputs import GraphInput, call_of, example_inputs
 from tcaq_lightning.backends.graph.onnx_graph import finish, trace
+from tcaq_lightning.backends.graph_checksum import sealed
 from tcaq_lightning.backends.graph_info import EXPORT_VERSION, GraphInfo
 from tcaq_lightning.backends.packages import require
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.architectures import Sizes
-from tcaq_lightning.models.pipelines import one_line
+from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.version import VERSION
 
 
@@ -56,7 +57,7 @@ def build_graph(
     }
     products = finish(model, graph, metadata, narrow)
     info = GraphInfo(artifact, taken, products)
-    content: bytes = model.SerializeToString()
+    content = sealed(model.SerializeToString())
     return content, info
 
 

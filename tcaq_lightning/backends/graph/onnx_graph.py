@@ -15,12 +15,13 @@ from tcaq_lightning.backends.graph.attention import GraphAttention
 from tcaq_lightning.backends.graph.denoiser import GraphDenoiser
 from tcaq_lightning.backends.graph.layers import GraphConv2d, GraphLayer
 from tcaq_lightning.backends.graph.tracing import Rewriting, without_dump
+from tcaq_lightning.backends.graph_checksum import KEY, PLACEHOLDER
 from tcaq_lightning.backends.saturation import may_saturate, pair_may_saturate
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.denoiser_calls import SHARED
 from tcaq_lightning.models.families import is_attention
-from tcaq_lightning.models.pipelines import one_line
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
+from tcaq_lightning.runtime.one_line import one_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -131,7 +132,7 @@ def finish(model: ModelProto, denoiser: GraphDenoiser, metadata: dict[str, Any],
     model.producer_name, model.producer_version = "tcaq-lightning", metadata.get("tcaq_lightning", "")
     model.graph.name = type(denoiser.denoiser).__name__
     properties = metadata | {"products": [asdict(product) for product in products]}
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(properties)})
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(properties), KEY: PLACEHOLDER})
     onnx.checker.check_model(model)
     return products
 

@@ -31,9 +31,10 @@ from tcaq_lightning.models.class_conditional import (
     ClassConditionalTransformerPipeline,
     ClassEmbedder,
 )
-from tcaq_lightning.models.pipelines import one_line, open_pipeline
+from tcaq_lightning.models.pipelines import open_pipeline
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors, save_tensors
 from tcaq_lightning.runtime.hashing import weights_hash
+from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.zoo.pretraining.autoencoder import encode, load_autoencoder
 from tcaq_lightning.zoo.pretraining.batches import batch_indices, generator, stratified_timesteps
 from tcaq_lightning.zoo.pretraining.command import run
