@@ -83,7 +83,8 @@ def _log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, An
     noise, images = summary["noise_error"], summary["same_noise"]
     for step, value in zip(whole_steps(noise["timesteps"]), noise["relative"], strict=True):
         writer.add_scalar("noise_error/by_timestep", value, step)
-    values = {"noise_error": noise["summary"], "image_mse": images["mse"], "image_psnr": images["psnr"]}
+    values = {"noise_error": noise["summary"]}
+    values |= {f"image_{name}": value for name, value in images.items() if name != "num_images"}
     for name, record in summary["scores"].get("quantized", {}).items():
         values |= row_of(name, record).values
     hparams = {k: v for k, v in _flat(config.to_dict()).items() if isinstance(v, (bool, int, float, str))}

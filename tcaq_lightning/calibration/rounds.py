@@ -137,6 +137,7 @@ def _measure_round(setup: Setup, round_index: int, held_out: Trajectories) -> tu
         "mismatch": distances.tolist(),
         "mean_mismatch": float(distances.mean()),
         "kept": True,
+        "iterations": setup.config.steps_by_round()[round_index],
         "seconds": time.perf_counter() - started,
     }
     return broadcast(record), sampled

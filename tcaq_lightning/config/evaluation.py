@@ -18,7 +18,7 @@ class EvaluationConfig(Section):
     num_trajectories: int = 32
     """Held-out full-precision trajectories for the noise error."""
     num_images: int = 64
-    """Images sampled from the same noise by both models, for MSE and PSNR."""
+    """Images sampled from the same noise by both models, for MSE and PSNR, clipped."""
     fid_samples: int = 0
     """Images for FID and the other metrics; 0 leaves them out. Needs a model that evaluation.features fits."""
     features: str = "fashion-mnist-features"

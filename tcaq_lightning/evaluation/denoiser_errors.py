@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional import mean_squared_error
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from tcaq_lightning.models.pipelines import to_images
 from tcaq_lightning.models.trajectories import Trajectories
 from tcaq_lightning.runtime.distributed.collectives import total
+
+PEAK = 2.0
+"""Between the darkest and the brightest pixel of clipped samples."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,27 @@ class NoiseError:
 class ImageError:
     """Distance of two sets of images from the same noise.
 
+    Errors are of the samples clipped to [-1, 1], which is what a picture shows of them, and ratios in dB of the same,
+    2 being their peak. Means and ratios over all images at once are ruled by the worst ones: the median and the worst
+    image stand beside them.
+
     Attributes:
-        mse: mean squared difference of the samples in the model's own range, [-1, 1] for pixels, not clamped.
-        psnr: peak signal-to-noise ratio in dB of the images clamped to [0, 1], over all of them at once.
+        mse: mean squared difference of all images.
+        mse_median: median over the images; the lower one of two.
+        mse_worst: of the worst image.
+        psnr: peak signal-to-noise ratio over all images at once.
+        psnr_median: median over the images.
+        psnr_worst: of the worst image.
+        mse_unclipped: mean squared difference of the samples as they are: a single diverging image rules it.
     """
 
     mse: float
+    mse_median: float
+    mse_worst: float
     psnr: float
+    psnr_median: float
+    psnr_worst: float
+    mse_unclipped: float
 
 
 @torch.no_grad()
@@ -90,9 +105,14 @@ def image_error(quantized: Tensor, full: Tensor) -> ImageError:
         quantized: (N, C, H, W) samples of the quantized model, in the model's range.
         full: likewise, of the full-precision model.
 
-    >>> image_error(torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 1.0))
-    ImageError(mse=4.0, psnr=inf)
+    >>> error = image_error(torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 1.0))
+    >>> error.mse, error.psnr, error.mse_unclipped
+    (0.0, inf, 4.0)
     """
-    q, f = quantized.double(), full.double()
-    psnr = peak_signal_noise_ratio(to_images(q).contiguous(), to_images(f).contiguous(), data_range=1.0)
-    return ImageError(float(mean_squared_error(q.contiguous(), f.contiguous())), float(psnr))
+    q, f = (2 * to_images(x.double()) - 1 for x in (quantized, full))
+    by_image = (q - f).square().flatten(1).mean(1)  # (N,)
+    ranked = by_image.nan_to_num(torch.inf).sort().values  # an image of NaN is the worst there can be
+    found = {"mse": by_image.mean(), "mse_median": ranked[(len(ranked) - 1) // 2], "mse_worst": ranked[-1]}
+    ratios = {key.replace("mse", "psnr"): 10 * torch.log10(PEAK**2 / value) for key, value in found.items()}
+    unclipped = (quantized.double() - full.double()).square().mean()
+    return ImageError(**{key: float(x) for key, x in (found | ratios).items()}, mse_unclipped=float(unclipped))

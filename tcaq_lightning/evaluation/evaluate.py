@@ -70,7 +70,7 @@ class Evaluation:
             lists = {f.name: getattr(self.noise, f.name).tolist() for f in dataclasses.fields(self.noise)}
             noise = {"summary": self.noise.summary, **lists}
         if self.images is not None:
-            images = {"mse": self.images.mse, "psnr": self.images.psnr, "num_images": self.num_images}
+            images = {**dataclasses.asdict(self.images), "num_images": self.num_images}
         values: dict[str, Any] = finite(
             {
                 "noise_error": noise,
@@ -214,8 +214,9 @@ def evaluate(
     )
     drawn = {name: sample_images(m, how, _pictures(config, name, models)) for name, m in models.items()}
     result.seconds |= {f"{name}_images": images.seconds for name, images in drawn.items()}
-    with _timed(result.seconds, "scores"):
-        result.scores = _scores({name: images.features for name, images in drawn.items()}, space, config, seed)
+    if space is not None:
+        with _timed(result.seconds, "scores"):
+            result.scores = _scores({name: images.features for name, images in drawn.items()}, space, config, seed)
     if result.num_images:
         result.full_samples, result.quantized_samples = drawn["full"].samples, drawn["quantized"].samples
         result.images = image_error(result.quantized_samples, result.full_samples)
@@ -301,11 +302,9 @@ def evaluate_images(
 
 
 def _scores(
-    features: dict[str, dict[str, Tensor]], space: FeatureSpace | None, config: EvaluationConfig, seed: int
+    features: dict[str, dict[str, Tensor]], space: FeatureSpace, config: EvaluationConfig, seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Metrics by set of images, computed on rank 0, where the features are."""
-    if space is None:
-        return {}
     reference = space.reference
     found = on_main(lambda: {name: score(name, values, reference, config, seed) for name, values in features.items()})
     return {name: values for name, values in found.items() if values}

@@ -34,6 +34,7 @@ _BY_GROUP = {
     "reliable": [FLAG],
 }
 _ROUND = {"round": NUMBER, "timesteps": [NUMBER], "mismatch": [MEASURED], "mean_mismatch": MEASURED, "kept": FLAG}
+_ROUND["iterations"] = Optional(NUMBER)  # earlier versions did not write it
 _UNIT = {
     "round": NUMBER,
     "position": NUMBER,
@@ -47,9 +48,11 @@ _UNIT = {
     "attention": Optional(Named(_BY_GROUP)),
     "tcr_output_error": Optional(Named([MEASURED])),
 }
+IMAGE_FIGURES = ("mse", "mse_median", "mse_worst", "psnr", "psnr_median", "psnr_worst", "mse_unclipped")
+"""Of same-noise images; earlier versions wrote `mse`, of unclipped samples, and `psnr`."""
 METRICS_SHAPE = {
     "noise_error": Optional({"summary": MEASURED, "timesteps": [NUMBER], "relative": [MEASURED], "bias": [MEASURED]}),
-    "same_noise": Optional({"mse": MEASURED, "psnr": MEASURED, "num_images": NUMBER}),
+    "same_noise": Optional({"num_images": NUMBER, **dict.fromkeys(IMAGE_FIGURES, MEASURED)}),
     "fid": Optional(Named(Optional({}))),
     "scores": Optional(Named(Named({}))),
     "sampler": Optional({"num_steps": NUMBER, "eta": NUMBER}),

@@ -62,17 +62,38 @@ def test_a_lone_last_step_is_its_own_summary() -> None:
 @given(st.integers(0, 10_000), st.floats(0.01, 4.0))
 def test_image_error_against_a_loop(seed: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    full, quantized = (torch.randn(2, 1, 3, 3, generator=generator) * spread for _ in range(2))
-    squared = clamped = 0.0
-    for f, q in zip(full.flatten().tolist(), quantized.flatten().tolist(), strict=True):
-        squared += (f - q) ** 2
-        clamped += (min(max(f / 2 + 0.5, 0), 1) - min(max(q / 2 + 0.5, 0), 1)) ** 2
+    full, quantized = (torch.randn(3, 1, 3, 3, generator=generator) * spread for _ in range(2))
+    squared, by_image = 0.0, []
+    for f_image, q_image in zip(full, quantized, strict=True):
+        clipped = 0.0
+        for f, q in zip(f_image.flatten().tolist(), q_image.flatten().tolist(), strict=True):
+            squared += (f - q) ** 2
+            clipped += (min(max(f, -1), 1) - min(max(q, -1), 1)) ** 2
+        by_image.append(clipped / f_image.numel())
     result = image_error(quantized, full)
-    assert result.mse == pytest.approx(squared / full.numel(), rel=1e-5)
-    assert result.psnr == pytest.approx(-10 * math.log10(clamped / full.numel()), rel=1e-5)
+    expected = {"mse": sum(by_image) / 3, "mse_median": sorted(by_image)[1], "mse_worst": max(by_image)}
+    for name, value in expected.items():
+        assert getattr(result, name) == pytest.approx(value, rel=1e-5)
+        ratio = getattr(result, name.replace("mse", "psnr"))
+        assert ratio == pytest.approx(10 * math.log10(4 / value) if value else math.inf, rel=1e-5)
+    assert result.mse_unclipped == pytest.approx(squared / full.numel(), rel=1e-5)
 
 
-def test_mse_is_not_clamped_and_psnr_is() -> None:
-    result = image_error(torch.full((1, 1, 2, 2), 20.0), torch.full((1, 1, 2, 2), 1.0))
-    assert result.mse == 361
-    assert result.psnr == math.inf
+def test_one_diverging_image_rules_the_unclipped_mean_alone() -> None:
+    full = torch.zeros(5, 1, 2, 2)
+    quantized = full + 0.1
+    quantized[0] = 1e6
+    result = image_error(quantized, full)
+    assert result.mse_unclipped > 1e11
+    assert result.mse == pytest.approx((1 + 4 * 0.01) / 5)
+    assert (result.mse_median, result.mse_worst) == (pytest.approx(0.01), 1)
+    assert result.psnr_worst == pytest.approx(10 * math.log10(4))
+
+
+def test_an_image_of_nan_is_the_worst() -> None:
+    full = torch.zeros(3, 1, 2, 2)
+    quantized = full.clone()
+    quantized[1] = torch.nan
+    result = image_error(quantized, full)
+    assert (result.mse_median, result.mse_worst, result.psnr_worst) == (0, math.inf, -math.inf)
+    assert math.isnan(result.mse)

@@ -88,7 +88,7 @@ def test_agrees_with_direct_computation(features_dir: Path, sampled: list[list[i
     indices = range(IMAGES_START, IMAGES_START + 8)
     f, q = (SAMPLING.sample(m, SAMPLER, indices, seed=1) for m in (full, quantized))
     assert metrics.images is not None
-    assert metrics.images.mse == pytest.approx(float((f[:5] - q[:5]).square().mean()), rel=1e-4)
+    assert metrics.images.mse_unclipped == pytest.approx(float((f[:5] - q[:5]).square().mean()), rel=1e-4)
     torch.testing.assert_close(metrics.full_samples, f[:5])
     torch.testing.assert_close(metrics.quantized_samples, q[:5])
     reference = ReferenceStatistics.load(features_dir / REFERENCE_FILE)
@@ -104,7 +104,11 @@ def test_dictionary_is_json(features_dir: Path) -> None:
     values = json.loads(json.dumps(metrics.to_dict(), allow_nan=False))
     assert values["noise_error"]["summary"] == 0
     assert len(values["noise_error"]["timesteps"]) == len(values["noise_error"]["bias"]) == 2
-    assert values["same_noise"] == {"mse": 0, "psnr": None, "num_images": 5}
+    assert values["same_noise"] == {
+        **dict.fromkeys(("mse", "mse_median", "mse_worst", "mse_unclipped"), 0),
+        **dict.fromkeys(("psnr", "psnr_median", "psnr_worst")),
+        "num_images": 5,
+    }
     assert values["scores"]["full"] == values["scores"]["quantized"]
     assert values["scores"]["full"]["fid"]["num_samples"] == 8
     assert values["sampler"]["num_steps"] == 2

@@ -46,7 +46,16 @@ def metrics() -> dict[str, Any]:
             "relative": [0.001, 0.02, 0.5],
             "bias": [0.01, -0.02, 0.0],
         },
-        "same_noise": {"mse": 0.0456, "psnr": 23.45, "num_images": 64},
+        "same_noise": {
+            "mse": 0.0456,
+            "mse_median": 0.0321,
+            "mse_worst": 0.5,
+            "psnr": 23.45,
+            "psnr_median": 24.5,
+            "psnr_worst": 12.25,
+            "mse_unclipped": 19.75,
+            "num_images": 64,
+        },
         "scores": {"full": {"fid": {**fid, "value": 9.8765}}, "quantized": {"fid": fid}},
         "bytes": {"full": 4_000_000, "quantized": 1_000_000},
     }
@@ -138,15 +147,37 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
 
 
 def test_equal_and_diverged_images() -> None:
-    rows = dict(headline({"same_noise": {"mse": 0.0, "psnr": None, "num_images": 4}}))
-    assert rows["same-noise image PSNR"] == "-"
+    rows = dict(headline({"same_noise": {"mse": 0.0, "psnr": None, "num_images": 4}}))  # of an earlier version
+    assert rows == {"same-noise image MSE, unclipped (4 images)": "0", "same-noise image PSNR": "-"}
+
+
+def test_what_was_undone_is_said_with_what_was_spent_on_it() -> None:
+    rounds = [{"round": 0, "kept": True, "iterations": 140}, {"round": 1, "kept": False, "iterations": 60}]
+    units = [{"kept": True}, {"kept": False}, {"kept": True}]
+    assert headline({"rounds": rounds, "units": units}) == [
+        ("round 2", "undone, the mismatch did not fall; 30% of the iterations were spent on it"),
+        ("units that learning did not help", "1 of 3, left as they were"),
+    ]
+    assert headline({"rounds": [{"round": 0, "kept": True}, {"round": 1, "kept": False}]}) == [
+        ("round 2", "undone, the mismatch did not fall")
+    ]
 
 
 def test_final_table_shows_the_figures() -> None:
     console = Console(record=True, width=120, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     console.print(final_table({**metrics(), "stages": {"calibrate": 61.25}}))
     text = console.export_text()
-    for figure in ("0.0123", "0.0456", "23.45 dB", "9.877", "12.346 [11.000, 13.500], 5000 samples", "4.00", "61.2"):
+    for figure in (
+        "0.0123",
+        "0.0456",
+        "0.0321",
+        "12.25 dB",
+        "23.45 dB",
+        "9.877",
+        "12.346 [11.000, 13.500], 5000 samples",
+        "4.00",
+        "61.2",
+    ):
         assert figure in text
 
 

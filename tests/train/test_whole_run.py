@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -77,7 +78,7 @@ def test_artifact_samples_what_was_measured(run_dir: Path, settings: Settings) -
         batches = [range(IMAGES_START + i, IMAGES_START + i + 2) for i in (0, 2)]
         drawn.append(torch.cat([sample(denoiser, pipeline.scheduler, sampler, batch, 0) for batch in batches]))
     error = image_error(*drawn)
-    assert metrics["same_noise"] == {"mse": error.mse, "psnr": error.psnr, "num_images": 4}
+    assert metrics["same_noise"] == {**dataclasses.asdict(error), "num_images": 4}
     kept = [load_tensors(file)[0]["samples"] for file in sorted(run_dir.glob("evaluation/*/*"))]
     assert any(torch.equal(drawn[0][:2], k) for k in kept)
 

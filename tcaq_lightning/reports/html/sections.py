@@ -46,7 +46,8 @@ def summary(run: FinishedRun) -> Section:
             Text(
                 f"Images by {scheduler}, {sampler['num_steps']} steps, eta {sampler['eta']:g}{options}; errors are "
                 "against the full-precision model. The noise error is ||q - f||² / ||f||² of the two models' "
-                "predictions on held-out full-precision trajectories; lower is better, and so for MSE and FID."
+                "predictions on held-out full-precision trajectories; lower is better, and so for MSE and FID. MSE "
+                "and PSNR are of samples clipped to [-1, 1]."
             )
         )
     return Section("summary", "Summary", blocks)
