@@ -78,6 +78,7 @@ def train(config: Config, run: Run, console: Console, dry_run: bool) -> None:
     if dry_run:
         console.print(coverage_table(model.coverage))
         return
+    model.plan.check(run.directory)
     run.start(**model.facts())
 
     # collect: the denoiser inputs that the full-precision sampler visits

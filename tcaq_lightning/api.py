@@ -123,6 +123,7 @@ def _all_steps(
     config: Config, pipeline: Any, run: Run, callbacks: Sequence[pl.Callback], inputs: Inputs | None
 ) -> None:
     model = open_model(config, pipeline, inputs, run.manifest.get("plan"))
+    model.plan.check(run.directory)
     run.start(**model.facts())
     trajectories = collect_trajectories(model, run)
     calibrated = calibrate(model, trajectories, run, callbacks)

@@ -40,7 +40,7 @@ from tcaq_lightning.artifact.diffusers_quantizer import (
 from tcaq_lightning.artifact.freeze import freeze
 from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.pipelines import DENOISER_NAMES, pipeline_class, quiet_diffusers
+from tcaq_lightning.models.pipelines import denoiser_name, pipeline_class, quiet_diffusers
 from tcaq_lightning.models.unets import denoiser_class
 from tcaq_lightning.runtime.files import naming, sha256
 from tcaq_lightning.runtime.json_files import read_json
@@ -231,11 +231,8 @@ def _read_config(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def _denoiser_name(directory: Path) -> str:
-    index = _read_json(directory / INDEX_FILE)
-    for name in DENOISER_NAMES:
-        if index.get(name):
-            return name
-    raise UserError(f"{directory / INDEX_FILE} names no denoiser; expected a component {' or '.join(DENOISER_NAMES)}")
+    file = directory / INDEX_FILE
+    return denoiser_name(_read_json(file), str(file))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import DENOISER_NAMES, open_pipeline, shipped
+from tcaq_lightning.runtime.json_files import read_json
+from tcaq_lightning.runtime.one_line import one_line
 
 
 def is_quantized(path: str) -> bool:
@@ -21,9 +22,9 @@ def is_quantized(path: str) -> bool:
         file = (shipped(path) or Path(path)) / name / "config.json"
         if file.is_file():
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = read_json(file)
             except ValueError as error:
-                raise UserError(f"expected JSON in {file}, got {error}; write the model again") from error
+                raise UserError(f"expected JSON in {file}, got {one_line(error)}; write the model again") from error
             return isinstance(content, dict) and "quantization_config" in content
     return False
 

@@ -21,6 +21,7 @@ from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.files import TEMPORARY, write_bytes, write_json
+from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.version import VERSION
 
@@ -151,7 +152,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = read_json(path)
         if _digest(manifest["config"]) != manifest["config_sha256"]:
             raise ValueError("its checksum does not fit its configuration")
     except (ValueError, KeyError, TypeError) as error:

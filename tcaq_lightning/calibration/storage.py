@@ -81,7 +81,7 @@ def resolve_limits(
     limits: dict[Tier, float] = {
         "device": 0.0,
         "host": available_memory() / 2 / processes,
-        "disk": _free_space(directory) / processes,
+        "disk": free_disk(directory) / processes,
     }
     if device.type == "cuda":
         limits["device"] = torch.cuda.mem_get_info(device)[0] / 2
@@ -92,7 +92,8 @@ def resolve_limits(
     return limits
 
 
-def _free_space(directory: Path) -> float:
+def free_disk(directory: Path) -> float:
+    """Bytes that are free where a directory is, or is to be made."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     return float(shutil.disk_usage(existing).free)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.json_files import read_json
 
 SHIPPED = Path(__file__).parents[1] / "models" / "assets" / "fashion-mnist-features"
 CONFIG_FILE = "config.json"
@@ -108,6 +109,10 @@ def save_feature_extractor(extractor: FeatureExtractor, directory: Path, facts: 
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
+DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, ZeroDivisionError)
+"""What a config that is none raises, on its way to a network."""
+
+
 def load_feature_extractor(directory: Path | None = None) -> FeatureExtractor:
     """Read an extractor, by default the shipped one for Fashion-MNIST.
 
@@ -125,12 +130,12 @@ def load_feature_extractor(directory: Path | None = None) -> FeatureExtractor:
     """
     directory = SHIPPED if directory is None else directory
     try:
-        architecture = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["architecture"]
+        architecture = read_json(directory / CONFIG_FILE)["architecture"]
         extractor = FeatureExtractor(
             tuple(architecture["channels"]), architecture["num_features"], architecture["num_groups"]
         )
         extractor.load_state_dict(load_file(directory / WEIGHTS_FILE))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
+    except (OSError, MemoryError, *DAMAGE, SafetensorError) as error:
         raise UserError(
             f"expected a feature extractor ({CONFIG_FILE}, {WEIGHTS_FILE}) in {directory}, "
             f"got {' '.join(str(error).split())[:200]}; "

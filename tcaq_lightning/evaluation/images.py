@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.arrays import open_array
 from tcaq_lightning.models.pipelines import to_images
 from tcaq_lightning.runtime.files import replacing, write_json
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error, zlib.error)
+"""What Pillow's decoders raise on damaged files, each its own."""
 IMAGES_ARRAY = "arr_0"
 """Name of the images in an .npz of the guided-diffusion evaluations."""
 SOURCE_FILE = "source.json"
@@ -88,8 +93,10 @@ class ImageFolder:
         try:
             with Image.open(file) as picture:
                 pixels = np.array(picture.convert(_mode(picture)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (*PICTURE_ERRORS, Image.DecompressionBombError) as error:
             raise UserError(f"expected an image in {file}, got {error}; remove the file or write it again") from None
+        if pixels.shape[:2] != self.shape[1:]:
+            raise UserError(f"expected an image of {self.shape[1:]} in {file}, got {pixels.shape[:2]}; write it again")
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
@@ -128,7 +135,7 @@ class ImageArray:
                 if len(part) < size:
                     raise ValueError("its end too early")
                 parts.append(np.frombuffer(part, dtype=np.uint8))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise UserError(
                 f"expected {self.count} images in {self.path}, got {error}; write or download the file again"
             ) from None
@@ -174,7 +181,7 @@ def _header(file: Path) -> tuple[int, int, int]:
     try:
         with Image.open(file) as picture:
             return 1 if _mode(picture) == "L" else 3, picture.height, picture.width
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*PICTURE_ERRORS, Image.DecompressionBombError) as error:
         raise UserError(f"expected an image in {file}, got {error}; remove the file or write it again") from None
 
 
@@ -189,12 +196,9 @@ def _mode(picture: Image.Image) -> str:
 
 def _open_array(path: Path, key: str) -> ImageArray:
     try:
-        archive = zipfile.ZipFile(path)
-        stream = cast("BinaryIO", archive.open(f"{IMAGES_ARRAY}.npy"))
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        stream, header = open_array(zipfile.ZipFile(path), f"{IMAGES_ARRAY}.npy")
+        shape, fortran, dtype = header.shape, header.fortran, header.dtype
+    except (OSError, KeyError, ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(
             f"{key}: expected uint8 images `{IMAGES_ARRAY}` in {path}, got {' '.join(str(error).split())}; "
             "give an .npz of images"
@@ -205,7 +209,12 @@ def _open_array(path: Path, key: str) -> ImageArray:
             f"got {dtype} {shape}; write them so"
         )
     count, height, width, channels = shape
-    return ImageArray(path, count, (channels, height, width), stream, stream.tell())
+    if header.nbytes > header.held:
+        raise UserError(
+            f"{key}: expected {count} images in {path}, got {header.held} bytes, fewer than they take; write or "
+            "download the file again"
+        )
+    return ImageArray(path, count, (channels, height, width), cast("BinaryIO", stream), stream.tell())
 
 
 class ImageWriter:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.arrays import read_numbers
 from tcaq_lightning.evaluation.images import IMAGES_ARRAY, ImageSet, open_images
-from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
+from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics, check_gaussian
 from tcaq_lightning.runtime.files import replacing
 
 KEY = "evaluation.reference"
@@ -141,21 +142,34 @@ def _open_statistics(path: Path, checksum: str) -> Reference:
         )
     spatial = None
     if "spatial_mean" in found:
+        if "spatial_covariance" not in found:
+            raise UserError(
+                f"{KEY}: expected spatial_covariance beside spatial_mean in {path}, got none; write it again"
+            )
         mean, covariance = found["spatial_mean"].double(), found["spatial_covariance"].double()
+        check_gaussian(mean, covariance, str(path))
         spatial = ReferenceStatistics(mean, covariance, statistics.count)
-    return Reference(statistics, spatial, found.get("features"))
+    features = found.get("features")
+    if features is not None:
+        shape = (len(features) if features.ndim else 0, len(statistics.mean))
+        if features.shape != shape or not features.is_floating_point() or not features.isfinite().all():
+            raise UserError(
+                f"{KEY}: expected finite features (N, {shape[1]}) in {path}, got {features.dtype} "
+                f"{tuple(features.shape)}; write the statistics again"
+            )
+    return Reference(statistics, spatial, features)
 
 
 def _open_npz(path: Path, needed: Collection[str]) -> Reference:
     """Statistics, images, or both: then the statistics are those of FID and sFID, as in the published evaluations."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            names = set(content.files)
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
             parts: dict[str, Any] = {}
-            for part, (mean, covariance) in ARRAYS.items():
-                if {mean, covariance} <= names:
-                    parts[part] = _statistics(path, content[mean], content[covariance])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            for part, arrays in ARRAYS.items():
+                if set(arrays) <= names:
+                    parts[part] = _statistics(path, *(read_numbers(archive, f"{name}.npy") for name in arrays))
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(
             f"{KEY}: expected an .npz in {path}, got {' '.join(str(error).split())[:200]}; download or write it again"
         ) from None
@@ -172,9 +186,5 @@ def _open_npz(path: Path, needed: Collection[str]) -> Reference:
 
 def _statistics(path: Path, mean: Any, covariance: Any) -> ReferenceStatistics:
     m, c = torch.as_tensor(mean).double(), torch.as_tensor(covariance).double()
-    if m.ndim != 1 or c.shape != (len(m), len(m)):
-        raise UserError(
-            f"{KEY}: expected a mean (F,) and a covariance (F, F) in {path}, "
-            f"got {tuple(m.shape)} and {tuple(c.shape)}; download or write it again"
-        )
+    check_gaussian(m, c, f"{path} ({KEY})")
     return ReferenceStatistics(m, c, None)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tcaq_lightning.errors import UserError
 
+ROUNDING = 1e-3
+"""Of a published covariance, relative to its largest value."""
+
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
@@ -59,7 +62,7 @@ class ReferenceStatistics:
             tensors = load_file(path)
             mean, covariance = tensors["mean"].double(), tensors["covariance"].double()
             count = int(tensors["count"]) or None
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, KeyError, RuntimeError, ValueError, OverflowError, SafetensorError) as error:
             raise UserError(
                 f"expected reference statistics (mean, covariance, count) in {path}, "
                 f"got {' '.join(str(error).split())[:200]}; "
@@ -70,4 +73,34 @@ class ReferenceStatistics:
                 f"expected a mean (F,), a covariance (F, F) and a count of at least 2 in {path}, "
                 f"got {tuple(mean.shape)}, {tuple(covariance.shape)} and {count}; write the statistics again"
             )
+        check_gaussian(mean, covariance, str(path))
         return cls(mean, covariance, count)
+
+
+def check_gaussian(mean: Tensor, covariance: Tensor, where: str) -> None:
+    """See that statistics from a file are a mean and a covariance.
+
+    Args:
+        mean: float64, of any shape.
+        covariance: likewise.
+        where: the file, for messages.
+
+    Raises:
+        UserError: wrong shapes, values that are not finite, or a matrix that is not symmetric and positive
+            semidefinite, up to rounding.
+    """
+    got = None
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+        got = f"shapes {tuple(mean.shape)} and {tuple(covariance.shape)}"
+    elif not mean.isfinite().all() or not covariance.isfinite().all():
+        got = "values that are NaN or infinite"
+    else:
+        largest = covariance.abs().max()
+        if float((covariance - covariance.T).abs().max()) > ROUNDING * float(largest):
+            got = "a matrix that is not symmetric"
+        elif float(torch.linalg.eigvalsh(covariance)[0]) < -ROUNDING * float(largest):
+            got = "a matrix with negative variances"
+    if got is not None:
+        raise UserError(
+            f"expected a mean (F,) and a covariance (F, F) in {where}, got {got}; download or write it again"
+        )

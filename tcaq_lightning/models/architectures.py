@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.denoiser_calls import Conditioning, Samples
 from tcaq_lightning.models.pipelines import ASSETS, DENOISER_NAMES, find_scheduler_class, sample_shape
 from tcaq_lightning.models.unets import denoiser_class
+from tcaq_lightning.runtime.json_files import read_json
+from tcaq_lightning.runtime.one_line import one_line
 
 ARCHITECTURES = ASSETS / "architectures"
 """Configurations, without weights, of published models in diffusers layout."""
@@ -61,7 +62,17 @@ def denoiser_settings(architecture: Path) -> dict[str, Any]:
     path = next((p for n in DENOISER_NAMES if (p := architecture / n / "config.json").is_file()), None)
     if path is None:
         raise UserError(f"model.architecture: {architecture} has no config.json of a {' or '.join(DENOISER_NAMES)}")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return _settings(path, f"config.json of a {' or '.join(DENOISER_NAMES)}")
+
+
+def _settings(path: Path, what: str) -> dict[str, Any]:
+    """A component's config, which names its class."""
+    try:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.architecture: expected the {what} in {path}, got {one_line(error)}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("_class_name"), str):
+        raise UserError(f"model.architecture: expected the {what} with a _class_name in {path}, got another JSON value")
     return settings
 
 
@@ -72,15 +83,28 @@ def meta_denoiser(architecture: Path) -> nn.Module:
 
 def on_meta(config: dict[str, Any]) -> nn.Module:
     """A denoiser on the meta device, from its configuration."""
-    with torch.device("meta"):
-        denoiser: nn.Module = denoiser_class(config["_class_name"]).from_config(config)
+    name = str(config.get("_class_name"))
+    known = denoiser_class(name)
+    if known is None:
+        raise UserError(f"model.architecture: the denoiser is a {name}, which diffusers lacks")
+    try:
+        with torch.device("meta"):
+            denoiser: nn.Module = known.from_config(config)
+    except Exception as error:  # diffusers' constructors raise each in its own way
+        raise UserError(f"model.architecture: cannot make a {name}: {one_line(error)}") from error
     return denoiser.requires_grad_(False).eval()
 
 
 def architecture_scheduler(architecture: Path) -> Any:
     """A pipeline's own scheduler, from its configuration."""
-    config = json.loads((architecture / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    return find_scheduler_class(config["_class_name"]).from_config(config)
+    config = _settings(architecture / "scheduler" / "scheduler_config.json", "scheduler_config.json")
+    known = find_scheduler_class(config["_class_name"])
+    if not hasattr(known, "set_timesteps"):
+        raise UserError(f"model.architecture: the scheduler is a {config['_class_name']}, which diffusers lacks")
+    try:
+        return known.from_config(config)
+    except Exception as error:  # as above
+        raise UserError(f"model.architecture: cannot make a {config['_class_name']}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.class_conditional import ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline
 from tcaq_lightning.models.schedulers import OWN_SCHEDULERS
 from tcaq_lightning.models.unets import denoiser_class
+from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.seeds import derive
 
@@ -45,7 +46,7 @@ def quiet_diffusers(index: dict[str, Any] | None = None) -> None:
     """
     diffusers_logging.set_verbosity(logging.CRITICAL)
     diffusers_logging.disable_progress_bar()
-    if any(isinstance(part, (list, tuple)) and part[0] == "transformers" for part in (index or {}).values()):
+    if any(isinstance(part, (list, tuple)) and list(part[:1]) == ["transformers"] for part in (index or {}).values()):
         with suppress(ImportError):  # opening the pipeline will say what is missing
             from transformers.utils import logging as transformers_logging
 
@@ -72,14 +73,9 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
     if not local and (path.count("/") != 1 or path.startswith((".", "/"))):
         raise UserError(f"model.path: no model at {path}; expected a directory in diffusers layout or a hub id")
     source = str(directory) if local else path
-    try:
-        index = DiffusionPipeline.load_config(source, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {path} has no readable model_index.json; expected diffusers layout") from error
+    index = _read_index(source, local, path)
     quiet_diffusers(index)
-    name = next((n for n in DENOISER_NAMES if index.get(n)), None)
-    if name is None:
-        raise UserError(f"model.path: {path} has no denoiser; expected a component named {' or '.join(DENOISER_NAMES)}")
+    name = denoiser_name(index, f"model.path: model_index.json of {path}")
     loading: dict[str, Any] = {
         "use_safetensors": True,
         "low_cpu_mem_usage": False,
@@ -97,6 +93,45 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
     pipeline.set_progress_bar_config(disable=True)
     opened: DiffusionPipeline = pipeline
     return opened
+
+
+def _read_index(source: str, local: bool, path: str) -> dict[str, Any]:
+    """What a model_index.json says."""
+    expected = f"model.path: {path} has no readable model_index.json; expected diffusers layout"
+    try:
+        if local:
+            index = read_json(Path(source) / DiffusionPipeline.config_name)
+        else:
+            index = DiffusionPipeline.load_config(source, local_files_only=False)
+    except Exception as error:  # of a hub, whatever its client raises
+        raise UserError(f"{expected}, got {one_line(error)}") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{expected}, got a JSON {type(index).__name__}")
+    return index
+
+
+def denoiser_name(index: Mapping[str, Any], where: str) -> str:
+    """Component name of a pipeline's denoiser, all of whose components are a library and a class by name.
+
+    Args:
+        index: content of its model_index.json.
+        where: the file, for messages.
+
+    Raises:
+        UserError: it names no denoiser, or something else than components.
+    """
+    for name, part in index.items():
+        pair = isinstance(part, list) and len(part) == 2 and all(x is None or isinstance(x, str) for x in part)
+        if isinstance(part, list) and name[:1] != "_" and not pair:
+            raise UserError(f"{where} is damaged: expected [library, class] as {name}, got {str(part)[:100]}")
+        if name in DENOISER_NAMES and part and not pair:
+            raise UserError(f"{where} is damaged: expected [library, class] as {name}, got {str(part)[:100]}")
+    if not isinstance(index.get("_class_name", ""), str):
+        raise UserError(f"{where} is damaged: expected a text as _class_name, got {str(index['_class_name'])[:100]}")
+    for name in DENOISER_NAMES:
+        if index.get(name) and index[name] != [None, None]:
+            return name
+    raise UserError(f"{where} names no denoiser; expected a component {' or '.join(DENOISER_NAMES)}")
 
 
 def pipeline_class(index: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from tcaq_lightning.methods.daq import TailFit
 from tcaq_lightning.quantizers.statistics import RangeStatistics
 from tcaq_lightning.reports.headline import headline
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
+from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.json_shape import FLAG, MEASURED, NUMBER, TEXT, Named, Optional, check_shape
 from tcaq_lightning.runtime.one_line import one_line
 
@@ -146,14 +146,14 @@ def read_finished(directory: Path) -> FinishedRun:
 
 def _read_metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads(path.read_bytes(), parse_constant=_refuse)
+        metrics = read_json(path, parse_constant=_refuse)
         check_shape(metrics, METRICS_SHAPE, "it")
         _collect_scores(metrics)
         _check_lengths(metrics)
         headline(metrics)  # what a metric recorded, it must be able to show
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected what the finished run wrote; put a copy of it back") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged: expected what the run wrote, got {one_line(error)}; put a copy of it back"
         ) from error

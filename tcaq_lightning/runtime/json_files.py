@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ LARGEST = 1 << 28
 """Bytes of a file."""
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, parse_constant: Callable[[str], Any] | None = None) -> Any:
     """Content of a file.
+
+    Args:
+        path: the file.
+        parse_constant: as of `json.loads`: what to make of NaN and Infinity.
 
     Raises:
         OSError: it cannot be read.
@@ -21,10 +26,10 @@ def read_json(path: Path) -> Any:
         content = stream.read(LARGEST + 1)
     if len(content) > LARGEST:
         raise ValueError(f"more than {LARGEST} bytes")
-    return parse_json(content)
+    return parse_json(content, parse_constant)
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
     """What a JSON text says.
 
     Raises:
@@ -35,6 +40,6 @@ def parse_json(content: bytes | str) -> Any:
     ValueError: it is nested too deep
     """
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=parse_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error

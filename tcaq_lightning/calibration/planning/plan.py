@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tcaq_lightning.calibration.planning.cost import (
     seconds_on_devices,
 )
 from tcaq_lightning.calibration.planning.footprint import Footprint, TrialWork, measure_footprint, unit_samples
-from tcaq_lightning.calibration.storage import GIGABYTE, Tier, resolve_limits
+from tcaq_lightning.calibration.storage import GIGABYTE, Tier, free_disk, resolve_limits
 from tcaq_lightning.calibration.streams import TensorKind, store_peaks
 from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.config import Config
@@ -31,6 +32,12 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.nn.coverage import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.runtime.distributed.collectives import world_size
+from tcaq_lightning.runtime.memory import available_memory
+
+LONGEST = 90 * 86400
+"""Seconds of a calibration that anybody waits for."""
+MOST_TIMED = 64
+"""Samples of the pass that is timed."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Plan:
         model_bytes: the full-precision pipeline, and what the quantized denoiser has beside its weights: codes, tables.
         workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.
+        trajectory_bytes: of the trajectories' files. image_bytes: of the images that are compared.
     """
 
     processes: int
@@ -59,10 +67,43 @@ class Plan:
     model_bytes: int
     workspace_bytes: dict[str, int]
     seconds: float
+    trajectory_bytes: int = 0
+    image_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return dataclasses.asdict(self)
+
+    def check(self, directory: Path) -> None:
+        """See before the work that this machine can do it.
+
+        Args:
+            directory: where the run writes.
+
+        Raises:
+            UserError: it takes more memory than there is, more files than there is room for, or absurdly long.
+        """
+        if self.seconds > LONGEST:
+            raise UserError(
+                f"the plan takes about {duration(self.seconds)}, more than {LONGEST / 86400:.0f} days; lower "
+                "calibration.num_trajectories, calibration.mismatch_trajectories, calibration.sampler.num_steps or "
+                "reconstruction.iterations"
+            )
+        needed = max(max(self.workspace_bytes.values()) + self.store_bytes["host"], self.image_bytes)
+        room = available_memory()
+        if self.limits["device"] == 0 and needed > room:
+            raise UserError(
+                f"the plan takes {needed / GIGABYTE:.3g} GB of memory, of which {room / GIGABYTE:.3g} GB are "
+                "available; lower calibration.batch_size, reconstruction.batch_size, evaluation.batch_size, "
+                "evaluation.num_images, the numbers of trajectories, or calibration.memory_budget.host"
+            )
+        begun = (directory / "calibration").exists()  # the trajectories are there already
+        files, free = self.store_bytes["disk"] + (0 if begun else self.trajectory_bytes), free_disk(directory)
+        if files > free:
+            raise UserError(
+                f"the plan takes {files / GIGABYTE:.3g} GB in {directory}, where {free / GIGABYTE:.3g} GB are free; "
+                "free space, choose another run_dir, or lower the numbers of trajectories"
+            )
 
     def table(self) -> Table:
         """For the console."""
@@ -137,7 +178,7 @@ def make_plan(
     """
     with torch.no_grad():
         inputs = _input_kinds(unit_samples(denoiser, graph, probe[:2]), graph)
-        batch = probe.cycled(config.reconstruction.batch_size)
+        batch = probe.cycled(min(config.reconstruction.batch_size, MOST_TIMED))
         started = time.perf_counter()
         batch.predict(denoiser)
         forward = (time.perf_counter() - started) / len(batch)  # of one sample
@@ -149,7 +190,10 @@ def make_plan(
         footprint = measure_footprint(config, denoiser, others, graph, probe, calls)
     seconds = forward * calibration_passes(config, calls) / world_size()
     kinds = _Kinds(graph, inputs, probe.x.dtype)
-    return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
+    plan = _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
+    sets = len(config.calibration.indices) + config.num_rounds * config.calibration.mismatch_trajectories
+    images = 2 * config.evaluation.num_images * probe.x[0].numel() * torch.float32.itemsize
+    return dataclasses.replace(plan, trajectory_bytes=sets * calls * probe.x[0].nbytes, image_bytes=images)
 
 
 def sketch_plan(
