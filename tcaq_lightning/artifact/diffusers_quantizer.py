@@ -125,8 +125,9 @@ class TCAQQuantizer(DiffusersQuantizer):
             UserError: it is not.
         """
         expected = self._values.get("sha256")
+        for config in {Path(file).with_name("config.json") for file in checkpoint_files}:
+            check_config(config)
         for file in checkpoint_files:
-            _check_file(Path(file).with_name("config.json"))
             if (got := sha256(Path(file))) != expected:
                 raise UserError(
                     f"{file} is damaged: expected SHA-256 {expected} (config.json), got {got}; copy the artifact again"
@@ -290,29 +291,21 @@ def config_text(denoiser: Any, quantization: dict[str, Any]) -> str:
     return _readable_json({**content, "quantization_config": {**quantization, DIGEST: _config_digest(content)}}) + "\n"
 
 
-def check_config(content: dict[str, Any], where: str) -> None:
-    """See that a config.json is as it was written; the first release put no checksum in it.
-
-    Args:
-        content: of the file, whose `quantization_config` is a mapping.
-        where: the file, for messages.
+def check_config(file: Path) -> None:
+    """See that a denoiser's config.json is as it was written; the first release put no checksum in it.
 
     Raises:
         UserError: it is not.
     """
-    expected = content["quantization_config"].get(DIGEST)
-    if expected is not None and (got := _config_digest(content)) != expected:
-        raise UserError(f"{where} is damaged: expected content with SHA-256 {expected}, got {got}; copy it again")
-
-
-def _check_file(file: Path) -> None:
-    """`check_config` of a file, which diffusers has read already."""
     try:
         content = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged: {one_line(error)}; copy the artifact again") from error
-    if isinstance(content, dict) and isinstance(content.get("quantization_config"), dict):
-        check_config(content, str(file))
+    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
+        return
+    expected = content["quantization_config"].get(DIGEST)
+    if expected is not None and (got := _config_digest(content)) != expected:
+        raise UserError(f"{file} is damaged: expected content with SHA-256 {expected}, got {got}; copy it again")
 
 
 def _config_digest(content: dict[str, Any]) -> str:

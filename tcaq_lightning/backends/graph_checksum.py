@@ -17,6 +17,8 @@ KEY = "tcaq_lightning_sha256"
 """Name of the property."""
 WEIGHTS_KEY = "tcaq_lightning_bin_sha256"
 """Name of an IR's property of its .bin file."""
+WEIGHTS_PLACEHOLDER = f"tcaq:bin:{'0' * 64}"
+"""What that property is before the .bin file is written."""
 _PREFIX, _ZEROS = b"tcaq:own:", b"0" * 64
 _PLACE = re.compile(rb"tcaq:own:([0-9a-f]{64})")
 PLACEHOLDER = (_PREFIX + _ZEROS).decode()
@@ -36,6 +38,11 @@ def sealed(content: bytes) -> bytes:
         raise ValueError("expected one place for the checksum")
     digest = hashlib.sha256(content).hexdigest().encode()
     return content.replace(_PREFIX + _ZEROS, _PREFIX + digest)
+
+
+def with_weights(content: bytes, digest: str) -> bytes:
+    """An .xml file whose property is `WEIGHTS_PLACEHOLDER`, with the SHA-256 of its .bin file there."""
+    return content.replace(WEIGHTS_PLACEHOLDER.encode(), digest.encode())
 
 
 def is_sealed(content: bytes) -> bool:

@@ -9,7 +9,14 @@ from typing import Any
 from tcaq_lightning.backends.base import BACKENDS
 from tcaq_lightning.backends.engines import ONNX, Engine, EngineBackend
 from tcaq_lightning.backends.graph.onnx_graph import METADATA_KEY, Product
-from tcaq_lightning.backends.graph_checksum import KEY, PLACEHOLDER, WEIGHTS_KEY, sealed
+from tcaq_lightning.backends.graph_checksum import (
+    KEY,
+    PLACEHOLDER,
+    WEIGHTS_KEY,
+    WEIGHTS_PLACEHOLDER,
+    sealed,
+    with_weights,
+)
 from tcaq_lightning.backends.graph_info import GraphInfo
 from tcaq_lightning.backends.kernels import SATURATION, Kernel, described, kernel_of
 from tcaq_lightning.backends.packages import require
@@ -146,7 +153,6 @@ def write_ir(content: bytes, file: Path) -> None:
     model.set_rt_info(text, METADATA_KEY)
     model.set_rt_info("of the ONNX graph", ["framework", KEY])
     model.set_rt_info(PLACEHOLDER, KEY)
+    model.set_rt_info(WEIGHTS_PLACEHOLDER, WEIGHTS_KEY)
     openvino.save_model(model, str(file), compress_to_fp16=False)
-    model.set_rt_info(sha256(file.with_suffix(".bin")), WEIGHTS_KEY)
-    openvino.save_model(model, str(file), compress_to_fp16=False)  # the same weights again
-    file.write_bytes(sealed(file.read_bytes()))
+    file.write_bytes(sealed(with_weights(file.read_bytes(), sha256(file.with_suffix(".bin")))))
