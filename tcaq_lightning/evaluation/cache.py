@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tcaq_lightning.artifact.directory import CHECKSUMS_FILE
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.files import write_json
+from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.json_shape import check_shape
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def read_cached(path: Path, shape: Any, **key: Any) -> dict[str, Any] | None:
         key: what the measurement depends on; what is left out of it may have any value.
     """
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         check_shape(stored, {"key": {}, "content": shape}, path.name)
     except FileNotFoundError:
         return None
