@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 LARGEST = 1 << 30
 """Bytes of an array of statistics."""
+ARCHIVE_ERRORS = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile)
+"""What opening and reading raise of a file that is no .npz, is damaged, or lacks an array."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from tcaq_lightning.runtime.json_files import read_json
 
 SHIPPED = Path(__file__).parents[1] / "models" / "assets" / "fashion-mnist-features"
 CONFIG_FILE = "config.json"
+DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, ZeroDivisionError)
+"""What a config that is none raises, on its way to a network."""
 WEIGHTS_FILE = "model.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 
@@ -107,10 +109,6 @@ def save_feature_extractor(extractor: FeatureExtractor, directory: Path, facts: 
     save_file(weights, directory / WEIGHTS_FILE)
     text = json.dumps({"architecture": extractor.config, **facts}, indent=2) + "\n"
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-
-
-DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, ZeroDivisionError)
-"""What a config that is none raises, on its way to a network."""
 
 
 def load_feature_extractor(directory: Path | None = None) -> FeatureExtractor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import zipfile
 import zlib
@@ -17,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.arrays import open_array
+from tcaq_lightning.evaluation.arrays import ARCHIVE_ERRORS, open_array
 from tcaq_lightning.models.pipelines import to_images
 from tcaq_lightning.runtime.files import replacing, write_json
+from tcaq_lightning.runtime.json_files import read_json
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, struct.error, zlib.error)
@@ -198,7 +198,7 @@ def _open_array(path: Path, key: str) -> ImageArray:
     try:
         stream, header = open_array(zipfile.ZipFile(path), f"{IMAGES_ARRAY}.npy")
         shape, fortran, dtype = header.shape, header.fortran, header.dtype
-    except (OSError, KeyError, ValueError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+    except ARCHIVE_ERRORS as error:
         raise UserError(
             f"{key}: expected uint8 images `{IMAGES_ARRAY}` in {path}, got {' '.join(str(error).split())}; "
             "give an .npz of images"
@@ -231,7 +231,7 @@ class ImageWriter:
     def __init__(self, directory: Path, source: str) -> None:
         self.directory = directory
         try:
-            found = json.loads((directory / SOURCE_FILE).read_text(encoding="utf-8"))["source"]
+            found = read_json(directory / SOURCE_FILE)["source"]
         except (OSError, ValueError, KeyError, TypeError):
             found = None
         if found != source and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.arrays import read_numbers
+from tcaq_lightning.evaluation.arrays import ARCHIVE_ERRORS, read_numbers
 from tcaq_lightning.evaluation.images import IMAGES_ARRAY, ImageSet, open_images
 from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics, check_gaussian
 from tcaq_lightning.runtime.files import replacing
@@ -169,7 +168,7 @@ def _open_npz(path: Path, needed: Collection[str]) -> Reference:
             for part, arrays in ARRAYS.items():
                 if set(arrays) <= names:
                     parts[part] = _statistics(path, *(read_numbers(archive, f"{name}.npy") for name in arrays))
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+    except ARCHIVE_ERRORS as error:
         raise UserError(
             f"{KEY}: expected an .npz in {path}, got {' '.join(str(error).split())[:200]}; download or write it again"
         ) from None

@@ -122,9 +122,8 @@ def denoiser_name(index: Mapping[str, Any], where: str) -> str:
     """
     for name, part in index.items():
         pair = isinstance(part, list) and len(part) == 2 and all(x is None or isinstance(x, str) for x in part)
-        if isinstance(part, list) and name[:1] != "_" and not pair:
-            raise UserError(f"{where} is damaged: expected [library, class] as {name}, got {str(part)[:100]}")
-        if name in DENOISER_NAMES and part and not pair:
+        component = isinstance(part, list) and not name.startswith("_")
+        if not pair and (component or (part and name in DENOISER_NAMES)):
             raise UserError(f"{where} is damaged: expected [library, class] as {name}, got {str(part)[:100]}")
     if not isinstance(index.get("_class_name", ""), str):
         raise UserError(f"{where} is damaged: expected a text as _class_name, got {str(index['_class_name'])[:100]}")

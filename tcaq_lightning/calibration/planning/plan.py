@@ -53,7 +53,8 @@ class Plan:
         model_bytes: the full-precision pipeline, and what the quantized denoiser has beside its weights: codes, tables.
         workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.
-        trajectory_bytes: of the trajectories' files. image_bytes: of the images that are compared.
+        trajectory_bytes: of the trajectories' files.
+        image_bytes: of the images that are compared.
     """
 
     processes: int
