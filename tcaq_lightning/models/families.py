@@ -61,15 +61,15 @@ class Family:
     A subclass sets what differs. A denoiser in a file of its own, outside of this package:
 
     >>> class Stage(nn.Module): ...
-    >>> @FAMILIES.register("StagedDenoiser")
-    ... class StagedFamily(Family):
+    >>> @FAMILIES.register("SmallDenoiser")
+    ... class SmallFamily(Family):
     ...     blocks = {Stage: "fc2"}
     ...     roles = {"input": ("stem",), "output": ("head",), "time": ("clock.*", "*.to_time")}
-    >>> class StagedDenoiser(nn.Module):
+    >>> class SmallDenoiser(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 2)
-    >>> family_of(StagedDenoiser()).roles_of(StagedDenoiser())
+    >>> family_of(SmallDenoiser()).roles_of(SmallDenoiser())
     {'stem': 'input', 'head': 'output'}
 
     Attributes:
