@@ -9,7 +9,7 @@ from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.initialize import Choices, Observations
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.nn.parts import quantizers
-from tcaq_lightning.quantizers.statistics import range_heat_maps
+from tcaq_lightning.reports.range_heat_maps import range_heat_maps
 
 
 class ActivationStatistics(CalibrationCallback):

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.quantizers.histogram import LogHistogram
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import LogHistogram, RangeStatistics
 from tcaq_lightning.runtime.distributed import collectives as distributed
 from tcaq_lightning.runtime.distributed.shared_memory import SLOT, MemoryFile
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS, Reparameterization, normalized
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 
 
 @REPARAMETERIZATIONS.register("clipped_smoothquant")

@@ -21,7 +21,7 @@ from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quantizers, readers
 from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.quantizers import ActivationQuantizer
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import broadcast, gather, is_mine, world_size
 

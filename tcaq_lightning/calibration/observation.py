@@ -17,7 +17,7 @@ from tcaq_lightning.methods.daq import LogHistogram, decide_by_likelihood
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 

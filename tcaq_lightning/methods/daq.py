@@ -24,7 +24,7 @@ from torch import Tensor
 from tcaq_lightning.config import DAQConfig
 from tcaq_lightning.methods.daq_tails import TailFit, fit_tails
 from tcaq_lightning.quantizers import SOFTMAX_KINDS, SoftmaxKind, SoftmaxQuantizer
-from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.observers import LogHistogram
 from tcaq_lightning.quantizers.timestep_groups import values_by_group
 from tcaq_lightning.runtime.registry import Registry
 

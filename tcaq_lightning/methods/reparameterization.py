@@ -27,7 +27,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.quantizers import ActivationQuantizer
 from tcaq_lightning.quantizers.activation import along
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.runtime.registry import Registry
 
 QUICK_VALUES = 1024

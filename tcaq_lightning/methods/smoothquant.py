@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS, Reparameterization, normalized
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 
 SMALLEST = 1e-5
 """Below that magnitude a channel counts as dead, as in the published code."""

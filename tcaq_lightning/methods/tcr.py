@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS, Reparameterization, normalized
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 """a in p^a and p^a / max|W|^(1-a)."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.quantizers.base import Quantizer, StoredTensor
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_common_zero
-from tcaq_lightning.quantizers.statistics import RangeStatistics
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, some_positions
 from tcaq_lightning.quantizers.uniform import fake_quantize
 from tcaq_lightning.runtime.precision import autocast_type

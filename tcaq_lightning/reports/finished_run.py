@@ -14,7 +14,7 @@ from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.daq import TailFit
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.reports.headline import headline
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
 from tcaq_lightning.runtime.json_files import read_json

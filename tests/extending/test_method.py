@@ -26,7 +26,7 @@ from tcaq_lightning.config import (
 )
 from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS
 from tcaq_lightning.nn.parts import quant_layers
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tests.tiny_models import tiny_unet
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "extending" / "method.py"

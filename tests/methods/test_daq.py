@@ -14,7 +14,7 @@ from tcaq_lightning.methods.daq import RULES, Evidence, decide_by_likelihood
 from tcaq_lightning.methods.daq_tails import fit_tail
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.quantizers import SoftmaxQuantizer
-from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.observers import LogHistogram
 
 CPU = torch.device("cpu")
 ATTENTION = "mid_block.attentions.0"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.daq_tails import TailFit, fit_tail, fit_tails
-from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.observers import LogHistogram
 
 Array = npt.NDArray[np.float64]
 EDGES = LogHistogram(1).edges

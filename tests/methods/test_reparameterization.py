@@ -21,7 +21,7 @@ from tcaq_lightning.methods.reparameterization import (
     named,
 )
 from tcaq_lightning.nn.parts import quant_layers
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.quantizers.weight import scale_of_inputs
 
 CPU = torch.device("cpu")

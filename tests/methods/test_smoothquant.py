@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tcaq_lightning.config import TCRConfig
 from tcaq_lightning.methods.smoothquant import SmoothQuant, smoothing_factors
 from tcaq_lightning.nn.parts import quant_layers
-from tcaq_lightning.quantizers.statistics import RangeStatistics
+from tcaq_lightning.quantizers.observers import RangeStatistics
 
 POSITIVE = st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from tcaq_lightning.quantizers import ActivationQuantizer, SoftmaxQuantizer, TokenQuantizer
 from tcaq_lightning.quantizers.activation import along, per_sample
 from tcaq_lightning.quantizers.logarithmic import log_fake_quantize
+from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.quantizers.range_search import search_affine
-from tcaq_lightning.quantizers.statistics import RangeStatistics
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, values_by_group
 from tcaq_lightning.quantizers.uniform import affine_range, fake_quantize
 

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from tcaq_lightning.methods.daq import decide_by_likelihood
-from tcaq_lightning.quantizers.histogram import LogHistogram
+from tcaq_lightning.quantizers.observers import LogHistogram
 from tcaq_lightning.reports.tail_plot import plot_tail
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tcaq_lightning.quantizers.statistics import range_heat_maps
 from tcaq_lightning.reports.finished_run import FinishedRun, UnitStatistics
 from tcaq_lightning.reports.html import charts
 from tcaq_lightning.reports.html.events import Events
@@ -27,6 +26,7 @@ from tcaq_lightning.reports.html.page import (
     png,
 )
 from tcaq_lightning.reports.html.sections import MOST_ROWS, or_nothing, unfolded
+from tcaq_lightning.reports.range_heat_maps import range_heat_maps
 from tcaq_lightning.reports.tail_plot import plot_tail
 
 MOST_FIGURES = 160
