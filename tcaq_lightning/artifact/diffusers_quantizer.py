@@ -179,7 +179,7 @@ class TCAQQuantizer(DiffusersQuantizer):
         for name in [name for name, buffer in model._buffers.items() if buffer is not None and not buffer.numel()]:
             del model._buffers[name]
         model.is_quantized = False  # diffusers would refuse a change of type, which our layers know how to do
-        enable_saving(model.requires_grad_(False).eval(), self)
+        finish(model.requires_grad_(False).eval(), self)
         if self._dtype is not None:
             model.to(self._dtype)
 
@@ -204,10 +204,10 @@ class TCAQQuantizer(DiffusersQuantizer):
         """Save a denoiser as its class does, with the fused tensors of now, and list the files' checksums.
 
         Raises:
-            UserError: its type is another than that of the artifact, or a variant is asked for.
+            UserError: its type or what is quantized in it is not as in the artifact, or a variant is asked for.
         """
         from tcaq_lightning.artifact.blobs import fuse, stored_tensors
-        from tcaq_lightning.artifact.structure import describe
+        from tcaq_lightning.artifact.structure import Structure, describe
 
         call = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs)
         if (variant := call.arguments.get("variant")) is not None:
@@ -216,6 +216,8 @@ class TCAQQuantizer(DiffusersQuantizer):
         structure = describe(model)
         if structure.dtypes != self._values.get("dtypes", {}):
             raise UserError("save_pretrained: expected the artifact's own type, got another; save it before .to(dtype)")
+        if (name := structure.difference(Structure.from_dict(self._values))) is not None:
+            raise UserError(f"save_pretrained: {name} is quantized otherwise than in the artifact; open it again")
         self._fused = fuse(stored_tensors(model))
         try:
             values = {**self._values, **structure.to_dict()}
@@ -232,8 +234,15 @@ class TCAQQuantizer(DiffusersQuantizer):
         _forget_checksums(directory)
 
 
-def enable_saving(denoiser: Any, quantizer: TCAQQuantizer) -> None:
-    """Give a frozen denoiser a `save_pretrained` that writes the artifact's files again, alone or in its pipeline."""
+def finish(denoiser: Any, quantizer: TCAQQuantizer) -> None:
+    """Hand a frozen denoiser over to diffusers.
+
+    Its attentions stay quantized whatever is set, and its `save_pretrained` writes the artifact's files again, alone or
+    in its pipeline.
+    """
+    from tcaq_lightning.nn.attention import keep_quantized
+
+    keep_quantized(denoiser)
     denoiser.hf_quantizer = quantizer
     denoiser.register_to_config(quantization_config=quantizer.quantization_config)
 

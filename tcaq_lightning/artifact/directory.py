@@ -34,7 +34,7 @@ from tcaq_lightning.artifact.diffusers_quantizer import (
     check_format,
     checksums_text,
     config_text,
-    enable_saving,
+    finish,
     write_checksums,
 )
 from tcaq_lightning.artifact.freeze import freeze
@@ -287,5 +287,5 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], p
         restore(stored_tensors(denoiser), load_file(weights))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{weights} does not fit {file}: {one_line(error)}; write the artifact again") from error
-    enable_saving(denoiser, TCAQQuantizer(TCAQConfig(**quantization)))
+    finish(denoiser, TCAQQuantizer(TCAQConfig(**quantization)))
     return denoiser.requires_grad_(False).eval()

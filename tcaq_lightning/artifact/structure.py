@@ -55,6 +55,12 @@ class Structure:
             {str(name): _dtype_name(_dtype_of(dtype)) for name, dtype in values.get("dtypes", {}).items()},
         )
 
+    def difference(self, other: Structure) -> str | None:
+        """Name of a layer or attention that is quantized otherwise than in another structure; None if all agree."""
+        own: dict[str, Any] = {**self.layers, **self.attentions}
+        others: dict[str, Any] = {**other.layers, **other.attentions}
+        return next((name for name in [*own, *others] if own.get(name) != others.get(name)), None)
+
 
 def describe(denoiser: nn.Module) -> Structure:
     """Structure of a frozen denoiser.

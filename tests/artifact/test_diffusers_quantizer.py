@@ -12,41 +12,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from tcaq_lightning.artifact.diffusers_quantizer import DIGEST
-from tcaq_lightning.artifact.directory import freeze, save_artifact
+from tcaq_lightning.artifact.directory import save_artifact
 from tcaq_lightning.backends.load import load_quantized
-from tcaq_lightning.config import QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
-from tcaq_lightning.nn.parts import quant_layers, quantizers
-from tcaq_lightning.nn.prepare import quantize
-from tcaq_lightning.quantizers import PackedWeight, SoftmaxQuantizer
-from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tcaq_lightning.nn.parts import quant_layers
+from tcaq_lightning.quantizers import PackedWeight
+from tests.artifacts import frozen
 from tests.text_models import make_text_model
 from tests.tiny_models import tiny_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@torch.no_grad()
-def frozen(denoiser: nn.Module, bits: int = 4) -> Any:
-    """Quantized in place, with tables that differ by group and channel."""
-    quantize(denoiser, QuantizationConfig(WeightConfig(bits)), TimestepGroups([300.0, 600.0]))
-    generator = torch.Generator().manual_seed(1)
-    for q in quantizers(denoiser).values():
-        levels = 2**q.bits - 1
-        if isinstance(q, SoftmaxQuantizer):
-            q.delta.copy_((0.5 + torch.rand(q.delta.shape, generator=generator)) / levels)
-            continue
-        q.delta.copy_((6 + torch.rand(q.delta.shape, generator=generator)) / levels)
-        q.zero_point.copy_(torch.randint(levels // 3, levels // 2 + 1, q.zero_point.shape, generator=generator))
-        q.r.copy_(0.5 + torch.rand(q.r.shape, generator=generator))
-    for layer in quant_layers(denoiser).values():
-        layer.learned_weight.search(layer.input_quantizer.r)
-    freeze(denoiser)
-    return denoiser.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")

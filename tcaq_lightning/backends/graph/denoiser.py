@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from tcaq_lightning.backends.graph.quantizers import GraphQuantizer, graph_quant
 from tcaq_lightning.backends.graph.tables import Timesteps
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import is_attention
-from tcaq_lightning.nn.attention import quantized_processor
+from tcaq_lightning.nn.attention import quantized_processor, replace_processor
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
 from tcaq_lightning.quantizers.timestep_groups import TimestepHook
@@ -69,5 +68,4 @@ class GraphDenoiser(nn.Module):
                 layer = replacement(module, made[id(source)], self.times, self.constants)
                 set_submodule(self.denoiser, name, layer)
             elif is_attention(module) and (processor := quantized_processor(module)) is not None:
-                owner: Any = module
-                owner.set_processor(graph_attention(name, processor, self.times, self.constants))
+                replace_processor(module, graph_attention(name, processor, self.times, self.constants))

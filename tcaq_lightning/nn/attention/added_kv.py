@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from tcaq_lightning.nn.attention.processor import ADDED, PROCESSORS, SELF, Quant
 @PROCESSORS.register("AttnAddedKVProcessor2_0")
 class QuantAddedKVAttnProcessor(QuantAttnProcessor):
     """What `AttnAddedKVProcessor2_0` computes: keys and values of the context beside those of the image."""
+
+    variants: ClassVar[tuple[str, ...]] = ("SlicedAttnAddedKVProcessor", "XFormersAttnAddedKVProcessor")
 
     @classmethod
     def same_input(cls, attn: Any) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from tcaq_lightning.nn.attention.processor import PROCESSORS
 @PROCESSORS.register("FluxAttnProcessor")
 class QuantFluxAttnProcessor(QuantJointAttnProcessor):
     """What `FluxAttnProcessor` computes: the context's tokens come first, and positions are rotations of q and k."""
+
+    variants: ClassVar[tuple[str, ...]] = ()
 
     def __call__(  # type: ignore[override]
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from tcaq_lightning.nn.attention.processor import ADDED, PROCESSORS, SELF, Quant
 @PROCESSORS.register("FusedJointAttnProcessor2_0")
 class QuantJointAttnProcessor(QuantAttnProcessor):
     """What `JointAttnProcessor2_0` computes (Stable Diffusion 3): image and context attend to both."""
+
+    variants: ClassVar[tuple[str, ...]] = ("XFormersJointAttnProcessor",)
 
     @classmethod
     def same_input(cls, attn: Any) -> list[tuple[str, ...]]:

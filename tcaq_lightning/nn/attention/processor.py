@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,20 @@ class QuantAttnProcessor(nn.Module):
         groups: timestep groups of the denoiser.
 
     Attributes:
+        variants: class names of further diffusers processors that compute the same, only in less memory or faster.
         query: quantizer of q, an operand of q k^T.
         key: of k, the other one.
         value: of v, an operand of P v.
         probabilities: of P, the other one, whose kind DAQ chooses.
         normalizes: whether the attention's norms of q and k are applied; `AttnProcessor` knows none.
     """
+
+    variants: ClassVar[tuple[str, ...]] = (
+        "AttnProcessorNPU",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    )
 
     def __init__(self, spec: AttentionSpec, groups: TimestepGroups) -> None:
         super().__init__()
@@ -68,6 +76,19 @@ class QuantAttnProcessor(nn.Module):
     def describe(self) -> AttentionSpec:
         """Its spec with the bits that it has now."""
         return replace(self.spec, activation_bits=self.query.bits, softmax_bits=self.probabilities.bits)
+
+    def stands_for(self, attn: Any, processor: Any) -> bool:
+        """Whether a processor of diffusers computes for an attention what this one does, but for the quantization.
+
+        Where q and k have norms, some of them apply these and others do not.
+        """
+        kind = type(processor)
+        if not kind.__module__.startswith("diffusers."):
+            return False
+        if any(getattr(attn, norm, None) is not None for norm in ("norm_q", "norm_k")):
+            return kind.__name__ == self.spec.processor
+        same = {name for name, quantized in PROCESSORS.items() if quantized is type(self)}
+        return kind.__name__ in same.union(self.variants)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantAttnProcessor:
         """Where `to` ends up: grids stay in float32."""
