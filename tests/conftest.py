@@ -61,7 +61,7 @@ class Twins:
     full: Any
     quantized: Any
     graph: UnitGraph
-    context: TimestepGroups
+    timestep_groups: TimestepGroups
     rows: list[Any]
     x: Tensor
     timesteps: Tensor
@@ -70,7 +70,7 @@ class Twins:
     def streams(self, batch_size: int = 4) -> Streams:
         storage = self.storage or ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, CPU, Path())
         samples = Samples(self.x, self.timesteps)
-        return Streams(self.full, self.quantized, self.graph, self.context, samples, batch_size, storage)
+        return Streams(self.full, self.quantized, self.graph, self.timestep_groups, samples, batch_size, storage)
 
     def data_of(self, name: str) -> UnitData:
         """The unit's inputs when all units before it are in full precision."""
@@ -95,13 +95,13 @@ def make_twins() -> Callable[..., Twins]:
     def make(config: QuantizationConfig | None = None, samples: int = 10, **kwargs: Any) -> Twins:
         config = config or QuantizationConfig(weight=WeightConfig(bits=4), activation=ActivationConfig(bits=6))
         full = _make_unet(**kwargs)
-        quantized, context = copy.deepcopy(full), TimestepGroups([500.0])
-        rows = quantize(quantized, config, context)
+        quantized, timestep_groups = copy.deepcopy(full), TimestepGroups([500.0])
+        rows = quantize(quantized, config, timestep_groups)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(samples, 1, full.config.sample_size, full.config.sample_size, generator=generator)
         timesteps = torch.linspace(0, 999, samples).round().long()
         graph = trace_units(full, lambda: full(x[:2], timesteps[:2]))
-        return Twins(full, quantized, graph, context, rows, x, timesteps)
+        return Twins(full, quantized, graph, timestep_groups, rows, x, timesteps)
 
     return make
 
@@ -110,9 +110,9 @@ def make_twins() -> Callable[..., Twins]:
 def observe() -> Callable[..., Observations]:
     """Ranges, histograms and fits of a unit over all its data."""
 
-    def run(unit: nn.Module, data: UnitData, context: TimestepGroups) -> Observations:
-        with torch.no_grad(), observing(unit, context) as observed:
-            data.run(unit, context, torch.arange(len(data)), CPU)
+    def run(unit: nn.Module, data: UnitData, timestep_groups: TimestepGroups) -> Observations:
+        with torch.no_grad(), observing(unit, timestep_groups) as observed:
+            data.run(unit, timestep_groups, torch.arange(len(data)), CPU)
         return observed
 
     return run
@@ -125,10 +125,10 @@ def initialized(observe: Callable[..., Observations]) -> Callable[..., tuple[nn.
     def run(
         twins: Twins, name: str, tcr: TCRConfig | None = None, daq: DAQConfig | None = None
     ) -> tuple[nn.Module, UnitData, Choices]:
-        unit, data, context = twins.unit(name), twins.data_of(name), twins.context
-        probes = data.select(probe_indices(data.groups, context.num_groups, 40))
-        settings = observe(unit, data, context), tcr or TCRConfig(), daq or DAQConfig(), torch.device("cpu")
-        choices = initialize(unit, probes, context, *settings)
+        unit, data, timestep_groups = twins.unit(name), twins.data_of(name), twins.timestep_groups
+        probes = data.select(probe_indices(data.groups, timestep_groups.num_groups, 40))
+        settings = observe(unit, data, timestep_groups), tcr or TCRConfig(), daq or DAQConfig(), torch.device("cpu")
+        choices = initialize(unit, probes, timestep_groups, *settings)
         return unit, data, choices
 
     return run

@@ -206,7 +206,7 @@ class Family:
     full: Any
     quantized: Any
     graph: UnitGraph
-    context: TimestepGroups
+    timestep_groups: TimestepGroups
     rows: list[Any]
     x: Tensor
     timesteps: Tensor
@@ -227,7 +227,7 @@ class Family:
         storage = ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, torch.device("cpu"), Path())
         call = split_call(self.full, *self.arguments(slice(0, SAMPLES)))
         samples = Samples(call.x, call.timestep, Conditioning.of_call(call.arguments, SAMPLES))
-        return Streams(self.full, self.quantized, self.graph, self.context, samples, batch_size, storage)
+        return Streams(self.full, self.quantized, self.graph, self.timestep_groups, samples, batch_size, storage)
 
 
 def _in_type(values: Any, dtype: torch.dtype) -> Any:
@@ -260,11 +260,11 @@ def make_family(
     full = make_denoiser(name, dtype)
     prepare(full)
     unit = 1000 if isinstance(full, FluxTransformer2DModel) else 1  # it is called with t / 1000
-    quantized, context = copy.deepcopy(full), TimestepGroups([500.0 / unit])
-    rows = quantize(quantized, config, context)
+    quantized, timestep_groups = copy.deepcopy(full), TimestepGroups([500.0 / unit])
+    rows = quantize(quantized, config, timestep_groups)
     x = _normal(SAMPLES, 4, 8, 8, seed=3).to(dtype)
     timesteps = torch.tensor([0, 999, 600, 40, 480, 520, 700])
     timesteps = timesteps / unit if unit > 1 else timesteps
-    family = Family(full, quantized, UnitGraph([], {}, {}), context, rows, x, timesteps)
+    family = Family(full, quantized, UnitGraph([], {}, {}), timestep_groups, rows, x, timesteps)
     family.graph = trace_units(full, lambda: family.predict(full, slice(0, 2)))
     return family

@@ -64,7 +64,7 @@ class Choices:
 def initialize(
     unit: nn.Module,
     probes: UnitData,
-    context: TimestepGroups,
+    timestep_groups: TimestepGroups,
     observed: Observations,
     tcr_config: TCRConfig,
     daq_config: DAQConfig,
@@ -78,7 +78,7 @@ def initialize(
     Args:
         unit: quantized unit, its quantizers neutral.
         probes: calibration samples of the unit, the same on every rank, chosen by `probe_indices`.
-        context: timestep groups of the denoiser.
+        timestep_groups: those of the denoiser.
         observed: ranges and histograms over all calibration samples.
         tcr_config: which reparameterizations are tried, if any.
         daq_config: how softmax quantizers are chosen.
@@ -90,9 +90,9 @@ def initialize(
     """
     choices = Choices()
     members = named(tcr_config.formula, tcr_config.truncation) if tcr_config.enabled else {}
-    inputs = capture_inputs(unit, probes, context, device, batch_size)
+    inputs = capture_inputs(unit, probes, timestep_groups, device, batch_size)
     layers_of = readers(unit)
-    with context.using(probes.groups.to(device)):
+    with timestep_groups.using(probes.groups.to(device)):
         for number, (name, quantizer) in enumerate(quantizers(unit).items()):
             if not is_mine(number):
                 continue

@@ -46,7 +46,7 @@ def probe_indices(groups: Tensor, num_groups: int, total: int) -> Tensor:
 def capture_inputs(
     unit: nn.Module,
     probes: UnitData,
-    context: TimestepGroups,
+    timestep_groups: TimestepGroups,
     device: torch.device,
     batch_size: int | None = None,
 ) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def capture_inputs(
     Args:
         unit: quantized unit.
         probes: samples of it.
-        context: timestep groups of the denoiser.
+        timestep_groups: those of the denoiser.
         device: where to compute.
         batch_size: samples in one pass; None takes all of them.
     """
@@ -78,7 +78,7 @@ def capture_inputs(
     try:
         with full_precision(unit):
             for batch in batches:
-                probes.run(unit, context, batch, device)
+                probes.run(unit, timestep_groups, batch, device)
                 for name in list(passed):
                     captured[name].append(passed.pop(name))
     finally:

@@ -54,7 +54,7 @@ class BlockReconstruction(pl.LightningModule):
         unit: quantized unit, initialized.
         data: its calibration samples.
         train: numbers of the samples to learn from, among this rank's.
-        context: timestep groups of the denoiser.
+        timestep_groups: those of the denoiser.
         config: rates and weights.
         phase: "r" or "v".
         iterations: optimisation steps.
@@ -69,7 +69,7 @@ class BlockReconstruction(pl.LightningModule):
         unit: nn.Module,
         data: UnitData,
         train: Tensor,
-        context: TimestepGroups,
+        timestep_groups: TimestepGroups,
         config: ReconstructionConfig,
         phase: Phase,
         iterations: int,
@@ -81,7 +81,7 @@ class BlockReconstruction(pl.LightningModule):
         self.unit = unit
         self.data = data
         self.train_samples = train
-        self.context = context
+        self.timestep_groups = timestep_groups
         self.config = config
         self.phase = phase
         self.iterations = iterations
@@ -190,7 +190,7 @@ class BlockReconstruction(pl.LightningModule):
         narrow = autocasts(self.config.autocast, self.device, self.data.dtype)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext()
         with autocast, self._entry.forward(self.global_step):
-            output = self.data.run_batch(self._unit_forward, self.context, samples)
+            output = self.data.run_batch(self._unit_forward, self.timestep_groups, samples)
         squares, errors = channel_errors(output, samples.targets)  # in the targets' type, which is none too narrow
         error = weighted_error(squares, samples.weights)
         self._residuals = errors.neg(), samples.groups

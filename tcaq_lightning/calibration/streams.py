@@ -39,7 +39,7 @@ class Streams:
     Args:
         full, quantized: denoisers with equally named units.
         graph: execution order and dependencies.
-        context: the quantized denoiser's timestep groups.
+        timestep_groups: those of the quantized denoiser.
         samples: the N calibration samples.
         batch_size: samples per pass.
         storage: where outputs and inputs are kept.
@@ -50,14 +50,14 @@ class Streams:
         full: nn.Module,
         quantized: nn.Module,
         graph: UnitGraph,
-        context: TimestepGroups,
+        timestep_groups: TimestepGroups,
         samples: Samples,
         batch_size: int,
         storage: ActivationStorage,
     ) -> None:
-        self.full, self.quantized, self.graph, self.context = full, quantized, graph, context
+        self.full, self.quantized, self.graph, self.timestep_groups = full, quantized, graph, timestep_groups
         self.samples, self.dtype = samples, samples.x.dtype
-        self.groups = context.of(samples.timesteps)
+        self.groups = timestep_groups.of(samples.timesteps)
         self.batch_size = batch_size
         self.storage = storage
         self.device = next(full.parameters()).device
@@ -117,7 +117,7 @@ class Streams:
             outputs = {key: self._allocate(shape) for key, shape in shapes.items() if key in alive}
             for index, batch in zip(self._batches(), data.batches(self._batches(), self.device), strict=True):
                 with self._echoes_kept(self.quantized, name, outputs, index):
-                    self._keep(outputs, keys, index, data.run_batch(unit, self.context, batch))
+                    self._keep(outputs, keys, index, data.run_batch(unit, self.timestep_groups, batch))
             self._quantized |= outputs
         while data.inputs:
             self.storage.free(data.inputs.pop())

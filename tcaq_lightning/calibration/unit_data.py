@@ -107,15 +107,15 @@ class UnitData:
         return read_ahead(read, indices) if waits else (read(index) for index in indices)
 
     def run(
-        self, unit: Callable[..., Outputs], context: TimestepGroups, index: Tensor | slice, device: torch.device
+        self, unit: Callable[..., Outputs], timestep_groups: TimestepGroups, index: Tensor | slice, device: torch.device
     ) -> Outputs:
         """The unit's output on the chosen samples, shaped like the targets."""
-        return self.run_batch(unit, context, self.read(index, device))
+        return self.run_batch(unit, timestep_groups, self.read(index, device))
 
-    def run_batch(self, unit: Callable[..., Outputs], context: TimestepGroups, batch: Batch) -> Outputs:
+    def run_batch(self, unit: Callable[..., Outputs], timestep_groups: TimestepGroups, batch: Batch) -> Outputs:
         """The unit's output on a batch, shaped like the targets."""
         self.executed += len(batch.groups)
-        with context.using(batch.groups):
+        with timestep_groups.using(batch.groups):
             output = unit(*batch.args, **batch.kwargs)
         return tree_map_only(Tensor, lambda x: by_sample(x, len(batch.groups)), output)
 

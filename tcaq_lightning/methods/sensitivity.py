@@ -64,7 +64,7 @@ def sampler_gain(scheduler: Any, timesteps: Tensor, data_variance: float) -> Ten
 def unit_sensitivities(
     full: nn.Module,
     graph: UnitGraph,
-    context: TimestepGroups,
+    timestep_groups: TimestepGroups,
     trajectories: Trajectories,
     gain: Tensor,
     batch_size: int,
@@ -79,7 +79,7 @@ def unit_sensitivities(
     Args:
         full: full-precision denoiser.
         graph: its units.
-        context: timestep groups.
+        timestep_groups: those of the quantized denoiser (G).
         trajectories: full-precision calibration data.
         gain: (S,) from `sampler_gain`.
         batch_size: samples per pass.
@@ -91,13 +91,11 @@ def unit_sensitivities(
         sample's squared error.
     """
     generator = torch.Generator().manual_seed(seed)
-    groups = context.of(trajectories.timesteps)  # (S,)
-    calls_of_group = torch.bincount(groups, minlength=context.num_groups).clamp(min=1)
+    groups = timestep_groups.of(trajectories.timesteps)  # (S,)
+    calls_of_group = torch.bincount(groups, minlength=timestep_groups.num_groups).clamp(min=1)
     weight = gain / calls_of_group[groups] / probes  # of each call in its group's mean
-    sums = {
-        name: torch.zeros(context.num_groups, sum(channel_count(graph.output_shapes[key]) for key in graph.keys(name)))
-        for name in graph.names
-    }
+    channels = {name: sum(channel_count(graph.output_shapes[key]) for key in graph.keys(name)) for name in graph.names}
+    sums = {name: torch.zeros(timestep_groups.num_groups, count) for name, count in channels.items()}
     batches = [
         (probe % trajectories.num_trajectories, calls)
         for probe in range(probes)

@@ -76,9 +76,9 @@ class TimestepGroups:
 
         A single row is everybody's, and a single group everything's: these broadcast.
 
-        >>> context = TimestepGroups([500.0])
-        >>> context.set(torch.tensor([0, 1]))
-        >>> context.of_rows(4)
+        >>> groups = TimestepGroups([500.0])
+        >>> groups.set(torch.tensor([0, 1]))
+        >>> groups.of_rows(4)
         tensor([0, 0, 1, 1])
         """
         batch = self.current.shape[0]

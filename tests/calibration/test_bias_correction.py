@@ -33,7 +33,7 @@ def test_a_corrected_unit_has_no_mean_error_left(prepare: Any) -> None:
     assert shifted is not None
     assert shifted.layer is quant_layers(unit)["conv2"]
     samples, cpu = torch.arange(len(data)), torch.device("cpu")
-    before = mean_errors(unit, data, samples, twins.context, 8, cpu)
+    before = mean_errors(unit, data, samples, twins.timestep_groups, 8, cpu)
     correct_bias(shifted, before)
-    after = mean_errors(unit, data, samples, twins.context, 8, cpu)
+    after = mean_errors(unit, data, samples, twins.timestep_groups, 8, cpu)
     assert after.abs().max() < 1e-2 * before.abs().max()

@@ -149,7 +149,7 @@ def test_streams_give_the_inputs_and_outputs_of_plain_forward_passes(family: Fam
         assert all(torch.equal(a, b) for a, b in zip(got_targets, expected, strict=True)), name
         chosen = torch.tensor([5, 0, 2])
         with torch.no_grad():
-            again = data.run(family.full.get_submodule(name), family.context, chosen, CPU)
+            again = data.run(family.full.get_submodule(name), family.timestep_groups, chosen, CPU)
         for a, b in zip(output_tensors(again), output_tensors(data.targets), strict=True):
             assert a.shape[1:] == b.shape[1:]
         streams.store(position, data)
@@ -193,8 +193,10 @@ def initialize_unit(family: Family, name: str, observe: Any) -> tuple[nn.Module,
     """A quantized unit, its quantizers set from its inputs, everything before it in full precision."""
     unit: nn.Module = family.quantized.get_submodule(name)
     data = data_of(family, name)
-    probes = data.select(probe_indices(data.groups, family.context.num_groups, 40))
-    initialize(unit, probes, family.context, observe(unit, data, family.context), TCRConfig(), DAQConfig(), CPU)
+    probes = data.select(probe_indices(data.groups, family.timestep_groups.num_groups, 40))
+    initialize(
+        unit, probes, family.timestep_groups, observe(unit, data, family.timestep_groups), TCRConfig(), DAQConfig(), CPU
+    )
     return unit, data
 
 
@@ -232,20 +234,20 @@ def test_reconstruction_lowers_the_error_of_all_outputs(name: str, unit_name: st
     config = dataclasses.replace(W4A8, weight=WeightConfig(bits=3))
     family = make_family(name, config)
     unit, data = initialize_unit(family, unit_name, observe)
-    samples, arguments = torch.arange(SAMPLES), (family.context, 3, CPU)
+    samples, arguments = torch.arange(SAMPLES), (family.timestep_groups, 3, CPU)
     nearest = squared_errors(unit, data, samples, *arguments)
     outputs = output_tensors(data.targets)
     assert nearest.shape == (2, sum(channel_means(x).shape[1] for x in outputs))
     data.weights = torch.ones_like(nearest)
     settings = ReconstructionConfig(batch_size=4)
     for phase, steps in (("r", 8), ("v", 150)):
-        module = BlockReconstruction(unit, data, samples, family.context, settings, phase, steps, (0, 0, 1))  # type: ignore[arg-type]
+        module = BlockReconstruction(unit, data, samples, family.timestep_groups, settings, phase, steps, (0, 0, 1))  # type: ignore[arg-type]
         make_trainer(TrainerConfig(accelerator="cpu"), [], None, steps).fit(module)
         module.finish()
     learned = squared_errors(unit, data, samples, *arguments)
     assert learned.sum() < 0.9 * nearest.sum()
     with torch.no_grad():
-        got = output_tensors(data.run(unit, family.context, samples, CPU))
+        got = output_tensors(data.run(unit, family.timestep_groups, samples, CPU))
     by_hand = sum(
         (a - b).square().movedim(1 if a.ndim == 4 else -1, -1).sum(-1).mean() for a, b in zip(got, outputs, strict=True)
     )
@@ -363,7 +365,9 @@ def test_small_gradients_of_float16_are_not_lost(observe: Any) -> None:
     for weight in (1.0, 2.0**-20):  # errors of a well trained model are small, and tokens are many
         data.weights = torch.full((2, data.channels), weight)
         settings = ReconstructionConfig(batch_size=4)
-        module = BlockReconstruction(unit, data, torch.arange(SAMPLES), family.context, settings, "v", 9, (0, 0, 1))
+        module = BlockReconstruction(
+            unit, data, torch.arange(SAMPLES), family.timestep_groups, settings, "v", 9, (0, 0, 1)
+        )
         module._batches = data.batches([torch.arange(SAMPLES)], CPU)
         module.configure_optimizers()
         module.training_step(0, 0).backward()  # type: ignore[no-untyped-call]
@@ -413,12 +417,12 @@ def test_narrow_checkpoints(name: str, unit_name: str, dtype: torch.dtype, obser
     inputs = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor) and x.ndim > 2]
     assert {x.dtype for x in inputs} == {dtype}
     samples = torch.arange(SAMPLES)
-    before = squared_errors(unit, data, samples, family.context, 4, CPU).sum()
+    before = squared_errors(unit, data, samples, family.timestep_groups, 4, CPU).sum()
     settings = ReconstructionConfig(batch_size=4)
-    module = BlockReconstruction(unit, data, samples, family.context, settings, "v", 120, (0, 0, 1))
+    module = BlockReconstruction(unit, data, samples, family.timestep_groups, settings, "v", 120, (0, 0, 1))
     make_trainer(TrainerConfig(accelerator="cpu"), [], None, 120).fit(module)
     module.finish()
-    assert squared_errors(unit, data, samples, family.context, 4, CPU).sum() < before
+    assert squared_errors(unit, data, samples, family.timestep_groups, 4, CPU).sum() < before
 
     set_parameters(family.quantized)
     unfrozen = family.predict(family.quantized)
@@ -466,10 +470,12 @@ def test_dynamic_tokens_are_calibrated_and_nearer_than_static_ones(observe: Any)
         activation = ActivationConfig(bits=4, dynamic_per_token=dynamic)
         family = make_family("DiT", QuantizationConfig(weight=WeightConfig(bits=8), activation=activation))
         unit, data = initialize_unit(family, name, observe)
-        errors.append(float(squared_errors(unit, data, torch.arange(SAMPLES), family.context, 4, CPU).sum()))
+        errors.append(float(squared_errors(unit, data, torch.arange(SAMPLES), family.timestep_groups, 4, CPU).sum()))
     settings = ReconstructionConfig(batch_size=4)
     for phase in ("r", "v"):
-        module = BlockReconstruction(unit, data, torch.arange(SAMPLES), family.context, settings, phase, 5, (0, 0, 1))  # type: ignore[arg-type]
+        module = BlockReconstruction(
+            unit, data, torch.arange(SAMPLES), family.timestep_groups, settings, phase, 5, (0, 0, 1)
+        )  # type: ignore[arg-type]
         make_trainer(TrainerConfig(accelerator="cpu"), [], None, 5).fit(module)
         module.finish()
     assert errors[1] < 0.8 * errors[0]
@@ -500,8 +506,8 @@ class Call(nn.Module):
 
 def test_a_denoiser_that_is_not_in_the_registry_works_by_the_general_rule() -> None:
     full = Call().requires_grad_(False).eval()
-    quantized, context = copy.deepcopy(full), TimestepGroups([500.0])
-    rows = {row.name: row for row in quantize(quantized, W4A8, context)}
+    quantized, timestep_groups = copy.deepcopy(full), TimestepGroups([500.0])
+    rows = {row.name: row for row in quantize(quantized, W4A8, timestep_groups)}
     layers = {n for n, m in full.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert set(quant_layers(quantized)) == layers == {n for n, row in rows.items() if row.bits == "W4 A8"}
     attentions = [n for n, m in full.named_modules() if is_attention(m)]
@@ -516,7 +522,7 @@ def test_a_denoiser_that_is_not_in_the_registry_works_by_the_general_rule() -> N
     joint = "denoiser.joint_transformer_blocks.0.attn"
     assert graph.keys(joint) == [joint, f"{joint}#1"]  # it returns two streams
     storage = ActivationStorage({"device": 0, "host": 1e9, "disk": 0}, CPU, Path())
-    streams, outputs = Streams(full, quantized, graph, context, Samples(x, t), 3, storage), []
+    streams, outputs = Streams(full, quantized, graph, timestep_groups, Samples(x, t), 3, storage), []
     with full_precision(quantized):
         for position in range(len(graph.names)):
             data = streams.load(position)

@@ -56,9 +56,9 @@ def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: 
     unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION)
     centres = torch.linspace(-20, 20, 16)
     unit.group_norm.bias.data += centres  # type: ignore[union-attr, operator]
-    observed = observe(unit, data, twins.context)
+    observed = observe(unit, data, twins.timestep_groups)
     with torch.no_grad(), full_precision(unit):
-        expected = data.run(unit, twins.context, torch.arange(16), CPU)
+        expected = data.run(unit, twins.timestep_groups, torch.arange(16), CPU)
     _, _, choices = initialized(twins, ATTENTION)
     before, after = choices.reparameterization["to_q.input_quantizer"]
     assert after < 0.1 * before
@@ -66,7 +66,9 @@ def test_channels_of_another_centre_are_worth_a_shift(make_twins: Any, observe: 
     torch.testing.assert_close(shift, observed.ranges["to_q.input_quantizer"].centre().half().float())
     assert (shift - centres).abs().max() < 3  # type: ignore[operator]
     with torch.no_grad(), full_precision(unit):
-        torch.testing.assert_close(data.run(unit, twins.context, torch.arange(16), CPU), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            data.run(unit, twins.timestep_groups, torch.arange(16), CPU), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_without_tcr_r_is_one(make_twins: Any, initialized: Any) -> None:
@@ -87,9 +89,9 @@ def test_an_initialized_unit_is_close_to_full_precision(make_twins: Any, initial
     for name in (RESNET, ATTENTION):
         twins, unit, data, _ = prepared(make_twins, initialized, name)
         with torch.no_grad():
-            output = data.run(unit, twins.context, torch.arange(16), CPU)
+            output = data.run(unit, twins.timestep_groups, torch.arange(16), CPU)
             with full_precision(unit):
-                expected = data.run(unit, twins.context, torch.arange(16), CPU)
+                expected = data.run(unit, twins.timestep_groups, torch.arange(16), CPU)
         assert ((output - expected).square().sum() / expected.square().sum()) < 0.05
 
 
@@ -105,9 +107,9 @@ def test_outputs_are_set_from_quantized_operands(make_twins: Any, initialized: A
         output = layer.output_quantizer
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-        data.run(unit, twins.context, torch.arange(16), CPU)
+        data.run(unit, twins.timestep_groups, torch.arange(16), CPU)
         handle.remove()
-        with twins.context.using(data.groups):
+        with twins.timestep_groups.using(data.groups):
             y = layer(inputs[0])
             output.enabled = False
             plain = layer(inputs[0])

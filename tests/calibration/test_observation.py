@@ -25,9 +25,9 @@ def test_every_quantizer_of_an_attention_is_observed_once(make_twins: Any) -> No
     data = streams.load(position)
     unit = twins.quantized.get_submodule(twins.graph.names[position])
 
-    module = UnitObservation(unit, data, torch.arange(6), twins.context, batch_size=4)
+    module = UnitObservation(unit, data, torch.arange(6), twins.timestep_groups, batch_size=4)
     trainer = make_trainer(TrainerConfig(accelerator="cpu"), [])
-    with observing(unit, twins.context) as observed:
+    with observing(unit, twins.timestep_groups) as observed:
         trainer.predict(module, return_predictions=False)
 
     found = quantizers(unit)
@@ -37,7 +37,7 @@ def test_every_quantizer_of_an_attention_is_observed_once(make_twins: Any) -> No
     tokens = data.targets[0, 0].numel()
     heads = unit.heads
     assert histogram.counts.sum() == 6 * heads * tokens * tokens
-    occupied = torch.bincount(data.groups, minlength=twins.context.num_groups) > 0
+    occupied = torch.bincount(data.groups, minlength=twins.timestep_groups.num_groups) > 0
     for ranges in observed.ranges.values():
         assert torch.equal(ranges.high.isfinite().all(1), occupied)
         assert (ranges.low[occupied] <= ranges.high[occupied]).all()
@@ -49,13 +49,13 @@ def test_what_is_observed_is_what_reaches_the_quantizers(make_twins: Any) -> Non
     twins = make_twins()
     name = "mid_block.resnets.0"
     unit, data = twins.unit(name), twins.data_of(name)
-    with torch.no_grad(), observing(unit, twins.context) as observed:
+    with torch.no_grad(), observing(unit, twins.timestep_groups) as observed:
         captured: dict[str, torch.Tensor] = {}
         handles = [
             q.register_forward_pre_hook(lambda _, args, n=n: captured.__setitem__(n, args[0]))
             for n, q in quantizers(unit).items()
         ]
-        output = data.run(unit, twins.context, torch.arange(len(data)), torch.device("cpu"))
+        output = data.run(unit, twins.timestep_groups, torch.arange(len(data)), torch.device("cpu"))
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(output, data.targets)
@@ -68,8 +68,8 @@ def test_what_is_observed_is_what_reaches_the_quantizers(make_twins: Any) -> Non
 
 
 def test_an_error_leaves_no_hooks_behind(make_twins: Any) -> None:
-    unit, context = make_twins().unit("mid_block.resnets.0"), make_twins().context
-    with pytest.raises(RuntimeError, match="stop"), observing(unit, context):
+    unit, timestep_groups = make_twins().unit("mid_block.resnets.0"), make_twins().timestep_groups
+    with pytest.raises(RuntimeError, match="stop"), observing(unit, timestep_groups):
         raise RuntimeError("stop")
     assert not any(q._forward_pre_hooks for q in quantizers(unit).values())
     assert all(q.enabled for q in quantizers(unit).values())

@@ -33,14 +33,14 @@ def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
     twins = make_twins()
     unit, data = twins.unit(RESNET), twins.data_of(RESNET)
     probe = probe_indices(data.groups, 2, 40)
-    captured = capture_inputs(unit, data.select(probe), twins.context, CPU)
+    captured = capture_inputs(unit, data.select(probe), twins.timestep_groups, CPU)
     assert set(captured) == set(quantizers(unit))
     assert all(len(v) == len(probe) for v in captured.values())
     assert all(not q._forward_pre_hooks for q in quantizers(unit).values())
     full = twins.full.get_submodule(RESNET)
     seen: list[Tensor] = []
     full.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    data.run(full, twins.context, probe, CPU)
+    data.run(full, twins.timestep_groups, probe, CPU)
     torch.testing.assert_close(captured["conv2.input_quantizer"], seen[0], rtol=1e-4, atol=1e-5)
 
 
@@ -48,7 +48,7 @@ def test_captured_inputs_are_full_precision_ones(make_twins: Any) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_inputs_are_captured_batch_by_batch(make_twins: Any, name: str, batch_size: int) -> None:
     twins = make_twins()
-    arguments = twins.unit(name), twins.data_of(name).select(torch.tensor([5, 0, 3, 2])), twins.context, CPU
+    arguments = twins.unit(name), twins.data_of(name).select(torch.tensor([5, 0, 3, 2])), twins.timestep_groups, CPU
     whole, parts = capture_inputs(*arguments), capture_inputs(*arguments, batch_size)
     assert whole.keys() == parts.keys()
     for key, x in whole.items():
@@ -61,8 +61,10 @@ def test_an_input_that_several_layers_read_is_captured_once_a_pass(make_twins: A
     unit, data = twins.unit(ATTENTION), twins.data_of(ATTENTION).select(torch.tensor([5, 0, 3, 2]))
     shared = "to_q.input_quantizer"
     assert SOFTMAX not in quantizers(unit)
-    captured = capture_inputs(unit, data, twins.context, CPU, 3)
-    each = [capture_inputs(unit, data.select(slice(i, i + 1)), twins.context, CPU)[shared] for i in range(len(data))]
+    captured = capture_inputs(unit, data, twins.timestep_groups, CPU, 3)
+    each = [
+        capture_inputs(unit, data.select(slice(i, i + 1)), twins.timestep_groups, CPU)[shared] for i in range(len(data))
+    ]
     torch.testing.assert_close(captured[shared], torch.cat(each))
     assert len(captured[shared]) == len(data)
 
@@ -71,7 +73,7 @@ def test_kept_queries_of_captured_probabilities_hold_the_largest_value(
     make_twins: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twins = make_twins()
-    arguments = twins.unit(ATTENTION), twins.data_of(ATTENTION).select(slice(4)), twins.context, CPU, 3
+    arguments = twins.unit(ATTENTION), twins.data_of(ATTENTION).select(slice(4)), twins.timestep_groups, CPU, 3
     everything = capture_inputs(*arguments)
     p = everything[SOFTMAX]
     kept = p.shape[2] // 3

@@ -34,7 +34,7 @@ ATTENTION, RESNET = "mid_block.attentions.0", "mid_block.resnets.0"
 def module_of(prepared: tuple[Any, Any, Any], phase: Phase, steps: int, **settings: Any) -> BlockReconstruction:
     twins, unit, data = prepared
     config = ReconstructionConfig(batch_size=8, **settings)
-    return BlockReconstruction(unit, data, torch.arange(16), twins.context, config, phase, steps, (0, 0, 3))
+    return BlockReconstruction(unit, data, torch.arange(16), twins.timestep_groups, config, phase, steps, (0, 0, 3))
 
 
 def fit(module: BlockReconstruction) -> None:
@@ -72,7 +72,7 @@ def test_only_what_is_to_be_learned_learns(prepare: Any, name: str, phase: Phase
     (optimizer,) = [module.configure_optimizers()]
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == learned
     twins, unit, data = prepared
-    block_error(data.run(unit, twins.context, torch.arange(16), CPU), data.targets).backward()
+    block_error(data.run(unit, twins.timestep_groups, torch.arange(16), CPU), data.targets).backward()
     for parameter_name, parameter in module.named_parameters():
         assert parameter.requires_grad == (id(parameter) in learned), parameter_name
         assert (parameter.grad is not None) <= (id(parameter) in learned), parameter_name
@@ -95,7 +95,7 @@ def test_the_error_falls_and_the_unit_ends_hard(prepare: Any, name: str) -> None
     twins, unit, data = prepared
     samples = torch.arange(16)
     keys = {k: v.shape for k, v in quantization_state(unit).items()}
-    nearest = squared_errors(unit, data, samples, twins.context, 5, CPU).sum()
+    nearest = squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum()
     r_phase = module_of(prepared, "r", 15)
     fit(r_phase)
     r_phase.finish()
@@ -104,7 +104,7 @@ def test_the_error_falls_and_the_unit_ends_hard(prepare: Any, name: str) -> None
     assert set(v_phase.losses) == {"reconstruction", "rounding"}
     undecided = v_phase.undecided()
     v_phase.finish()
-    assert squared_errors(unit, data, samples, twins.context, 5, CPU).sum() < 0.9 * nearest
+    assert squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum() < 0.9 * nearest
     assert undecided < 0.3
     assert {k: v.shape for k, v in quantization_state(unit).items()} == keys
     assert all(layer.learned_weight.rounding is Rounding.HARD for layer in quant_layers(unit).values())
@@ -151,8 +151,8 @@ def test_a_state_under_way_is_restored(prepare: Any) -> None:
     twins, unit, data = second
     other.load_state_dict(module.state_dict())
     with torch.no_grad():
-        a = first[2].run(first[1], first[0].context, torch.arange(16), CPU)
-        b = data.run(unit, twins.context, torch.arange(16), CPU)
+        a = first[2].run(first[1], first[0].timestep_groups, torch.arange(16), CPU)
+        b = data.run(unit, twins.timestep_groups, torch.arange(16), CPU)
     assert torch.equal(a, b)
     module.finish()
     other.finish()
@@ -267,7 +267,7 @@ def test_quantized_outputs_are_learned_around(make_twins: Any, initialized: Any)
     keys = quantization_state(unit).keys()
     before = {n: layer.output_quantizer.delta.clone() for n, layer in (("conv1", conv1), ("conv2", conv2))}
     samples = torch.arange(16)
-    nearest = squared_errors(unit, data, samples, twins.context, 5, CPU).sum()
+    nearest = squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum()
     calls: list[int] = []
     handle = conv1.output_quantizer.register_forward_hook(lambda *_: calls.append(1))
     for phase, steps in (("r", 10), ("v", 60)):
@@ -280,7 +280,7 @@ def test_quantized_outputs_are_learned_around(make_twins: Any, initialized: Any)
         module.finish()
     handle.remove()
     assert quantization_state(unit).keys() == keys
-    assert squared_errors(unit, data, samples, twins.context, 5, CPU).sum() < 0.9 * nearest
+    assert squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum() < 0.9 * nearest
     assert not torch.equal(conv1.output_quantizer.delta, before["conv1"])
     assert torch.equal(conv2.output_quantizer.delta, before["conv2"])
     assert torch.equal(conv1.output_quantizer.offset, conv1.output_quantizer.offset.round())

@@ -40,7 +40,7 @@ def setup(make_twins: Any, tmp_path: Path) -> Setup:
         quantized=twins.quantized,
         sampling=LoopSampling(DDIMScheduler(clip_sample=False)),
         graph=twins.graph,
-        timestep_groups=twins.context,
+        timestep_groups=twins.timestep_groups,
         limits={"device": 0.0, "host": 1e9, "disk": 0.0},
         files=RunFiles(tmp_path),
     )

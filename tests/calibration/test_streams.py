@@ -262,12 +262,14 @@ def test_running_a_unit_on_chosen_samples_uses_their_groups(make_twins: Any) -> 
     set_quantizers(twins.quantized)
     name = "mid_block.resnets.0"
     data, unit = twins.data_of(name), twins.unit(name)
-    twins.context.set(torch.tensor([1]), single=1)
+    twins.timestep_groups.set(torch.tensor([1]), single=1)
     with torch.no_grad():
-        everything = data.run(unit, twins.context, slice(0, 10), CPU)
+        everything = data.run(unit, twins.timestep_groups, slice(0, 10), CPU)
         chosen = torch.tensor([9, 0, 0, 4])
-        torch.testing.assert_close(data.run(unit, twins.context, chosen, CPU), everything[chosen], rtol=1e-4, atol=1e-5)
-    assert twins.context.single == 1
+        torch.testing.assert_close(
+            data.run(unit, twins.timestep_groups, chosen, CPU), everything[chosen], rtol=1e-4, atol=1e-5
+        )
+    assert twins.timestep_groups.single == 1
     assert len(data) == 10
 
 

@@ -73,11 +73,11 @@ def test_error_rule_picks_the_smaller_output_error(make_twins: Any, initialized:
 
     # the recorded error of what was chosen, computed anew by the module itself
     probes = data.select(probe_indices(data.groups, 2, 40))
-    inputs = capture_inputs(unit, probes, twins.context, CPU)
+    inputs = capture_inputs(unit, probes, twins.timestep_groups, CPU)
     p, values = inputs[SOFTMAX], inputs["processor.value"]
     heads = p.shape[1]
     v = values.view(len(probes), -1, heads, values.shape[-1] // heads).transpose(1, 2)
-    with twins.context.using(probes.groups):
+    with twins.timestep_groups.using(probes.groups):
         quantized = quantizer(p)
     for g in range(2):
         mine = probes.groups == g

@@ -48,12 +48,12 @@ def searched(make_twins: Any, observe: Any) -> Any:
 
     def run(unit_name: str, layer_name: str, members: dict[str, Reparameterization]) -> Any:
         twins = make_twins(QuantizationConfig(weight=WeightConfig(bits=4)), samples=16)
-        unit, data, context = twins.unit(unit_name), twins.data_of(unit_name), twins.context
-        probes = data.select(probe_indices(data.groups, context.num_groups, 40))
-        x = capture_inputs(unit, probes, context, CPU)[f"{layer_name}.input_quantizer"]
-        ranges = observe(unit, data, context).ranges[f"{layer_name}.input_quantizer"]
+        unit, data, timestep_groups = twins.unit(unit_name), twins.data_of(unit_name), twins.timestep_groups
+        probes = data.select(probe_indices(data.groups, timestep_groups.num_groups, 40))
+        x = capture_inputs(unit, probes, timestep_groups, CPU)[f"{layer_name}.input_quantizer"]
+        ranges = observe(unit, data, timestep_groups).ranges[f"{layer_name}.input_quantizer"]
         layer = quant_layers(unit)[layer_name]
-        context.set(probes.groups)
+        timestep_groups.set(probes.groups)
         with torch.no_grad():
             errors = choose(layer.input_quantizer, [layer], x, ranges, members)
         return layer, x, ranges, errors

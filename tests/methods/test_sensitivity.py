@@ -79,7 +79,7 @@ def test_sensitivity_of_a_unit_is_its_squared_jacobian(make_twins: Any) -> None:
     trajectories = Trajectories(inputs.repeat(repeats, 1, 1, 1, 1), timesteps.repeat(repeats), inputs[0])
     gain = torch.tensor([1.5, 0.5])
     averaged = unit_sensitivities(
-        twins.full, twins.graph, twins.context, trajectories, gain.repeat(repeats), 2 * repeats, seed=0, probes=8
+        twins.full, twins.graph, twins.timestep_groups, trajectories, gain.repeat(repeats), 2 * repeats, 0, 8
     )["up_blocks.1.resnets.1"]
     for call, group in enumerate((1, 0)):
         x, t = inputs[call], timesteps[call]
@@ -103,7 +103,7 @@ def test_sensitivities_cover_all_units_and_leave_the_model_alone(make_twins: Any
     trajectories = Trajectories(inputs, torch.tensor([900, 600, 300, 0]), inputs[0])
     before = twins.full(inputs[0], 5).sample
     found = [
-        unit_sensitivities(twins.full, twins.graph, twins.context, trajectories, torch.ones(4), size, 0, 4)
+        unit_sensitivities(twins.full, twins.graph, twins.timestep_groups, trajectories, torch.ones(4), size, 0, 4)
         for size in (4, 4)
     ]
     assert list(found[0]) == twins.graph.names

@@ -44,7 +44,7 @@ def test_settled_layers_compute_the_same_and_are_restored_with_their_logits(make
 
     def output() -> torch.Tensor:
         with torch.no_grad():
-            return data.run(unit, twins.context, torch.arange(len(data)), torch.device("cpu"))
+            return data.run(unit, twins.timestep_groups, torch.arange(len(data)), torch.device("cpu"))
 
     hard, state = output(), quantization_state(unit)
     settle(unit)

@@ -93,9 +93,9 @@ def test_using_puts_the_groups_back_even_after_an_error() -> None:
 def test_a_copied_denoiser_has_groups_of_its_own(make_twins: Any) -> None:
     twins = make_twins(attention=False)
     other = copy.deepcopy(twins.quantized)
-    twins.context.set(torch.tensor([0]))
+    twins.timestep_groups.set(torch.tensor([0]))
     other(twins.x, 900)
-    assert twins.context.current.tolist() == [0]
+    assert twins.timestep_groups.current.tolist() == [0]
     assert other.conv_in.input_quantizer.groups.single == 1
 
 

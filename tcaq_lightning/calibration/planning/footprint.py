@@ -145,9 +145,9 @@ def measure_footprint(
         return Footprint(work.model_bytes(), workspace)
 
     def weigh(count: int) -> None:  # not on the meta device, where full-precision attention allocates more
-        context, trajectories = TimestepGroups([]), Trajectories.of_samples(few[:count])
+        timestep_groups, trajectories = TimestepGroups([]), Trajectories.of_samples(few[:count])
         # the second probe meets what is left of the first
-        unit_sensitivities(denoiser, graph, context, trajectories, torch.ones(count), count, seed=0, probes=2)
+        unit_sensitivities(denoiser, graph, timestep_groups, trajectories, torch.ones(count), count, seed=0, probes=2)
 
     with torch.random.fork_rng(enabled=config.reconstruction.qdrop > 0):
         found = measured(_trial_work(config, denoiser, graph, few))
@@ -216,7 +216,7 @@ class TrialWork:
         stood_for: type of the device that is planned for, where the denoiser is on the meta device.
 
     Attributes:
-        data: the samples of every unit. twin: quantized, neutral. context: its timestep groups, a single one.
+        data: the samples of every unit. twin: quantized, neutral. timestep_groups: the twin's, a single one.
     """
 
     def __init__(
@@ -226,8 +226,8 @@ class TrialWork:
         self.device = next(denoiser.parameters()).device
         self.data = unit_samples(denoiser, graph, samples)
         self.stood_for = stood_for
-        self.twin, self.context = shared_copy(denoiser), TimestepGroups([])
-        quantize(self.twin, config.quantization, self.context)
+        self.twin, self.timestep_groups = shared_copy(denoiser), TimestepGroups([])
+        quantize(self.twin, config.quantization, self.timestep_groups)
         for quantizer in quantizers(self.twin).values():
             if quantizer.place == "probabilities":
                 quantizer.logarithmic()  # which it remembers: to find it out is no part of the work
@@ -284,13 +284,13 @@ class TrialWork:
     def search_bytes(self, name: str, probes: int) -> int:
         """Bytes that setting a unit's quantizers takes: all their inputs, and a pass or a search beside them."""
         unit, data = self.twin.get_submodule(name), self.data[name]
-        inputs = capture_inputs(unit, data, self.context, self.device)
+        inputs = capture_inputs(unit, data, self.timestep_groups, self.device)
         held = sum(x.nbytes for x in inputs.values()) * probes // len(data)
 
         layers_of = readers(unit)
 
         def search(unit: nn.Module, part: UnitData) -> None:
-            with self.context.using(part.groups):
+            with self.timestep_groups.using(part.groups):
                 for key, quantizer in quantizers(unit).items():
                     rows = max(1, len(inputs[key]) * len(part) // len(data))  # a single one is every sample's
                     self._search(quantizer, layers_of.get(id(quantizer), []), inputs[key][:rows])
@@ -316,14 +316,14 @@ class TrialWork:
         """The error of a unit's output."""
         batch = data.read(torch.arange(len(data)), self.device)
         with torch.no_grad():
-            block_error(data.run_batch(unit, self.context, batch), batch.targets)
+            block_error(data.run_batch(unit, self.timestep_groups, batch), batch.targets)
 
     def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
         """An optimisation step that meets the optimizer's state, with the regulariser."""
         count = len(data)
         settings: dict[str, Any] = {"batch_size": count * world_size(), "warmup": 0.0}
         config = dataclasses.replace(self.config.reconstruction, **settings, compile=False)  # as it is, it takes more
-        module = BlockReconstruction(unit, data, torch.arange(count), self.context, config, phase, 1, (0, 0, 0))
+        module = BlockReconstruction(unit, data, torch.arange(count), self.timestep_groups, config, phase, 1, (0, 0, 0))
         module.to(self.device)  # as a Trainer would
         if not module.learns:
             module.finish()
