@@ -13,6 +13,7 @@ from callbacks.image_grid import ImageGrid
 from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.config import Config
+from tcaq_lightning.evaluation.denoiser_errors import IMAGE_FIGURES
 from tcaq_lightning.evaluation.evaluate import Evaluation
 from tcaq_lightning.evaluation.scores import row_of
 from tcaq_lightning.models.pipelines import to_images
@@ -84,7 +85,7 @@ def _log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, An
     for step, value in zip(whole_steps(noise["timesteps"]), noise["relative"], strict=True):
         writer.add_scalar("noise_error/by_timestep", value, step)
     values = {"noise_error": noise["summary"]}
-    values |= {f"image_{name}": value for name, value in images.items() if name != "num_images"}
+    values |= {f"image_{name}": images[name] for name in IMAGE_FIGURES}
     for name, record in summary["scores"].get("quantized", {}).items():
         values |= row_of(name, record).values
     hparams = {k: v for k, v in _flat(config.to_dict()).items() if isinstance(v, (bool, int, float, str))}

@@ -15,6 +15,10 @@ COMMANDS = {
     "evaluate": ("tcaq_lightning.reports.command:evaluate", "measure FID and other metrics of a model or of images"),
     "statistics": ("tcaq_lightning.evaluation.command:statistics", "compute what evaluate --reference compares with"),
     "report": ("tcaq_lightning.reports.html.command:report", "write an HTML page about a finished run of train.py"),
+    "compare": (
+        "tcaq_lightning.cli.compare:compare",
+        "run methods side by side on one model",
+    ),
     "export": ("tcaq_lightning.backends.command:export", "write an artifact's denoiser as ONNX or OpenVINO graph"),
     "convert": ("tcaq_lightning.zoo.conversion.command:convert", "turn a published checkpoint into a diffusers model"),
     "config": ("tcaq_lightning.cli.config:config", "print all configuration keys, documented"),

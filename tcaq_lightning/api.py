@@ -61,8 +61,10 @@ from tcaq_lightning.runtime.call_stack import with_room_for_frames
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.extensions import load_extensions
+from tcaq_lightning.runtime.files import save_tensors
 from tcaq_lightning.runtime.kernels import compiled_kernels
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
+from tcaq_lightning.runtime.memory import peak_memory
 from tcaq_lightning.runtime.undisturbed import undisturbed
 
 Advance = Callable[[int], None]
@@ -115,13 +117,29 @@ def quantize(
         load_extensions(config.extensions)
         with launched(config), Run(config) as run:
             if not run.finished:
-                _all_steps(config, pipeline, run, callbacks, inputs)
+                all_steps(config, run, pipeline, callbacks, inputs)
         return load_quantized(run.files.artifact)
 
 
-def _all_steps(
-    config: Config, pipeline: Any, run: Run, callbacks: Sequence[pl.Callback], inputs: Inputs | None
+def all_steps(
+    config: Config,
+    run: Run,
+    pipeline: Any = None,
+    callbacks: Sequence[pl.Callback] = (),
+    inputs: Inputs | None = None,
 ) -> None:
+    """The main job from its opening to its report.
+
+    Args:
+        config: the run's configuration.
+        run: its directory, not finished.
+        pipeline: the diffusers pipeline; None opens `config.model`.
+        callbacks: as in `quantize`.
+        inputs: as in `quantize`.
+
+    Raises:
+        UserError: the settings or the pipeline cannot be worked with.
+    """
     model = open_model(config, pipeline, inputs, run.manifest.get("plan"))
     model.plan.check(run.directory)
     run.start(**model.facts())
@@ -314,8 +332,10 @@ def report(model: OpenedModel, calibrated: Calibrated, metrics: Evaluation, run:
         rows = [x for x in (metrics.full_samples, metrics.quantized_samples) if x is not None]
         pictures = [to_images(row[: model.config.logging.grid_images]) for row in rows]
         save_grid(pictures[0], pictures[1], run.directory / "samples" / "grid.png")
+        kept = {name: x.mul(255).round().byte() for name, x in zip(("full", "quantized"), pictures, strict=True)}
+        save_tensors(run.files.images, kept)
         sizes = {"full": denoiser_bytes(model.full), "quantized": artifact_sizes(run.files.artifact)}
-        content = metrics.to_dict() | {"bytes": sizes}
+        content = metrics.to_dict() | {"bytes": sizes, "peak_memory": peak_memory()}
         seconds = calibrated.seconds() | metrics.seconds
         return write_report(run.directory, content, model.coverage, seconds, calibrated.units, calibrated.rounds)
 

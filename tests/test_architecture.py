@@ -10,7 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "tcaq_lightning"
 ORDER = (
     {"__main__"},
-    {"api", "cli"},
+    {"cli"},
+    {"api"},
     {"reports", "zoo"},
     {"evaluation"},
     {"calibration", "backends"},

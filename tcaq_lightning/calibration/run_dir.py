@@ -45,7 +45,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = config.run_dir
-        self.files = RunFiles(config.run_dir)
+        self.files = RunFiles(config.run_dir, config.cache_dir)
         self.manifest: dict[str, Any] = {}
         self._lock: int | None = None
 

@@ -24,12 +24,14 @@ class RunFiles:
 
     Attributes:
         directory: RUN_DIR.
+        shared: directory of what runs share; None keeps it in RUN_DIR.
 
     >>> RunFiles(Path("runs/mine")).unit(Visit(0, 3, "conv_out")).as_posix()
     'runs/mine/rounds/00/units/003-conv_out.safetensors'
     """
 
     directory: Path
+    shared: Path | None = None
 
     @property
     def manifest(self) -> Path:
@@ -54,7 +56,12 @@ class RunFiles:
     @property
     def evaluation(self) -> Path:
         """Directory of finished batches of images."""
-        return self.directory / "evaluation"
+        return (self.shared or self.directory) / "evaluation"
+
+    @property
+    def images(self) -> Path:
+        """The first images of the evaluation, uint8 (N, C, H, W) by `full` and `quantized`."""
+        return self.directory / "samples" / "images.safetensors"
 
     def round_dir(self, round_index: int) -> Path:
         """Directory of a round."""

@@ -23,7 +23,7 @@ class Option:
         hint: its type.
         default: its value where it is not given, `dataclasses.MISSING` if it has to be given.
         doc: what it is.
-        positional: whether it is given by its place.
+        positional: whether it is given by its place; a list takes all values that are left.
     """
 
     name: str
@@ -99,7 +99,10 @@ def read(arguments: Sequence[str], options: Sequence[Option], short: bool = Fals
         if not argument.startswith("--"):
             if not places:
                 raise UserError(f"unexpected argument {argument!r}; expected --name value")
-            _put(given.values, places.pop(0).name, Raw(argument))
+            if typing.get_origin(places[0].hint) is list:
+                given.values.setdefault(places[0].name, []).append(Raw(argument))
+            else:
+                _put(given.values, places.pop(0).name, Raw(argument))
             continue
         name, joined, text = argument.removeprefix("--").partition("=")
         option, whole = _find(name, options, short)

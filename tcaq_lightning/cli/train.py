@@ -41,17 +41,25 @@ def parse_config(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
         show_help(PROGRAM, ABOUT, EXAMPLE, options, arguments)
     given = read(arguments, options)
     dry_run = given.values.pop("dry_run", "false")
-    layers = [_file(Path(path)) for path in given.configs]
+    layers = [config_file(Path(path), f"--config {path}") for path in given.configs]
     return build(Config, merged(*layers, typed(Config, given.values))), dry_run == "true"
 
 
-def _file(path: Path) -> dict[str, Any]:
-    """A config file's values, nested as in the file."""
+def config_file(path: Path, where: str) -> dict[str, Any]:
+    """A config file's values, nested as in the file, their names and types checked.
+
+    Args:
+        path: YAML file.
+        where: it was given, for messages.
+
+    Raises:
+        UserError: unknown or mistyped keys, or an unreadable file.
+    """
     try:
         return typed(Config, read_yaml(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error}); expected a YAML file") from error
+        raise UserError(f"{where}: cannot be read ({error}); expected a YAML file") from error
     except ValueError as error:
-        raise UserError(f"--config {path}: no valid YAML: {error}") from error
+        raise UserError(f"{where}: no valid YAML: {error}") from error
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from error
+        raise UserError(f"{where}: {error}") from error

@@ -24,7 +24,7 @@ from tcaq_lightning.config.trainer import TrainerConfig
 
 SMALLEST_JUDGED = 32
 """Samples of a pass through a unit that hardly any device is faster with more of."""
-UNRELATED_TO_RESULT = ("run_dir", "trainer", "logging", "calibration.memory_budget")
+UNRELATED_TO_RESULT = ("run_dir", "cache_dir", "trainer", "logging", "calibration.memory_budget")
 """Keys that may change when a run is resumed, with all that is under them."""
 
 
@@ -35,6 +35,9 @@ class Config(Section):
     run_dir: Path = Path("runs/{model}-{bits}")
     """Directory of everything the run writes; the same command resumes there. {model} stands for the last part of
     model.path, {bits} for the width, such as w4a8."""
+    cache_dir: Path | None = None
+    """Directory of what runs with the same model and samples can share: trajectories, images, statistics; null keeps
+    them in run_dir."""
     seed: int = 0
     """Seed of noises, sample draws and searches."""
     extensions: list[str] = field(default_factory=list)
@@ -70,6 +73,7 @@ class Config(Section):
     def check(self) -> None:
         """See that all values can be worked with."""
         require_text(self.run_dir, "run_dir")
+        require_text(self.cache_dir, "cache_dir")
         self.run_dir = self._named(self.run_dir)
         for i, name in enumerate(self.extensions):
             require_text(name, f"extensions[{i}]")
@@ -163,9 +167,8 @@ class Config(Section):
         return [sum(n for (m, _), n in phases.items() if m == i) for i in range(self.num_rounds)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain YAML-ready values, run_dir as a string."""
+        """Plain YAML-ready values, paths as strings."""
         values = dataclasses.asdict(self)
-        values["run_dir"] = str(self.run_dir)
-        prompts = self.conditioning.prompts
-        values["conditioning"]["prompts"] = None if prompts is None else str(prompts)
+        for section, key in ((values, "run_dir"), (values, "cache_dir"), (values["conditioning"], "prompts")):
+            section[key] = None if section[key] is None else str(section[key])
         return values

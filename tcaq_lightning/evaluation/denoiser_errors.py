@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.models.pipelines import to_images
 from tcaq_lightning.models.trajectories import Trajectories
-from tcaq_lightning.runtime.distributed.collectives import total
+from tcaq_lightning.runtime.distributed.collectives import gather
 
 PEAK = 2.0
 """Between the darkest and the brightest pixel of clipped samples."""
@@ -23,11 +23,14 @@ class NoiseError:
         timesteps: (S,) float64.
         relative: (S,) ||q - f||^2 / ||f||^2 over all trajectories, float64.
         bias: (S,) mean of q - f, float64; a constant one makes whole images drift.
+        by_trajectory: (N,) each trajectory's part of `summary`, whose mean it is, float64: for paired comparisons. None
+            where trajectories were not told apart.
     """
 
     timesteps: Tensor
     relative: Tensor
     bias: Tensor
+    by_trajectory: Tensor | None = None
 
     @property
     def summary(self) -> float:
@@ -38,8 +41,7 @@ class NoiseError:
         >>> NoiseError(torch.tensor([500.0, 250.0, 0.0]), torch.tensor([0.1, 0.3, 9.0]), torch.zeros(3)).summary
         0.2
         """
-        later = self.timesteps > 0
-        return float(self.relative[later].mean() if later.any() else self.relative.mean())
+        return float(self.relative[summed_up(self.timesteps)].mean())
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ImageError:
         psnr_median: median over the images.
         psnr_worst: of the worst image.
         mse_unclipped: mean squared difference of the samples as they are: a single diverging image rules it.
+        by_image: `mse` of each image, for paired comparisons.
     """
 
     mse: float
@@ -67,6 +70,17 @@ class ImageError:
     psnr_median: float
     psnr_worst: float
     mse_unclipped: float
+    by_image: list[float] = field(default_factory=list)
+
+
+IMAGE_FIGURES = ("mse", "mse_median", "mse_worst", "psnr", "psnr_median", "psnr_worst", "mse_unclipped")
+"""Of `ImageError`, its figures over all images."""
+
+
+def summed_up(timesteps: Tensor) -> Tensor:
+    """Which calls, (S,) bool, the summary is of: those with t > 0, or all of them where there is no other."""
+    later = timesteps > 0
+    return later if later.any() else torch.ones_like(later)
 
 
 @torch.no_grad()
@@ -79,23 +93,30 @@ def noise_error(full: nn.Module, quantized: nn.Module, trajectories: Trajectorie
         trajectories: held-out full-precision trajectories, this rank's share of them.
         batch_size: samples per forward pass.
     """
-    sums = []
     numbers = torch.arange(trajectories.num_trajectories)
+    calls, values = [], 0
     for call in range(trajectories.num_steps):
-        squared, reference, added, count = 0.0, 0.0, 0.0, 0
+        parts = []
         for part in torch.split(numbers, batch_size):
             samples = trajectories.at(torch.full_like(part, call), part)
-            target = samples.predict(full).double()
-            difference = samples.predict(quantized).double() - target
-            squared += float(difference.square().sum())
-            reference += float(target.square().sum())
-            added += float(difference.sum())
-            count += difference.numel()
-        sums.append((squared, reference, added, count))
-    by_call = total(torch.tensor(sums, dtype=torch.float64)).view(-1, trajectories.halves, 4)
-    squares, references, differences, counts = by_call.sum(1).unbind(1)  # (S,) each
-    relative = squares / references.clamp(min=torch.finfo(torch.float64).tiny)
-    return NoiseError(trajectories.timesteps[:: trajectories.halves].double(), relative, differences / counts)
+            target = samples.predict(full).double().flatten(1)
+            difference = samples.predict(quantized).double().flatten(1) - target
+            values = target.shape[1]
+            sums = [difference.square().sum(1), target.square().sum(1), difference.sum(1)]
+            parts.append(torch.stack(sums, 1).cpu())  # (B, 3)
+        calls.append(torch.cat(parts))
+    every = torch.cat(gather(torch.stack(calls)), 1)  # (calls, N, 3), of all ranks' trajectories
+    steps = torch.unflatten(every, 0, (-1, trajectories.halves)).sum(1)  # (S, N, 3)
+    squares, references, differences = steps.unbind(-1)  # (S, N) each
+    references = references.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    relative = squares / references
+    timesteps = trajectories.timesteps[:: trajectories.halves].double()
+    return NoiseError(
+        timesteps,
+        relative.mean(1),
+        differences.mean(1) / (values * trajectories.halves),
+        relative[summed_up(timesteps)].mean(0),
+    )
 
 
 def image_error(quantized: Tensor, full: Tensor) -> ImageError:
@@ -115,4 +136,5 @@ def image_error(quantized: Tensor, full: Tensor) -> ImageError:
     found = {"mse": by_image.mean(), "mse_median": ranked[(len(ranked) - 1) // 2], "mse_worst": ranked[-1]}
     ratios = {key.replace("mse", "psnr"): 10 * torch.log10(PEAK**2 / value) for key, value in found.items()}
     unclipped = (quantized.double() - full.double()).square().mean()
-    return ImageError(**{key: float(x) for key, x in (found | ratios).items()}, mse_unclipped=float(unclipped))
+    figures = {key: float(x) for key, x in (found | ratios).items()}
+    return ImageError(**figures, mse_unclipped=float(unclipped), by_image=by_image.tolist())

@@ -67,8 +67,8 @@ class Evaluation:
         """JSON-ready values; None stands for what was not measured or is not finite."""
         noise = images = None
         if self.noise is not None:
-            lists = {f.name: getattr(self.noise, f.name).tolist() for f in dataclasses.fields(self.noise)}
-            noise = {"summary": self.noise.summary, **lists}
+            noise = {"summary": self.noise.summary}
+            noise |= {key: value.tolist() for key, value in vars(self.noise).items() if value is not None}
         if self.images is not None:
             images = {**dataclasses.asdict(self.images), "num_images": self.num_images}
         values: dict[str, Any] = finite(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -60,18 +61,30 @@ def save_grid(full_images: Tensor, quantized_images: Tensor, path: Path, columns
         path: the file, written atomically.
         columns: images a row.
     """
-    pairs = zip(torch.split(full_images, columns), torch.split(quantized_images, columns), strict=True)
-    rows = [_picture(image_grid(_enlarged(row), columns)) for pair in pairs for row in pair]
+    save_rows(dict(zip(LABELS, (full_images, quantized_images), strict=True)), path, columns)
+
+
+def save_rows(images: Mapping[str, Tensor], path: Path, columns: int = 8) -> None:
+    """Write a row for each set of images as PNG, those of the same noises below each other.
+
+    Args:
+        images: by label, (N, C, H, W) in [0, 1]; of more than `columns` images each, rows go on further down.
+        path: the file, written atomically.
+        columns: images a row.
+    """
+    blocks = zip(*(torch.split(members, columns) for members in images.values()), strict=True)
+    rows = [_picture(image_grid(_enlarged(row), columns)) for block in blocks for row in block]
+    labels = list(images)
     draw = ImageDraw.Draw(rows[0])
-    margin = 2 * GAP + max(int(draw.textlength(label)) for label in LABELS)
-    height = rows[0].height
-    steps = [height + (GAP if i % 2 == 0 else 4 * GAP) for i in range(len(rows))]  # pairs stand apart
+    margin = 2 * GAP + max(int(draw.textlength(label)) for label in labels)
+    height, last = rows[0].height, len(labels) - 1
+    steps = [height + (4 * GAP if i % len(labels) == last else GAP) for i in range(len(rows))]  # blocks stand apart
     canvas = Image.new(rows[0].mode, (margin + rows[0].width, sum(steps) - 4 * GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
         top = sum(steps[:i])
         canvas.paste(row, (margin, top))
-        draw.text((GAP, top + height // 2), LABELS[i % 2], fill="black", anchor="lm")
+        draw.text((GAP, top + height // 2), labels[i % len(labels)], fill="black", anchor="lm")
     _write(canvas, path)
 
 

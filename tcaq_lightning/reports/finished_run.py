@@ -13,6 +13,7 @@ from tcaq_lightning.calibration.run_dir import read_manifest
 from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.evaluation.denoiser_errors import IMAGE_FIGURES
 from tcaq_lightning.methods.daq import TailFit
 from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.reports.headline import headline
@@ -48,15 +49,18 @@ _UNIT = {
     "attention": Optional(Named(_BY_GROUP)),
     "tcr_output_error": Optional(Named([MEASURED])),
 }
-IMAGE_FIGURES = ("mse", "mse_median", "mse_worst", "psnr", "psnr_median", "psnr_worst", "mse_unclipped")
-"""Of same-noise images; earlier versions wrote `mse`, of unclipped samples, and `psnr`."""
+_BY_SAMPLE = Optional([MEASURED])  # earlier versions did not write it
+_NOISE = {"summary": MEASURED, "timesteps": [NUMBER], "relative": [MEASURED], "bias": [MEASURED]}
+# Earlier versions wrote `mse`, of unclipped samples, and `psnr` alone.
+_IMAGES = {"num_images": NUMBER, **dict.fromkeys(IMAGE_FIGURES, MEASURED)}
 METRICS_SHAPE = {
-    "noise_error": Optional({"summary": MEASURED, "timesteps": [NUMBER], "relative": [MEASURED], "bias": [MEASURED]}),
-    "same_noise": Optional({"num_images": NUMBER, **dict.fromkeys(IMAGE_FIGURES, MEASURED)}),
+    "noise_error": Optional(_NOISE | {"by_trajectory": _BY_SAMPLE}),
+    "same_noise": Optional(_IMAGES | {"by_image": _BY_SAMPLE}),
     "fid": Optional(Named(Optional({}))),
     "scores": Optional(Named(Named({}))),
     "sampler": Optional({"num_steps": NUMBER, "eta": NUMBER}),
     "bytes": Optional({"full": NUMBER, "quantized": NUMBER}),
+    "peak_memory": MEASURED,
     "stages": Named(NUMBER),
     "rounds": [_ROUND],
     "units": [_UNIT],

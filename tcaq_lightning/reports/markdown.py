@@ -68,7 +68,7 @@ def render(content: Record, samples: Sequence[Path] = ()) -> str:
         content: as in metrics.json.
         samples: pictures, relative to the report.
     """
-    parts = ["# Quantization report", _markdown(["", ""], headline(content))]
+    parts = ["# Quantization report", markdown_table(["", ""], headline(content))]
     if samples:
         parts += ["## Samples", "Full precision above, quantized below, from the same noise."]
         parts += [f"![{path.stem}]({path.as_posix()})" for path in samples]
@@ -76,7 +76,7 @@ def render(content: Record, samples: Sequence[Path] = ()) -> str:
         parts += ["## Noise error by timestep", f"![noise error]({NOISE_PLOT.as_posix()})"]
         columns = zip(noise["timesteps"], noise["relative"], noise["bias"], strict=True)
         rows = [(f"{t:g}", significant(error), significant(bias)) for t, error, bias in columns]
-        parts.append(_markdown(["t", "relative error", "mean error"], rows))
+        parts.append(markdown_table(["t", "relative error", "mean error"], rows))
     if rounds := content.get("rounds"):
         parts += _rounds(rounds)
     units = content.get("units") or []
@@ -90,7 +90,7 @@ def render(content: Record, samples: Sequence[Path] = ()) -> str:
     if coverage := content.get("coverage"):
         layers = [(r["name"], r["kind"], r["bits"], r["note"], f"{r['parameters']:,}") for r in coverage]
         parts += ["## Coverage", "Every layer with parameters and every attention matmul."]
-        parts.append(_markdown(["layer", "kind", "bits", "note", "parameters"], layers))
+        parts.append(markdown_table(["layer", "kind", "bits", "note", "parameters"], layers))
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,7 +102,7 @@ def _rounds(rounds: Sequence[Record]) -> list[str]:
     rows = [(f"{t:g}", *map(significant, values)) for t, *values in by_step]
     rows.append(("mean", *(significant(r["mean_mismatch"]) for r in rounds)))
     rows.append(("kept", *("yes" if r["kept"] else "no: the state before it" for r in rounds)))
-    return ["## Mismatch by round", text, f"![mismatch]({MISMATCH_PLOT.as_posix()})", _markdown(header, rows)]
+    return ["## Mismatch by round", text, f"![mismatch]({MISMATCH_PLOT.as_posix()})", markdown_table(header, rows)]
 
 
 def _units(units: Sequence[Record]) -> list[str]:
@@ -127,7 +127,7 @@ def _units(units: Sequence[Record]) -> list[str]:
     ]
     header = ["round", "unit", "error before", "learned", "error after", "undecided", "flipped", "gate"]
     text = "Errors of a unit's output on held-out calibration samples; shares of weights in per cent."
-    return ["## Units", text, gate, _markdown(header, rows)]
+    return ["## Units", text, gate, markdown_table(header, rows)]
 
 
 def _executions(units: Sequence[Record]) -> list[str]:
@@ -144,7 +144,7 @@ def _executions(units: Sequence[Record]) -> list[str]:
         "How often a unit ran on a calibration sample, mean over the units: once in each stream, whatever the depth "
         "(the last unit's outputs feed no other, and are not stored), and in the stages of its own calibration."
     )
-    return ["## Executions", text, _markdown(["round", *stages], rows)]
+    return ["## Executions", text, markdown_table(["round", *stages], rows)]
 
 
 def _attention(attention: Sequence[tuple[str, str, Record]]) -> list[str]:
@@ -162,7 +162,7 @@ def _attention(attention: Sequence[tuple[str, str, Record]]) -> list[str]:
         "One letter for each timestep group, small t first: L logarithmic, u uniform. "
         "Errors are relative, of the attention's output, averaged over the groups."
     )
-    return ["## DAQ", text, _markdown(header, rows)]
+    return ["## DAQ", text, markdown_table(header, rows)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -180,7 +180,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

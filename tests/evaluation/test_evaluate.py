@@ -108,7 +108,9 @@ def test_dictionary_is_json(features_dir: Path) -> None:
         **dict.fromkeys(("mse", "mse_median", "mse_worst", "mse_unclipped"), 0),
         **dict.fromkeys(("psnr", "psnr_median", "psnr_worst")),
         "num_images": 5,
+        "by_image": [0] * 5,
     }
+    assert values["noise_error"]["by_trajectory"] == [0] * 3
     assert values["scores"]["full"] == values["scores"]["quantized"]
     assert values["scores"]["full"]["fid"]["num_samples"] == 8
     assert values["sampler"]["num_steps"] == 2
