@@ -115,6 +115,7 @@ def test_help_names_all_keys(flag: str, capsys: pytest.CaptureFixture[str]) -> N
         (["--evaluation.sampler", "{num_steps: 4}"], "evaluation.sampler", SamplerConfig(num_steps=4)),
         (["--evaluation.sampler.eta=1"], "evaluation.sampler", SamplerConfig(eta=1.0)),
         (["--evaluation.metrics", "fid,kid"], "evaluation.metrics", ["fid", "kid"]),
+        (["--extensions", "mine.py"], "extensions", ["mine.py"]),
         (["--tcr.enabled=false"], "tcr.enabled", False),
     ],
 )

@@ -15,8 +15,8 @@ from PIL import Image
 from tcaq_lightning.__main__ import COMMANDS, main
 from tcaq_lightning.artifact.directory import freeze, save_artifact
 from tcaq_lightning.backends.open import is_quantized, open_any
+from tcaq_lightning.cli.config import default_file
 from tcaq_lightning.config import QuantizationConfig, WeightConfig
-from tcaq_lightning.config.__main__ import default_file
 from tcaq_lightning.evaluation.features import REFERENCE_FILE, FeatureExtractor, save_feature_extractor
 from tcaq_lightning.evaluation.images import ImageWriter, open_images
 from tcaq_lightning.evaluation.reference_statistics import ReferenceStatistics
@@ -197,6 +197,15 @@ def test_help_fits_a_screen_and_shows_an_example(command: str | None, capsys: py
     assert max(map(len, lines)) <= 100
     assert lines[-2] == "example:"
     assert lines[-1].startswith(f"  python -m tcaq_lightning {command or ''}")
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"config", "convert"}))
+def test_commands_that_open_something_take_extensions(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", "x"] if command == "sample" else ["x.safetensors"] * (command in {"statistics", "export"})
+    assert main([command, str(tmp_path), *output, "--extensions", "/no/such/file.py"]) == 2
+    assert "extensions[0]: expected a Python file" in capsys.readouterr().err
 
 
 def test_all_options_are_described_on_request(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,19 @@
-"""A family of one's own: a denoiser of mixing stages, with what each of its layers is for."""
+"""A family of one's own: a denoiser of mixing stages, which diffusers lacks, and what each of its layers is for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from tcaq_lightning.config import Role
 from tcaq_lightning.models.families import FAMILIES, Family, OutputLayer
+from tcaq_lightning.models.unets import DENOISERS
 
 
 class Stage(nn.Module):
@@ -17,30 +21,33 @@ class Stage(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.widen = nn.Linear(width, 2 * width)
+        self.widen = nn.Conv2d(width, 2 * width, 3, padding=1)
         self.to_time = nn.Linear(1, 2 * width)
-        self.narrow = nn.Linear(2 * width, width)
+        self.narrow = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, C), (B, 1) to (B, C)."""
-        return x + self.narrow(torch.tanh(self.widen(x) + self.to_time(t)))
+        """(B, C, H, W), (B, 1) to (B, C, H, W)."""
+        return x + self.narrow(torch.tanh(self.widen(x) + self.to_time(t)[..., None, None]))
 
 
-class StagedDenoiser(nn.Module):
-    """Predicts the noise of (B, 4) samples."""
+@DENOISERS.register("StagedDenoiser")
+class StagedDenoiser(ModelMixin, ConfigMixin):
+    """Predicts the noise of images; called as the UNets of diffusers are."""
 
-    def __init__(self, width: int = 8, depth: int = 2) -> None:
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 1, width: int = 8, depth: int = 2) -> None:
         super().__init__()
-        self.stem = nn.Linear(4, width)
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1)
         self.stages = nn.ModuleList(Stage(width) for _ in range(depth))
-        self.head = nn.Linear(width, 4)
+        self.head = nn.Conv2d(width, in_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """(B, 4) samples at (B,) timesteps to (B, 4)."""
-        x, t = self.stem(sample), timestep[:, None] / 1000
+    def forward(self, sample: Tensor, timestep: Tensor | int, return_dict: bool = True) -> Any:
+        """(B, C, H, W) samples at one timestep, or at (B,), to (B, C, H, W)."""
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        x, t = self.stem(sample), t[:, None].to(sample.dtype) / 1000
         for stage in self.stages:
             x = stage(x, t)
-        return self.head(x)
+        return UNet2DOutput(self.head(x)) if return_dict else (self.head(x),)
 
 
 @FAMILIES.register("StagedDenoiser")

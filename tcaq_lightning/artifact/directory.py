@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
@@ -41,7 +40,7 @@ from tcaq_lightning.artifact.freeze import freeze
 from tcaq_lightning.artifact.structure import Structure, describe, rebuild
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import denoiser_name, pipeline_class, quiet_diffusers
-from tcaq_lightning.models.unets import denoiser_class
+from tcaq_lightning.models.unets import denoiser_class, found_in
 from tcaq_lightning.runtime.files import naming, sha256
 from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.one_line import one_line
@@ -193,9 +192,10 @@ def open_artifact(path: str | Path, device: torch.device | str | None = None, pa
     try:
         if dtypes := quantization.get("component_dtypes"):
             loading["torch_dtype"] = {part: getattr(torch, dtype) for part, dtype in dtypes.items()}
-        pipeline = opener.from_pretrained(
-            str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **loading
-        )
+        with found_in(index[name][0], denoiser):
+            pipeline = opener.from_pretrained(
+                str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **loading
+            )
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -272,9 +272,7 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], p
     """The frozen denoiser: its architecture from the config, its tensors from the safetensors file."""
     file = folder / CONFIG_FILE
     class_name = str(config.get("_class_name"))
-    known = denoiser_class(class_name)
-    if known is None:
-        raise UserError(f"{file}: the denoiser is a {class_name}, which diffusers {diffusers.__version__} lacks")
+    known = denoiser_class(class_name, str(file))
     try:
         with torch.random.fork_rng(devices=[]):  # the random weights are thrown away
             denoiser: nn.Module = known.from_config(config)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tcaq_lightning.config.__main__ import default_file
+from tcaq_lightning.config import Config
+from tcaq_lightning.config.keys import documented_yaml
+
+HEADER = """\
+# Every key with its description, type and default. A config of your own needs only what differs from this one.
+#
+#   python -m tcaq_lightning config > configs/default.yaml       writes this file anew
+#   python train.py --config configs/default.yaml
+
+"""
 
 
 def config() -> None:
@@ -14,3 +23,8 @@ def config() -> None:
         python -m tcaq_lightning config > all_keys.yaml
     """
     sys.stdout.write(default_file())
+
+
+def default_file() -> str:
+    """The text of `configs/default.yaml`."""
+    return HEADER + documented_yaml(Config)

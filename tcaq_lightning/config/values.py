@@ -139,6 +139,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     section, origin, inner = section_of(hint), typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Raw) and not _takes_text(hint):
         value = _parsed(value, key)
+        if isinstance(value, (int, float)) and _takes_list(hint):
+            value = [value]
     if value is None and type(None) in inner:
         return None
     if section is not None:
@@ -223,6 +225,12 @@ def _takes_text(hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return all(isinstance(choice, str) for choice in inner)
     return typing.get_origin(hint) in (typing.Union, types.UnionType) and any(_takes_text(t) for t in inner)
+
+
+def _takes_list(hint: Any) -> bool:
+    """Whether a type is a list, or a list or null."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return all(kind is type(None) or typing.get_origin(kind) is list for kind in kinds)
 
 
 def _parsed(value: Raw, key: str) -> Any:

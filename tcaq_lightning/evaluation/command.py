@@ -79,6 +79,7 @@ def statistics(
     num_features: int = 10_000,
     batch_size: int = 64,
     cache: Path | None = None,
+    extensions: list[str] | None = None,
     *,
     trainer: TrainerConfig,
 ) -> None:
@@ -92,6 +93,7 @@ def statistics(
         num_features: images whose features are kept too, for kid and precision_recall; evenly spaced over all.
         batch_size: images at a time.
         cache: directory for finished batches, so that the same command goes on after it was killed.
+        extensions: Python files or modules of your own that register parts, imported first.
         trainer: devices and threads.
 
     Example:
@@ -101,6 +103,7 @@ def statistics(
     at_least(0, num_features=num_features)
     if output.suffix != ".safetensors":
         raise UserError(f"output: expected a name that ends in .safetensors, got {output}; give such a name")
+    load_extensions(extensions or [])
     quiet_lightning()
     config = EvaluationConfig(features=features, inception_weights=inception_weights, batch_size=batch_size)
     with connected(trainer):

@@ -29,6 +29,7 @@ from tcaq_lightning.evaluation.cache import artifact_digest, read_cached, write_
 from tcaq_lightning.models.architectures import example_samples
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.runtime.exit_codes import run_cli
+from tcaq_lightning.runtime.extensions import load_extensions
 from tcaq_lightning.runtime.json_shape import NUMBER, TEXT, Optional
 from tcaq_lightning.runtime.memory import peak_memory
 
@@ -74,7 +75,11 @@ def measured_latency(run_dir: Path) -> dict[str, Any] | None:
 
 
 def measure_latency(
-    run_dir: Path, config: Mapping[str, Any], batch_sizes: Sequence[int], threads: int | None = None
+    run_dir: Path,
+    config: Mapping[str, Any],
+    batch_sizes: Sequence[int],
+    threads: int | None = None,
+    extensions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure the full-precision model in PyTorch, then the artifact on every backend, on this machine's CPU.
 
@@ -83,6 +88,7 @@ def measure_latency(
         config: the run's configuration, from its manifest.
         batch_sizes: samples a call.
         threads: of the CPU; None for PyTorch's choice.
+        extensions: what each process imports first, so that it knows backends and formats of a user's own.
 
     Returns:
         `machine`, `threads` and `rows`: by `model` and `backend`, a row for each `batch` with the median `seconds` of a
@@ -94,7 +100,7 @@ def measure_latency(
     threads = threads or torch.get_num_threads()
     jobs = [(FULL, "torch", config["model"]["path"])] + [("quantized", name, str(artifact)) for name in backends()]
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(*job, threads)) for job in jobs]
+        workers = [stack.enter_context(Worker(*job, threads, extensions)) for job in jobs]
         rows = measured_in_turns(workers, sorted(set(batch_sizes)))
     machine = f"{_processor()}, {os.cpu_count()} logical processors, torch {torch.__version__}"
     content = {"machine": machine, "threads": threads, "rows": rows}
@@ -110,17 +116,20 @@ class Worker:
         backend: likewise.
         path: of the model.
         threads: of the CPU.
+        extensions: what the process imports first.
 
     Attributes:
         problem: why it cannot measure, in one line; None while it can.
         idle: memory before the model was opened, in bytes.
     """
 
-    def __init__(self, model: str, backend: str, path: str, threads: int) -> None:
+    def __init__(self, model: str, backend: str, path: str, threads: int, extensions: Sequence[str] = ()) -> None:
         self.model, self.backend = model, backend
         self.problem: str | None = None
         self.idle: int | None = None
-        job = json.dumps({"model": model, "backend": backend, "path": path, "threads": threads})
+        job = json.dumps(
+            {"model": model, "backend": backend, "path": path, "threads": threads, "extensions": list(extensions)}
+        )
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on leaving
         self._process = subprocess.Popen(  # noqa: S603 - as we are
             [sys.executable, "-m", "tcaq_lightning.evaluation.latency", job],
@@ -231,6 +240,7 @@ def main(argv: Sequence[str], answers: TextIO) -> int:
         answers.flush()
 
     def command() -> None:
+        load_extensions(job["extensions"])
         idle = peak_memory()
         if job["model"] == FULL:
             denoiser = find_denoiser(open_pipeline(job["path"]))[1]

@@ -84,9 +84,7 @@ def meta_denoiser(architecture: Path) -> nn.Module:
 def on_meta(config: dict[str, Any]) -> nn.Module:
     """A denoiser on the meta device, from its configuration."""
     name = str(config.get("_class_name"))
-    known = denoiser_class(name)
-    if known is None:
-        raise UserError(f"model.architecture: the denoiser is a {name}, which diffusers lacks")
+    known = denoiser_class(name, "model.architecture")
     try:
         with torch.device("meta"):
             denoiser: nn.Module = known.from_config(config)

@@ -21,7 +21,7 @@ from tcaq_lightning.config import SamplerConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.class_conditional import ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline
 from tcaq_lightning.models.schedulers import OWN_SCHEDULERS
-from tcaq_lightning.models.unets import denoiser_class
+from tcaq_lightning.models.unets import denoiser_class, found_in
 from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.seeds import derive
@@ -87,7 +87,8 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
     denoiser = _load_denoiser(source, name, str(index[name][1]), loading)
     try:
-        pipeline = pipeline_class(index).from_pretrained(source, **loading, **{name: denoiser})
+        with found_in(index[name][0], denoiser):
+            pipeline = pipeline_class(index).from_pretrained(source, **loading, **{name: denoiser})
     except Exception as error:  # whatever diffusers' loaders raise is about these files
         raise UserError(f"model.path: cannot open {path}: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -139,11 +140,7 @@ def pipeline_class(index: dict[str, Any]) -> Any:
 
 
 def _load_denoiser(source: str, name: str, class_name: str, loading: dict[str, Any]) -> nn.Module:
-    known = denoiser_class(class_name)
-    if known is None:
-        raise UserError(
-            f"model.path: {source}: {name} is a {class_name}, which diffusers {diffusers.__version__} lacks"
-        )
+    known = denoiser_class(class_name, f"model.path: {source}")
     try:
         denoiser, info = known.from_pretrained(source, subfolder=name, output_loading_info=True, **loading)
     except Exception as error:  # as above

@@ -1,16 +1,28 @@
-"""UNets of published checkpoints that no class of diffusers expresses."""
+"""Denoisers that no class of diffusers expresses: a UNet of published checkpoints, and those of a user's own."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 
-__all__ = ["OWN_DENOISERS", "FixedHeadsUNet2DModel", "denoiser_class"]
+from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.registry import Registry
+
+__all__ = ["DENOISERS", "FixedHeadsUNet2DModel", "denoiser_class", "found_in"]
+
+DENOISERS: Registry[Any] = Registry("denoiser")
+"""Denoisers that a config.json may name beside those of diffusers: subclasses of diffusers' `ModelMixin`, by their own
+name."""
 
 
+@DENOISERS.register("FixedHeadsUNet2DModel")
 class FixedHeadsUNet2DModel(UNet2DModel):
     """A `UNet2DModel` whose attentions all have the same number of heads, whatever their channels.
 
@@ -75,17 +87,41 @@ class FixedHeadsUNet2DModel(UNet2DModel):
                 module.scale = (module.inner_dim // num_attention_heads) ** -0.5
 
 
-OWN_DENOISERS: dict[str, Any] = {c.__name__: c for c in (FixedHeadsUNet2DModel,)}
-"""Denoisers that a config.json may name beside those of diffusers."""
+def denoiser_class(name: str, where: str = "") -> Any:
+    """A denoiser's class by its name, of diffusers or of `DENOISERS`.
 
+    Args:
+        name: of the class.
+        where: the file that names it, for the message.
 
-def denoiser_class(name: str) -> Any:
-    """A denoiser's class by its name, of diffusers or of this module; None where neither has it.
+    Raises:
+        UserError: neither has it.
 
-    >>> denoiser_class("UNet2DModel").__name__, denoiser_class("NoSuchModel")
-    ('UNet2DModel', None)
+    >>> denoiser_class("UNet2DModel").__name__
+    'UNet2DModel'
     """
-    import diffusers
+    found = DENOISERS[name] if name in DENOISERS else getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
+        raise UserError(
+            f"{where}: the denoiser is a {name}, which diffusers {diffusers.__version__} lacks; expected a class of "
+            "diffusers, or one that a module in `extensions` registers as denoiser"
+        )
+    return found
 
-    found = getattr(diffusers, name, None) or OWN_DENOISERS.get(name)
-    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
+
+@contextmanager
+def found_in(library: object, denoiser: Any) -> Iterator[None]:
+    """Let diffusers find a user's own class where a model_index.json says that it is, whatever its module is called.
+
+    Args:
+        library: module of the denoiser's class, as the index names it.
+        denoiser: of that class.
+    """
+    own = type(denoiser).__name__ in DENOISERS and isinstance(library, str) and library not in sys.modules
+    if own:
+        sys.modules[str(library)] = sys.modules[type(denoiser).__module__]
+    try:
+        yield
+    finally:
+        if own:
+            del sys.modules[str(library)]

@@ -57,7 +57,7 @@ class Registry(Generic[T]):
         """
         if name not in self._parts:
             near = difflib.get_close_matches(name, self._parts, n=1, cutoff=0)
-            hint = f", such as {near[0]}" if near else ""
+            hint = f", such as {near[0]}" if len(self._parts) > 1 else ""
             raise UserError(
                 f"unknown {self.kind} {name!r}; expected one of {', '.join(sorted(self._parts))}{hint}, "
                 "or one that a module in `extensions` registers"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tcaq_lightning.cli import parse_config
+from tcaq_lightning.cli.config import default_file
 from tcaq_lightning.config import Config
-from tcaq_lightning.config.__main__ import default_file
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 
@@ -40,7 +40,7 @@ def documented(text: str) -> set[str]:
 
 
 def test_it_is_what_the_dataclasses_say() -> None:
-    assert DEFAULT.read_text() == default_file(), "python -m tcaq_lightning.config > configs/default.yaml"
+    assert DEFAULT.read_text() == default_file(), "python -m tcaq_lightning config > configs/default.yaml"
 
 
 def test_every_key_is_there_and_documented() -> None:

@@ -37,7 +37,8 @@ class FakeWorker:
 
     asked: ClassVar[list[tuple[str, int]]] = []
 
-    def __init__(self, model: str, backend: str, path: str, threads: int) -> None:
+    def __init__(self, model: str, backend: str, path: str, threads: int, extensions: list[str]) -> None:
+        assert extensions == ["mine.py"]
         self.model, self.backend, self.path, self.threads = model, backend, path, threads
         self.problem, self.idle = ("not installed" if backend == "other" else None), 1
         self.left = 7 if backend == "short" else 100
@@ -77,7 +78,7 @@ def test_models_take_turns_and_problems_are_told(
     monkeypatch.setattr(latency, "Worker", FakeWorker)
     monkeypatch.setattr(latency, "backends", lambda: dict.fromkeys(("torch", "other", "short")))
     FakeWorker.asked.clear()
-    content = measure_latency(run_dir, config, [8, 1, 8], threads=1)
+    content = measure_latency(run_dir, config, [8, 1, 8], threads=1, extensions=["mine.py"])
     turns = latency.TURNS
     assert FakeWorker.asked[: 3 * turns] == [("torch", 1), ("torch", 1), ("short", 1)] * turns
     assert FakeWorker.asked[3 * turns :][:4] == [("torch", 8), ("torch", 8), ("short", 8), ("torch", 8)]
@@ -101,7 +102,7 @@ def test_models_take_turns_and_problems_are_told(
 def test_a_process_answers_line_by_line(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = io.StringIO()
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n"))
-    job = {"model": "quantized", "backend": "torch", "path": str(run_dir / "quantized")}
+    job = {"model": "quantized", "backend": "torch", "path": str(run_dir / "quantized"), "extensions": []}
     assert latency.main([json.dumps({**job, "threads": torch.get_num_threads()})], answers) == 0
     ready, *spells = map(json.loads, answers.getvalue().splitlines())
     assert len(spells) == 2
@@ -110,7 +111,13 @@ def test_a_process_answers_line_by_line(run_dir: Path, monkeypatch: pytest.Monke
 
 
 def test_a_process_that_fails_says_why_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    job = {"model": "quantized", "backend": "torch", "path": "/nowhere", "threads": torch.get_num_threads()}
+    job = {
+        "model": "quantized",
+        "backend": "torch",
+        "path": "/nowhere",
+        "threads": torch.get_num_threads(),
+        "extensions": [],
+    }
     assert latency.main([json.dumps(job)], io.StringIO()) == 2
     assert capsys.readouterr().err.startswith("error: /nowhere: no such directory")
 
