@@ -23,6 +23,7 @@ from tcaq_lightning.config import (
     ReconstructionConfig,
     SamplerConfig,
     SensitivityConfig,
+    SoftmaxConfig,
     TCRConfig,
     TrainerConfig,
     WeightConfig,
@@ -64,6 +65,13 @@ def test_without_reconstruction_there_is_one_round_of_no_steps() -> None:
     [
         (lambda: WeightConfig(bits=1), "quantization.weight.bits"),
         (lambda: ActivationConfig(bits=9), "quantization.activation.bits"),
+        (lambda: WeightConfig(granularity="row"), "quantization.weight.granularity"),
+        (lambda: WeightConfig(granularity=1), "quantization.weight.granularity"),
+        (lambda: LayerRule("*", weight_granularity=-4), r"quantization.rules\[\*\].weight_granularity"),
+        (
+            lambda: QuantizationConfig(activation=ActivationConfig(bits=16), softmax=SoftmaxConfig(8)),
+            "quantization.softmax.bits",
+        ),
         (lambda: CalibrationConfig(sampler=SamplerConfig(eta=1.5)), "^calibration.sampler.eta"),
         (lambda: EvaluationConfig(sampler=SamplerConfig(num_steps=0)), "^evaluation.sampler.num_steps"),
         (lambda: CalibrationConfig(bias_samples=0), "calibration.bias_samples"),

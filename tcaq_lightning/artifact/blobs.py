@@ -39,6 +39,8 @@ class Stored:
         if self.how.bits:
             return pack(flat, self.how.bits)
         encoded = flat.to(self.how.dtype)
+        if flat.is_floating_point() and flat.itemsize == 1:
+            flat = flat.float()  # which torch cannot compare otherwise
         if not torch.equal(encoded.to(flat.dtype), flat):
             raise ValueError(f"{self.key} is NaN or not exactly {self.how.dtype}; call freeze(denoiser) before")
         return encoded

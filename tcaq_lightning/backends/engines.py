@@ -19,6 +19,7 @@ from tcaq_lightning.backends.integers import fits_int8
 from tcaq_lightning.backends.kernels import ASYMMETRIC, Kernel
 from tcaq_lightning.backends.packages import require
 from tcaq_lightning.backends.stand_in import EngineDenoiser
+from tcaq_lightning.config.checks import FLOAT_BITS
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.quantizers import CodedWeight
@@ -82,6 +83,8 @@ class EngineBackend(Backend):
             return LEARNS
         if not weight.number_format.integers:
             return f"weights in the number format {weight.number_format.name}, which cannot be exported"
+        if layer.spec.activation_bits == FLOAT_BITS:
+            return "inputs in floating point"
         return "" if fits_int8(cast("CodedWeight", weight)) else ASYMMETRIC
 
     def build(self, opened: OpenedArtifact, options: Mapping[str, Any]) -> nn.Module:

@@ -76,6 +76,7 @@ class TorchAOWeight(CodedWeight):
         self.bits, self.conv_groups = source.bits, source.conv_groups
         self.register_buffer("scale", source.scale)
         self.register_buffer("zero_point", source.zero_point)
+        self.offset = self.outer = None  # integers have neither
         integers = centred(source).to(torch.int8)
         one = torch.ones(1, 1, dtype=source.scale.dtype, device=integers.device)
         inputs = tensors.QuantizeTensorToInt8Kwargs(granularity=_per_tensor())

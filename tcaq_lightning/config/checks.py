@@ -13,6 +13,8 @@ from tcaq_lightning.config.values import check_types
 from tcaq_lightning.errors import UserError
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+FLOAT_BITS = 16
+"""Code width that stands for no codes at all: activations stay in floating point."""
 LEAST_THREADS = 32
 """CPU threads that may be asked for on any machine."""
 PLAIN = "a number, a text, a list or a mapping, as a file of settings can hold it"
@@ -53,6 +55,11 @@ def require(ok: bool, key: str, expected: str, got: object) -> None:
 def require_bits(bits: int | None, key: str) -> None:
     """See that a code width is in 2..8, or not given."""
     require(bits is None or 2 <= bits <= 8, key, "in 2..8", bits)
+
+
+def require_activation_bits(bits: int | None, key: str) -> None:
+    """See that a code width is in 2..8, or 16 for floating point, or not given."""
+    require(bits is None or 2 <= bits <= 8 or bits == FLOAT_BITS, key, "in 2..8, or 16 for floating point", bits)
 
 
 def require_share(value: float, key: str) -> None:

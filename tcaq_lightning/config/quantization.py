@@ -6,23 +6,42 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from tcaq_lightning.config.checks import Section, require, require_bits, require_count, require_text
+from tcaq_lightning.config.checks import (
+    FLOAT_BITS,
+    Section,
+    require,
+    require_activation_bits,
+    require_bits,
+    require_count,
+    require_text,
+)
 
 
 @dataclass
 class WeightConfig(Section):
-    """Weight quantizers: one step per output channel."""
+    """Weight quantizers."""
 
     bits: int = 4
     """Code width, 2..8."""
     symmetric: bool = True
     """Constant zero point, as integer kernels want it; false searches a zero point per channel, for comparison."""
     format: str = "int"
-    """Number format of the codes: int, or one that a module in `extensions` registers."""
+    """Number format of the codes: int; e4m3, e5m2, e3m4, e2m5, e3m2, e2m3, e2m1; mxfp8, mxfp6, mxfp4, nvfp4; nf4; q8_0,
+    q5_0, q5_1, q4_0, q4_1 of GGUF; or one that a module in `extensions` registers."""
+    granularity: str | int | None = None
+    """Which weights share a scale: channel (of the output), tensor, or a number of neighbouring inputs of an output
+    channel; null: as the format has it, for int and floats channel. Blocks of a format are its own."""
 
     def check(self) -> None:
         """See that all values can be worked with."""
         require_bits(self.bits, "quantization.weight.bits")
+        require_granularity(self.granularity, "quantization.weight.granularity")
+
+
+def require_granularity(value: str | int | None, key: str) -> None:
+    """See that it says which weights share a scale, or is not given."""
+    known = value in ("channel", "tensor") if isinstance(value, str) else value is None or 2 <= value <= 2**20
+    require(known, key, "channel, tensor, a number of inputs from 2 on, or null", value)
 
 
 @dataclass
@@ -30,7 +49,7 @@ class ActivationConfig(Section):
     """Activation quantizers: one step and zero point per tensor and timestep group."""
 
     bits: int = 8
-    """Code width, 2..8."""
+    """Code width, 2..8; 16: inputs, q, k, v and probabilities stay in floating point, weights alone are quantized."""
     timestep_groups: int = 20
     """Number of timestep intervals G with their own parameters; 1 is static."""
     dynamic_per_token: bool = False
@@ -41,7 +60,7 @@ class ActivationConfig(Section):
 
     def check(self) -> None:
         """See that all values can be worked with."""
-        require_bits(self.bits, "quantization.activation.bits")
+        require_activation_bits(self.bits, "quantization.activation.bits")
         require_count(self.timestep_groups, "quantization.activation.timestep_groups", most=10_000)
 
 
@@ -72,7 +91,7 @@ class LayerRule(Section):
     weight_bits: int | None = None
     """Code width of the weights, null leaves it."""
     activation_bits: int | None = None
-    """Code width of the inputs (for an attention: of q, k and v), null leaves it."""
+    """Code width of the inputs (for an attention: of q, k and v), 16 for floating point, null leaves it."""
     softmax_bits: int | None = None
     """Code width of an attention's probabilities, null leaves it."""
     keep: bool = False
@@ -84,7 +103,9 @@ class LayerRule(Section):
     """Role of the layers, in any model: input, output, time, modulation, shortcut, or block for all others and for
     attentions. A model may have no layer of a role."""
     weight_format: str | None = None
-    """Number format of the weights, null leaves it."""
+    """Number format of the weights, null leaves it. Another one has a granularity of its own."""
+    weight_granularity: str | int | None = None
+    """Which weights share a scale: channel, tensor or a number of inputs, null leaves it."""
 
     def check(self) -> None:
         """See that all values can be worked with."""
@@ -95,8 +116,11 @@ class LayerRule(Section):
             {"role": self.role, "pattern": self.pattern},
         )
         require_text(self.pattern, "quantization.rules.pattern")
-        for name in ("weight_bits", "activation_bits", "softmax_bits"):
-            require_bits(getattr(self, name), f"quantization.rules[{self.role or self.pattern}].{name}")
+        key = f"quantization.rules[{self.role or self.pattern}]"
+        for name in ("weight_bits", "softmax_bits"):
+            require_bits(getattr(self, name), f"{key}.{name}")
+        require_activation_bits(self.activation_bits, f"{key}.activation_bits")
+        require_granularity(self.weight_granularity, f"{key}.weight_granularity")
 
     def matches(self, name: str, role: Role) -> bool:
         """Whether the rule is about the layer or attention called `name` in that role."""
@@ -115,9 +139,9 @@ class QuantizationConfig(Section):
     """Attention probabilities."""
     rules: list[LayerRule] = field(default_factory=list)
     """Layers that differ or are kept: a role (input, output, time, modulation, shortcut, block) or a shell-style
-    pattern on the module's name, and weight_bits, activation_bits, softmax_bits, weight_format (each null or left out:
-    unchanged), keep: true, or float_output: true or false (with integer_ready). A later rule overrides an earlier
-    one."""
+    pattern on the module's name, and weight_bits, activation_bits, softmax_bits, weight_format, weight_granularity
+    (each null or left out: unchanged), keep: true, or float_output: true or false (with integer_ready). A later rule
+    overrides an earlier one."""
     integer_ready: bool = False
     """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
     give floats (ONNX Runtime). They are calibrated, learned and simulated."""
@@ -126,3 +150,6 @@ class QuantizationConfig(Section):
         """See that all values can be worked with."""
         for section in (self.weight, self.activation, self.softmax, *self.rules):
             section.check()
+        if self.activation.bits == FLOAT_BITS:
+            expected = "null, since quantization.activation.bits is 16"
+            require(self.softmax.bits is None, "quantization.softmax.bits", expected, self.softmax.bits)

@@ -98,7 +98,7 @@ def build_layer(
     replacement: Any = LAYERS[type(source)]
     conv_groups = source.groups if isinstance(source, nn.Conv2d) else 1
     channels = source.in_channels if isinstance(source, nn.Conv2d) else source.in_features
-    number_format = make_format(spec.weight_format, spec.weight_bits, spec.symmetric)
+    number_format = make_format(spec.weight_format, spec.weight_bits, spec.symmetric, spec.weight_granularity)
     weight = MAKERS[weights](source.weight, number_format, conv_groups, spec.symmetric)
     inputs = ACTIVATION_QUANTIZERS[spec.input_quantizer](
         spec.activation_bits, groups, channels, replacement.channel_dim

@@ -29,6 +29,10 @@ UNKNOWN_ATTENTION = "unknown attention"
 """How the note begins of matmuls in full precision because no quantized processor is known."""
 
 
+WEIGHT_ONLY = "activations in floating point"
+"""Note of matmuls whose operands are not quantized."""
+
+
 DYNAMIC = "dynamic per token"
 """Note of layers whose inputs are quantized with steps found at run time."""
 

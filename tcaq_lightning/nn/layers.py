@@ -107,6 +107,7 @@ class QuantLayer(nn.Module):
             input_quantizer=inputs.kind,
             quantized_output=self.output_quantizer is not None,
             weight_format=weight.number_format.name,
+            weight_granularity=weight.number_format.granularity,
         )
 
     def begin_learning(self, rounding: Rounding) -> dict[str, list[nn.Parameter]]:
@@ -131,7 +132,7 @@ class QuantLayer(nn.Module):
     def allow_bias_shift(self) -> None:
         """Give the layer a (G, O) bias correction, zero until it is set."""
         groups = self.input_quantizer.groups.num_groups
-        scale = self.weight_quantizer.scale
+        scale = self.weight_quantizer.scales()
         self.register_buffer("bias_shift", scale.new_zeros(groups, self.out_channels))
 
     def quantize_output(self) -> None:
@@ -178,7 +179,7 @@ class QuantLayer(nn.Module):
 
     def allow_shift(self) -> None:
         """Give the layer a contribution of its input's shift, zero until it is set."""
-        self.register_buffer("shift_bias", self.weight_quantizer.scale.new_zeros(self.out_channels))
+        self.register_buffer("shift_bias", self.weight_quantizer.scales().new_zeros(self.out_channels))
 
     @torch.no_grad()
     def set_shift(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from tcaq_lightning.config import QuantizationConfig, Role
+from tcaq_lightning.config.checks import FLOAT_BITS
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import family_of, is_attention
 from tcaq_lightning.models.units import find_units
@@ -17,6 +18,7 @@ from tcaq_lightning.nn.build import build
 from tcaq_lightning.nn.coverage import (
     KEPT_BY_RULE,
     UNKNOWN_ATTENTION,
+    WEIGHT_ONLY,
     CoverageRow,
     attention_rows,
     float_rows,
@@ -28,9 +30,10 @@ from tcaq_lightning.nn.layers import LAYERS
 from tcaq_lightning.nn.output_layers import output_layer
 from tcaq_lightning.nn.rules import LayerBits, bits_of, check_rules
 from tcaq_lightning.nn.spec import DYNAMIC, AttentionSpec, LayerSpec
-from tcaq_lightning.quantizers import FORMATS
+from tcaq_lightning.quantizers import make_format
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
+from tcaq_lightning.quantizers.unquantized import FloatQuantizer
 
 
 @dataclass
@@ -104,7 +107,7 @@ def describe(denoiser: nn.Module, config: QuantizationConfig) -> Preparation:
         if is_attention(module):
             known = processor_name(module)
             found.attentions[name] = attention = _attention_spec(known, bits, config)
-            note = KEPT_BY_RULE if bits.kept else f"{UNKNOWN_ATTENTION}: {known}" if attention.kept else ""
+            note = _why_kept(bits, known) if attention.kept else ""
             found.rows += attention_rows(name, attention, note)
             if known in PROCESSORS:
                 sharing += [tuple(f"{name}.{n}" for n in names) for names in PROCESSORS[known].same_input(module)]
@@ -119,17 +122,35 @@ def _layer_spec(module: nn.Module, bits: LayerBits, config: QuantizationConfig, 
     kind = type(module).__name__
     if bits.weight is None or bits.activation is None:
         return LayerSpec(kind, kept=True, role=role)
-    dynamic = config.activation.dynamic_per_token and isinstance(module, nn.Linear)
     return LayerSpec(
         kind,
         weight_bits=bits.weight,
         activation_bits=bits.activation,
         symmetric=config.weight.symmetric,
-        input_quantizer=DYNAMIC if dynamic else config.activation.quantizer,
+        input_quantizer=_input_quantizer(module, bits.activation, config),
         quantized_output=_quantizes_output(module, bits, config),
         weight_format=bits.weight_format,
+        weight_granularity=bits.weight_granularity,
         role=role,
     )
+
+
+def _input_quantizer(module: nn.Module, bits: int, config: QuantizationConfig) -> str:
+    """Kind of the quantizer of a layer's input."""
+    if bits == FLOAT_BITS:
+        return FloatQuantizer.kind
+    return (
+        DYNAMIC
+        if config.activation.dynamic_per_token and isinstance(module, nn.Linear)
+        else config.activation.quantizer
+    )
+
+
+def _why_kept(bits: LayerBits, processor: str) -> str:
+    """Note of an attention whose matmuls are computed in full precision."""
+    if bits.kept:
+        return KEPT_BY_RULE
+    return WEIGHT_ONLY if FLOAT_BITS in (bits.activation, bits.softmax) else f"{UNKNOWN_ATTENTION}: {processor}"
 
 
 def _quantizes_output(module: nn.Module, bits: LayerBits, config: QuantizationConfig) -> bool:
@@ -138,14 +159,18 @@ def _quantizes_output(module: nn.Module, bits: LayerBits, config: QuantizationCo
     Integer kernels take integer weights that lie around 0 within 8 bits: asymmetric codes of 8 bits do not fit, and
     the output of such a layer stays in floating point.
     """
-    fits = config.weight.symmetric or (bits.weight or 0) < OUTPUT_BITS
-    integers = FORMATS[bits.weight_format].integers
-    return LAYERS[type(module)].integer_output and bits.output is not None and fits and integers
+    if not LAYERS[type(module)].integer_output or bits.output is None or bits.activation == FLOAT_BITS:
+        return False
+    width = bits.weight or 0
+    fits = config.weight.symmetric or width < OUTPUT_BITS
+    return fits and make_format(bits.weight_format, width, config.weight.symmetric, bits.weight_granularity).integers
 
 
 def _attention_spec(known: str, bits: LayerBits, config: QuantizationConfig) -> AttentionSpec:
     """What computes an attention's matmuls: a quantized processor, if one is known and no rule keeps them."""
     if bits.activation is None or bits.softmax is None or known not in PROCESSORS:
+        return AttentionSpec(kept=True)
+    if FLOAT_BITS in (bits.activation, bits.softmax):
         return AttentionSpec(kept=True)
     return AttentionSpec(False, bits.activation, bits.softmax, known, config.activation.quantizer)
 
@@ -163,7 +188,7 @@ def _allow_shifts(denoiser: nn.Module, layers: dict[str, LayerSpec]) -> None:
     """Let inputs be shifted where all layers that read them are pointwise, and biases where they shift a unit."""
     readers: dict[str, list[str]] = {}
     for name, spec in layers.items():
-        if not spec.kept:
+        if not spec.kept and spec.activation_bits != FLOAT_BITS:
             readers.setdefault(spec.input_of or name, []).append(name)
     for names in readers.values():
         modules = [denoiser.get_submodule(name) for name in names]

@@ -27,6 +27,7 @@ class LayerBits:
         softmax: of an attention's probabilities.
         output: of the output of a layer whose kind has quantized outputs.
         weight_format: number format of a layer's weight.
+        weight_granularity: which values of it share a scale; None as the format has it.
     """
 
     weight: int | None
@@ -34,6 +35,7 @@ class LayerBits:
     softmax: int | None
     output: int | None = None
     weight_format: str = "int"
+    weight_granularity: str | int | None = None
 
     @property
     def kept(self) -> bool:
@@ -47,25 +49,37 @@ def bits_of(name: str, config: QuantizationConfig, role: Role = "block") -> Laye
     >>> from tcaq_lightning.config import LayerRule
     >>> rules = [LayerRule("conv_*", weight_bits=8), LayerRule(role="input", activation_bits=6)]
     >>> bits_of("conv_in", QuantizationConfig(rules=rules), "input")
-    LayerBits(weight=8, activation=6, softmax=8, output=None, weight_format='int')
+    LayerBits(weight=8, activation=6, softmax=8, output=None, weight_format='int', weight_granularity=None)
     """
     weight: int | None = config.weight.bits
     activation: int | None = config.activation.bits
     softmax = config.softmax.bits or config.activation.bits
-    weight_format = config.weight.format
+    weight_format, granularity = config.weight.format, config.weight.granularity
     float_output = role == PREDICTION
     kept = False
     for rule in config.rules:
         if rule.matches(name, role):
-            about_bits = any((rule.weight_bits, rule.activation_bits, rule.softmax_bits, rule.weight_format))
+            about_bits = any(
+                (
+                    rule.weight_bits,
+                    rule.activation_bits,
+                    rule.softmax_bits,
+                    rule.weight_format,
+                    rule.weight_granularity,
+                )
+            )
             kept = rule.keep or (kept and rule.float_output is not None and not about_bits)
             weight = rule.weight_bits or weight
             activation = rule.activation_bits or activation
             softmax = rule.softmax_bits or softmax
+            if rule.weight_format or rule.weight_granularity:  # another format has a granularity of its own
+                granularity = rule.weight_granularity
             weight_format = rule.weight_format or weight_format
             float_output = float_output if rule.float_output is None else rule.float_output
     output = OUTPUT_BITS if config.integer_ready and not float_output else None
-    return LayerBits(None, None, None) if kept else LayerBits(weight, activation, softmax, output, weight_format)
+    if kept:
+        return LayerBits(None, None, None)
+    return LayerBits(weight, activation, softmax, output, weight_format, granularity)
 
 
 def check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:

@@ -6,9 +6,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tcaq_lightning.config import Role
+from tcaq_lightning.config.checks import FLOAT_BITS
 
 DYNAMIC = "token"
 """Input quantizer whose JSON is `dynamic: true`, as the first release wrote it."""
+
+
+OTHER_TYPES: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "input_of": (str, type(None)),
+    "weight_granularity": (str, int, type(None)),
+}
+"""Of fields whose default does not tell."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class LayerSpec:
         kind: class of the full-precision layer.
         kept: in full precision; the rest is then meaningless.
         weight_bits: code width of the weight.
-        activation_bits: code width of the input.
+        activation_bits: code width of the input; 16: it stays in floating point.
         symmetric: all weight zero points are 2^(b-1).
         reparameterized: the input quantizer has an r other than 1.
         shifted: it has a shift, or may have one.
@@ -28,6 +37,7 @@ class LayerSpec:
         input_quantizer: kind of the input's quantizer, one of `ACTIVATION_QUANTIZERS`.
         quantized_output: the output is quantized too.
         weight_format: number format of the weight, one of `FORMATS`.
+        weight_granularity: which values of it share a scale; None as the format has it.
         role: what the layer is for in its denoiser; not stored.
     """
 
@@ -43,11 +53,12 @@ class LayerSpec:
     input_quantizer: str = "uniform"
     quantized_output: bool = False
     weight_format: str = "int"
+    weight_granularity: str | int | None = None
     role: Role = field(default="block", compare=False)
 
     def __post_init__(self) -> None:
         _require_types(self)
-        _require_bits(self.weight_bits, self.activation_bits)
+        _require_bits(self.weight_bits, 8 if self.activation_bits == FLOAT_BITS else self.activation_bits)
 
     @property
     def dynamic(self) -> bool:
@@ -56,10 +67,12 @@ class LayerSpec:
 
     @property
     def widths(self) -> str:
-        """For tables: `W4 A8`, `W4 A8 O8`, `W4(pow2) A8`, or `float`."""
+        """For tables: `W4 A8`, `W4 A8 O8`, `W4(pow2) A8`, `W4(by 64) A16`, or `float`."""
         if self.kept:
             return "float"
-        named = "" if self.weight_format == "int" else f"({self.weight_format})"
+        words = [] if self.weight_format == "int" else [self.weight_format]
+        words += [] if self.weight_granularity is None else [f"by {self.weight_granularity}"]
+        named = f"({' '.join(words)})" if words else ""
         return f"W{self.weight_bits}{named} A{self.activation_bits}{' O8' if self.quantized_output else ''}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,10 +128,10 @@ class AttentionSpec:
 def _require_types(spec: LayerSpec | AttentionSpec) -> None:
     """See that values, which may come from a file, are of the types of the defaults."""
     for f in fields(spec):
-        kind = str if f.name in ("kind", "input_of") else type(f.default)
+        kinds = OTHER_TYPES.get(f.name, (type(f.default),))
         value = getattr(spec, f.name)
-        if type(value) is not kind and not (f.name == "input_of" and value is None):
-            raise ValueError(f"expected {f.name} to be {kind.__name__}, got {value!r}")
+        if type(value) not in kinds:
+            raise ValueError(f"expected {f.name} to be {kinds[0].__name__}, got {value!r}")
 
 
 def _require_bits(*widths: int) -> None:

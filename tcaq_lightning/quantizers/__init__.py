@@ -9,7 +9,16 @@ from pkgutil import iter_modules
 
 from tcaq_lightning.quantizers.activation import ACTIVATION_QUANTIZERS, ActivationQuantizer
 from tcaq_lightning.quantizers.base import Quantizer, StoredTensor
-from tcaq_lightning.quantizers.formats import FORMATS, LevelTable, NumberFormat, Sharing, make_format
+from tcaq_lightning.quantizers.formats import (
+    FORMATS,
+    FloatScales,
+    Grid,
+    LevelTable,
+    NumberFormat,
+    ScaleType,
+    Sharing,
+    make_format,
+)
 from tcaq_lightning.quantizers.output import OutputQuantizer
 from tcaq_lightning.quantizers.softmax import SOFTMAX_KINDS, SoftmaxKind, SoftmaxQuantizer
 from tcaq_lightning.quantizers.token import TokenQuantizer
@@ -25,12 +34,15 @@ __all__ = [
     "ActivationQuantizer",
     "AdaRoundWeight",
     "CodedWeight",
+    "FloatScales",
+    "Grid",
     "LevelTable",
     "NumberFormat",
     "OutputQuantizer",
     "PackedWeight",
     "Quantizer",
     "Rounding",
+    "ScaleType",
     "Sharing",
     "SoftmaxKind",
     "SoftmaxQuantizer",

@@ -173,11 +173,14 @@ class ActivationQuantizer(Quantizer):
         if self.headroom != 1:
             return {}
         self.log_delta = nn.Parameter(torch.zeros_like(self.delta))
-        learned = {"steps": [self.log_delta]}
-        if reparameterize and self.r.numel() > 1:
-            self.log_r = nn.Parameter(torch.zeros_like(self.r))
-            learned["r"] = [self.log_r]
-        return learned
+        return {"steps": [self.log_delta], **(self.learned_scales() if reparameterize else {})}
+
+    def learned_scales(self) -> dict[str, list[nn.Parameter]]:
+        """Make r learnable; nothing if there is a single one."""
+        if self.r.numel() == 1:
+            return {}
+        self.log_r = nn.Parameter(torch.zeros_like(self.r))
+        return {"r": [self.log_r]}
 
     @torch.no_grad()
     def end_learning(self) -> None:

@@ -37,10 +37,7 @@ class TokenQuantizer(ActivationQuantizer):
     ) -> dict[str, list[nn.Parameter]]:
         """Make r learnable if asked; there are no steps to learn."""
         self.drop_probability = drop_probability
-        if not reparameterize or self.r.numel() == 1:
-            return {}
-        self.log_r = nn.Parameter(torch.zeros_like(self.r))
-        return {"r": [self.log_r]}
+        return self.learned_scales() if reparameterize else {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Shift and quantize (..., C) tokens, each with a step of its own."""

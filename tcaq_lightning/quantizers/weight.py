@@ -16,6 +16,8 @@ from tcaq_lightning.quantizers.packing import packed_size, unpack
 
 CLIPPED_LOGIT = -20.0
 """Rounded down for good: of a weight beyond the grid's ends, which has one code whatever its rounding."""
+TIED_LOGIT = -1e-4
+"""Rounded down, and as good as undecided: of a weight in the middle, if its format rounds that down."""
 
 
 class Rounding(Enum):
@@ -51,7 +53,7 @@ def scale_of_inputs(r: Tensor, weight: Tensor, conv_groups: int = 1) -> Tensor:
 
 
 class WeightQuantizer(Quantizer):
-    """Maps r of a layer's input to the weight that meets it: W^ = s w / r, w being values of a number format's grid.
+    """Maps r of a layer's input to the weight that meets it: W^ = (s w + o) / r, w being values of a format's grid.
 
     Attributes:
         number_format: what codes stand for. bits: code width.
@@ -59,6 +61,8 @@ class WeightQuantizer(Quantizer):
         conv_groups: `groups` of the convolution.
         scale: one for each set of weights that share it; (O,) unless the format says otherwise.
         zero_point: of the scale's shape, or None where the format has none.
+        offset: o of the scale's shape, or None where the format has none.
+        outer: what stored scales are relative to, or None where they are not.
         learns: whether rounding is still learned; a frozen weight has `codes` alone.
     """
 
@@ -69,6 +73,8 @@ class WeightQuantizer(Quantizer):
     conv_groups: int
     scale: Tensor
     zero_point: Tensor | None
+    offset: Tensor | None
+    outer: Tensor | None
 
     @property
     def out_channels(self) -> int:
@@ -92,13 +98,17 @@ class WeightQuantizer(Quantizer):
         """Zero points beside a weight, or None."""
         return None if self.zero_point is None else self.beside(self.zero_point, weight)
 
+    def offsets(self, weight: Tensor) -> Tensor | None:
+        """Offsets beside a weight, or None."""
+        return None if self.offset is None else self.beside(self.offset, weight)
+
 
 class AdaRoundWeight(WeightQuantizer):
     """A weight with learned rounding (docs/method.md, "Learned rounding").
 
-    w^ = s (a + h(V) (b - a)) / r, where a and b are the neighbours of W r / delta on the format's grid: floor and
-    ceiling within [low, high] for integers. The grid's step `delta` is fixed while V is learned, the scale s that codes
-    are multiplied with starts at delta and may be learned.
+    w^ = (s (a + h(V) (b - a)) + o) / r, where a and b are the neighbours of (W r - o) / delta on the format's grid:
+    floor and ceiling within [low, high] for integers. The grid's step `delta` is fixed while V is learned, the scale s
+    that codes are multiplied with starts at delta and may be learned, rounded to what can be stored.
 
     V takes the memory of another weight, so it is there only while its unit is worked on, from `open` to `settle`;
     of a settled weight a byte each is left beside the full-precision one, which is shared with the layer it comes from.
@@ -134,6 +144,9 @@ class AdaRoundWeight(WeightQuantizer):
         self.register_buffer("scale", torch.ones_like(self.delta))
         zero_point = torch.full_like(self.delta, 2 ** (self.bits - 1)) if number_format.zero_points else None
         self.register_buffer("zero_point", zero_point)
+        self.register_buffer("offset", torch.zeros_like(self.delta) if number_format.offsets else None)
+        outer = number_format.scale_type.outer_size(self.delta.numel())
+        self.register_buffer("outer", self.delta.new_ones(outer) if outer else None)
         self.register_buffer("v", None)
         self.register_buffer("settled", None, persistent=False)
         self.log_scale: nn.Parameter | None = None
@@ -174,11 +187,14 @@ class AdaRoundWeight(WeightQuantizer):
     @torch.no_grad()
     def search(self, r: Tensor) -> None:
         """Search the grid for W r, `r` being (C,) or (1,), and reset V: hardened rounding is rounding to nearest."""
-        rows = self.number_format.sharing.rows(self._scaled(r))
-        delta, zero = self.number_format.search(rows)
-        self.delta.copy_(delta.view_as(self.delta))
-        if zero is not None and self.zero_point is not None:
-            self.zero_point.copy_(zero.view_as(self.delta))
+        found = self.number_format.search(self.number_format.sharing.rows(self._scaled(r)))
+        self.delta.copy_(found.scale.view_as(self.delta))
+        if found.zero_point is not None and self.zero_point is not None:
+            self.zero_point.copy_(found.zero_point.view_as(self.delta))
+        if found.offset is not None and self.offset is not None:
+            self.offset.copy_(found.offset.view_as(self.delta))
+        if found.outer is not None and self.outer is not None:
+            self.outer.copy_(found.outer)
         self.reset_rounding(r)
 
     @torch.no_grad()
@@ -187,9 +203,12 @@ class AdaRoundWeight(WeightQuantizer):
         factor = scale_of_inputs(r, self.weight, self.conv_groups)
         scaled = self.weight * factor
         rows = self.number_format.sharing.rows(scaled)
-        scale, _ = self.number_format.search(rows, 12, norm=2, symmetric=True)
-        step = self.beside(scale.view_as(self.delta), scaled)
-        return self.number_format.fake_quantize(scaled, step) / factor
+        found = self.number_format.search(rows, 12, norm=2, symmetric=True)
+        step = self.beside(found.scale.view_as(self.delta), scaled)
+        if found.offset is None:
+            return self.number_format.fake_quantize(scaled, step) / factor
+        offset = self.beside(found.offset.view_as(self.delta), scaled)
+        return (self.number_format.fake_quantize(scaled - offset, step) + offset) / factor
 
     @torch.no_grad()
     def reset_rounding(self, r: Tensor) -> None:
@@ -198,6 +217,9 @@ class AdaRoundWeight(WeightQuantizer):
         scaled = self._in_steps(r)
         below, gap = self._neighbours(scaled)
         self.logits.copy_(initial_logits((scaled - below) if gap is None else (scaled - below) / gap))
+        if not self.number_format.zero_points:  # integers round the middle up
+            down = (self.logits >= 0) & (self.number_format.nearest(scaled) == below)
+            self.logits.masked_fill_(down, TIED_LOGIT)
         self._clip(scaled)
         self.scale.copy_(self.delta)
 
@@ -219,7 +241,7 @@ class AdaRoundWeight(WeightQuantizer):
         """Fold what was learned into the buffers and round hard."""
         scale = self.scales()
         self.log_scale = None
-        self.scale.copy_(self.number_format.storable(scale))
+        self.scale.copy_(scale)
         if self.rounding is Rounding.SOFT:
             v = self._parameters.pop("v")
             assert v is not None
@@ -228,8 +250,13 @@ class AdaRoundWeight(WeightQuantizer):
         self.rounding = Rounding.HARD
 
     def scales(self) -> Tensor:
-        """Scale of the codes, differentiable in what is learned."""
-        return self.scale if self.log_scale is None else self.scale * self.log_scale.exp()
+        """Scale of the codes as it can be stored, differentiable in what is learned, straight through that rounding."""
+        if self.log_scale is None:
+            return self.scale
+        scale = self.scale * self.log_scale.exp()
+        if self.number_format.scale_type.is_exact:
+            return scale
+        return scale + (self.number_format.scale_type.storable(scale.detach(), self.outer) - scale.detach())
 
     @torch.no_grad()
     def codes(self, r: Tensor) -> Tensor:
@@ -244,34 +271,44 @@ class AdaRoundWeight(WeightQuantizer):
         if self.rounding is Rounding.FLOAT:
             return self.weight
         factor = scale_of_inputs(r, self.weight, self.conv_groups)
-        scale, zero = self.beside(self.scales(), self.weight), self.zeros(self.weight)
+        scale, zero, offset = (
+            self.beside(self.scales(), self.weight),
+            self.zeros(self.weight),
+            self.offsets(self.weight),
+        )
         if self.rounding is Rounding.HARD:
-            return self.number_format.decode(self.codes(r), zero) * scale / factor
+            scaled = self.number_format.decode(self.codes(r), zero) * scale
+            return (scaled if offset is None else scaled + offset) / factor
         if self.rounding is Rounding.NEAREST:
-            return self.number_format.fake_quantize(self.weight * factor, scale, zero) / factor
+            scaled = self.weight * factor
+            if offset is None:
+                return self.number_format.fake_quantize(scaled, scale, zero) / factor
+            return (self.number_format.fake_quantize(scaled - offset, scale, zero) + offset) / factor
         assert self._base is not None  # SOFT is entered by begin_learning alone
         unit = scale / factor
-        return soft_round(self.logits, self._base, unit if self._gap is None else unit * self._gap)
+        rounded = soft_round(self.logits, self._base, unit if self._gap is None else unit * self._gap)
+        return rounded if offset is None else rounded + offset / factor
 
     def _clip(self, scaled: Tensor) -> tuple[Tensor, Tensor | None]:
         """a / (b - a) and b - a of each weight, the latter None where it is 1; beyond the grid's ends V is settled."""
         below, above = self.number_format.neighbours(scaled, self.zeros(self.weight))
         self.logits.masked_fill_(below == above, CLIPPED_LOGIT)
-        if self.number_format.integers:
+        if self.number_format.uniform:
             return below, None
         gap = torch.where(below == above, 1.0, above - below)
         return below / gap, gap
 
     def _neighbours(self, scaled: Tensor) -> tuple[Tensor, Tensor | None]:
         """The neighbour below each weight and the distance to the one above, None where it is 1."""
-        if self.number_format.integers:
+        if self.number_format.uniform:
             return scaled.floor(), None
         below, above = self.number_format.neighbours(scaled, self.zeros(self.weight))
         clipped = below == above
         return torch.where(clipped, scaled, below), torch.where(clipped, 1.0, above - below)
 
     def _in_steps(self, r: Tensor) -> Tensor:
-        return self._scaled(r) / self.beside(self.delta, self.weight)
+        scaled, offset = self._scaled(r), self.offsets(self.weight)
+        return (scaled if offset is None else scaled - offset) / self.beside(self.delta, self.weight)
 
     def _scaled(self, r: Tensor) -> Tensor:
         return self.weight * scale_of_inputs(r, self.weight, self.conv_groups)
@@ -282,10 +319,12 @@ class CodedWeight(WeightQuantizer):
 
     Args:
         codes: (O, I, ...) uint8 in [0, 2^b - 1].
-        scale: of the shape that the format's sharing says; (O,) for integers.
+        scale: as it is stored, of the shape that the format's sharing says; (O,) for integers.
         zero_point: of the scale's shape, or None.
         number_format: what the codes stand for.
         conv_groups: `groups` of the convolution.
+        offset: of the scale's shape, or None.
+        outer: what the scales are stored relative to, or None.
     """
 
     kind: ClassVar[str] = "codes"
@@ -298,10 +337,12 @@ class CodedWeight(WeightQuantizer):
         zero_point: Tensor | None,
         number_format: NumberFormat,
         conv_groups: int = 1,
+        offset: Tensor | None = None,
+        outer: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self._describe(codes.shape, scale, zero_point, number_format, conv_groups)
+        self._describe(codes.shape, scale, zero_point, number_format, conv_groups, offset, outer)
 
     def _describe(
         self,
@@ -310,36 +351,52 @@ class CodedWeight(WeightQuantizer):
         zero_point: Tensor | None,
         number_format: NumberFormat,
         conv_groups: int,
+        offset: Tensor | None,
+        outer: Tensor | None,
     ) -> None:
         self.shape, self.conv_groups = torch.Size(shape), conv_groups
         self.number_format, self.bits = number_format, number_format.bits
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+        self.register_buffer("offset", offset)
+        self.register_buffer("outer", outer)
 
     @classmethod
     def from_rounded(cls, weight: AdaRoundWeight, r: Tensor) -> CodedWeight:
         """Harden a learned rounding."""
         codes = weight.codes(r).to(torch.uint8)
-        zero_point = None if weight.zero_point is None else weight.zero_point.clone()
-        return cls(codes, weight.scale.clone(), zero_point, weight.number_format, weight.conv_groups)
+        scale = weight.number_format.scale_type.encode(weight.scale, weight.outer).clone()
+        zero_point, offset, outer = (
+            None if values is None else values.clone() for values in (weight.zero_point, weight.offset, weight.outer)
+        )
+        return cls(codes, scale, zero_point, weight.number_format, weight.conv_groups, offset, outer)
 
     @classmethod
     def neutral(cls, weight: Tensor, number_format: NumberFormat, conv_groups: int, symmetric: bool) -> CodedWeight:
         """For a weight of that shape; its codes are undefined, and so are zero points that are not symmetric."""
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        return cls(codes, *neutral_scales(weight, number_format, symmetric), number_format, conv_groups)
+        scale, zero_point, *others = neutral_scales(weight, number_format, symmetric)
+        return cls(codes, scale, zero_point, number_format, conv_groups, *others)
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         """Packed codes, scales, and zero points unless they are symmetric."""
         return (StoredTensor("codes", self.codes, "codes", torch.uint8, self.bits), *self.stored_scales())
 
+    def scales(self) -> Tensor:
+        """Scale of the codes, in at least float32."""
+        return self.number_format.scale_type.decode(self.scale, self.outer)
+
     def stored_scales(self) -> tuple[StoredTensor, ...]:
-        """Scales, and zero points unless they are symmetric."""
-        scale = StoredTensor.plain("scale", self.scale, self.number_format.scale_dtype)
-        if self.zero_point is None or self.symmetric:
-            return (scale,)
-        return scale, StoredTensor("zero_point", self.zero_point, "zero_points", torch.uint8)
+        """Scales and offsets, what scales are relative to, and zero points unless they are symmetric."""
+        found = [StoredTensor.plain("scale", self.scale)]
+        if self.zero_point is not None and not self.symmetric:
+            found.append(StoredTensor("zero_point", self.zero_point, "zero_points", torch.uint8))
+        if self.offset is not None:
+            found.append(StoredTensor.plain("offset", self.offset, self.number_format.scale_type.dtype))
+        if self.outer is not None:
+            found.append(StoredTensor.plain("outer", self.outer))
+        return tuple(found)
 
     def search(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the codes are found."""
@@ -353,11 +410,11 @@ class CodedWeight(WeightQuantizer):
 
     def forward(self, r: Tensor) -> Tensor:
         """The dequantized weight for an input reparameterized by `r`, (C,) or (1,)."""
-        codes = self.codes
-        factor = scale_of_inputs(r, codes, self.conv_groups)
+        codes, scale = self.codes, self.scales()
+        factor, offset = scale_of_inputs(r, codes, self.conv_groups), self.offsets(codes)
         # In one piece of memory: to get three fresh ones from the system takes longer than to compute.
-        weight = self.number_format.decode(codes.to(self.scale.dtype), self.zeros(codes))
-        return weight.mul_(self.beside(self.scale, codes)).div_(factor)
+        weight = self.number_format.decode(codes.to(scale.dtype), self.zeros(codes)).mul_(self.beside(scale, codes))
+        return (weight if offset is None else weight.add_(offset)).div_(factor)
 
 
 class PackedWeight(CodedWeight):
@@ -370,6 +427,8 @@ class PackedWeight(CodedWeight):
         zero_point: likewise.
         number_format: likewise.
         conv_groups: likewise.
+        offset: likewise.
+        outer: likewise.
     """
 
     kind: ClassVar[str] = "packed"
@@ -383,18 +442,20 @@ class PackedWeight(CodedWeight):
         zero_point: Tensor | None,
         number_format: NumberFormat,
         conv_groups: int = 1,
+        offset: Tensor | None = None,
+        outer: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.register_buffer("packed", packed)
-        self._describe(shape, scale, zero_point, number_format, conv_groups)
+        self._describe(shape, scale, zero_point, number_format, conv_groups, offset, outer)
 
     @classmethod
     def neutral(cls, weight: Tensor, number_format: NumberFormat, conv_groups: int, symmetric: bool) -> CodedWeight:
         """As in `CodedWeight`."""
         size = packed_size(weight.shape.numel(), number_format.bits)
         packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
-        scales = neutral_scales(weight, number_format, symmetric)
-        return cls(packed, weight.shape, *scales, number_format, conv_groups)
+        scale, zero_point, *others = neutral_scales(weight, number_format, symmetric)
+        return cls(packed, weight.shape, scale, zero_point, number_format, conv_groups, *others)
 
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
@@ -407,10 +468,18 @@ class PackedWeight(CodedWeight):
         return (StoredTensor("packed", self.packed, "codes", torch.uint8), *self.stored_scales())
 
 
-def neutral_scales(weight: Tensor, number_format: NumberFormat, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scales of 1 and zero points for a weight of that shape; NaN for zero points that are about to be read."""
+def neutral_scales(
+    weight: Tensor, number_format: NumberFormat, symmetric: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Stored scales of 1, zero points, offsets and outer scales for a weight of that shape.
+
+    Zero points that are about to be read are NaN.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    scale = torch.ones(number_format.sharing.shape(tuple(weight.shape)), dtype=dtype, device=weight.device)
-    if not number_format.zero_points:
-        return scale, None
-    return scale, torch.full_like(scale, 2 ** (number_format.bits - 1) if symmetric else torch.nan)
+    one = torch.ones(number_format.sharing.shape(tuple(weight.shape)), dtype=dtype, device=weight.device)
+    size = number_format.scale_type.outer_size(one.numel())
+    outer = one.new_ones(size) if size else None
+    offset = torch.zeros_like(one) if number_format.offsets else None
+    point = 2 ** (number_format.bits - 1) if symmetric else torch.nan
+    zero_point = torch.full_like(one, point) if number_format.zero_points else None
+    return number_format.scale_type.encode(one, outer), zero_point, offset, outer

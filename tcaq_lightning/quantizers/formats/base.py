@@ -2,55 +2,90 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.quantizers.formats.scales import ScaleType
 from tcaq_lightning.quantizers.range_search import NORM, powers
 from tcaq_lightning.runtime.registry import Registry
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Which values of a weight (O, I, ...) share a scale.
+    """Which values of a weight (O, I, ...) share a scale; by default those of an output channel.
 
     Attributes:
         group: so many neighbouring inputs of an output channel share one, the last ones what is left; None: all of it.
         whole: whether one scale is everybody's.
+        block: so many neighbouring values of an output channel, kernel positions counted, share one; the last ones
+            what is left.
 
     >>> Sharing().shape((4, 6, 3, 3)), Sharing(group=2).shape((4, 6, 3, 3)), Sharing(whole=True).shape((4, 6))
     ((4,), (4, 3), (1,))
+    >>> Sharing(block=16).shape((4, 6, 3, 3))
+    (4, 4)
     """
 
     group: int | None = None
     whole: bool = False
+    block: int | None = None
 
     def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a weight of that shape."""
         if self.whole:
             return (1,)
+        if self.block is not None:
+            return weight[0], -(-math.prod(weight[1:]) // self.block)
         return weight[:1] if self.group is None else (weight[0], -(-weight[1] // self.group))
 
     def rows(self, weight: Tensor) -> Tensor:
         """(R, N): the values of each scale in a row, in the scales' order; what is missing of a last group is 0."""
         if self.whole:
             return weight.reshape(1, -1)
-        if self.group is None:
+        if self.group is None and self.block is None:
             return weight.flatten(1)
-        missing = -weight.shape[1] % self.group
-        padded = torch.cat([weight, weight.new_zeros(weight.shape[0], missing, *weight.shape[2:])], dim=1)
-        return torch.unflatten(padded, 1, (-1, self.group)).flatten(0, 1).flatten(1)
+        values = weight if self.block is None else weight.flatten(1)
+        together = self.block or self.group or 1
+        missing = -values.shape[1] % together
+        padded = torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], dim=1)
+        return torch.unflatten(padded, 1, (-1, together)).flatten(0, 1).flatten(1)
 
     def spread(self, scales: Tensor, weight: Tensor) -> Tensor:
         """Scales of `shape` beside a weight, to which they broadcast."""
+        if self.block is not None:
+            beside = scales[:, :, None].expand(-1, -1, self.block).flatten(1)  # (O, K), the last block whole
+            return beside[:, : weight.shape[1:].numel()].reshape(weight.shape)
         if self.group is None:
             return scales.view(-1, *[1] * (weight.ndim - 1))
         beside = scales.repeat_interleave(self.group, dim=1)[:, : weight.shape[1]]  # (O, I)
         return beside.view(*beside.shape, *[1] * (weight.ndim - 2))
+
+
+GRANULARITIES = {"channel": Sharing(), "tensor": Sharing(whole=True)}
+"""What `quantization.weight.granularity` may be, beside a number of inputs."""
+
+
+class Grid(NamedTuple):
+    """What a search finds for each row, all (R,): w = scale g + offset with values g of the grid.
+
+    Attributes:
+        scale: as it can be stored.
+        zero_point: of formats whose grid is moved by whole codes, else None.
+        offset: of formats that add one to weights, else None.
+        outer: what the scales are stored relative to, or None.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+    outer: Tensor | None = None
 
 
 class NumberFormat(ABC):
@@ -69,38 +104,70 @@ class NumberFormat(ABC):
         bits: code width b, one of `widths`.
         symmetric: whether zero points are constant; must be true of formats without them.
         name: in the registry.
+        granularity: which values share a scale: channel, tensor, or a number of neighbouring inputs; None is the
+            format's own.
 
     Raises:
-        UserError: a width or symmetry that the format does not have.
+        UserError: a width, symmetry or granularity that the format does not have.
 
     Attributes:
         widths: code widths that it has, within 2..8.
-        integers: whether grid values are the integers c - z, with a scale for each output channel: what integer kernels
-            of engines can multiply.
+        uniform: whether neighbouring grid values are 1 apart.
         zero_points: whether grids are moved by zero points.
-        sharing: which values share a scale.
-        scale_dtype: of scales in the artifact, to which `storable` rounds; None: that in which they are computed.
+        offsets: whether an offset is added to weights beside their scale.
+        sharing: which values share a scale; of a class, unless `granularity` says otherwise.
+        blocks: whether the sharing is part of the format.
+        scale_type: what scales are stored as.
     """
 
     widths: ClassVar[range] = range(2, 9)
-    integers: ClassVar[bool] = False
+    uniform: ClassVar[bool] = False
     zero_points: ClassVar[bool] = False
-    sharing: ClassVar[Sharing] = Sharing()
-    scale_dtype: ClassVar[torch.dtype | None] = None
+    offsets: ClassVar[bool] = False
+    sharing: Sharing = Sharing()
+    blocks: ClassVar[bool] = False
+    scale_type: ClassVar[ScaleType] = ScaleType()
+    factors: ClassVar[tuple[float, float]] = (1.0, 0.2)
+    """Ends of the factors that a search tries, of the scale that reaches a row's largest magnitude."""
 
-    def __init__(self, bits: int, symmetric: bool = True, name: str = "") -> None:
+    def __init__(self, bits: int, symmetric: bool = True, name: str = "", granularity: str | int | None = None) -> None:
         self.name = kind = name or type(self).__name__
         if bits not in self.widths:
             first, last = self.widths[0], self.widths[-1]
+            expected = f"{first}" if first == last else f"in {first}..{last}"
             raise UserError(
-                f"quantization.weight.bits must be in {first}..{last} for quantization.weight.format {kind}, got {bits}"
+                f"quantization.weight.bits must be {expected} for quantization.weight.format {kind}, got {bits}"
             )
         if not (symmetric or self.zero_points):
             raise UserError(
                 f"quantization.weight.symmetric must be true for quantization.weight.format {kind}, which has no zero "
                 "points, got false"
             )
-        self.bits, self.symmetric = bits, symmetric
+        if granularity is not None and self.blocks:
+            raise UserError(
+                f"quantization.weight.granularity must be null for quantization.weight.format {kind}, whose scales are "
+                f"part of the format, got {granularity!r}"
+            )
+        if granularity is not None:
+            self.sharing = Sharing(group=granularity) if isinstance(granularity, int) else GRANULARITIES[granularity]
+        self.bits, self.symmetric, self.granularity = bits, symmetric, granularity
+
+    @property
+    def integers(self) -> bool:
+        """Whether integer kernels of engines can multiply it: values c - z with a scale for each output channel."""
+        return self.uniform and self.zero_points and self.sharing == Sharing()
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest value of the grid, of one without zero points."""
+        grid = self.decode(torch.arange(2.0**self.bits))
+        grid = grid[grid.isfinite()]
+        return float(grid.amin()), float(grid.amax())
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude of the grid."""
+        return max(map(abs, self.ends))
 
     @abstractmethod
     def encode(self, values: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -135,55 +202,70 @@ class NumberFormat(ABC):
 
         Args:
             x: any shape.
-            scale: positive, broadcastable to `x`.
+            scale: not 0, broadcastable to `x`.
             zero_point: likewise, or None.
         """
         steps = x / scale
         with torch.no_grad():
-            below, above = self.neighbours(steps, zero_point)
-            grid = torch.where(steps - below <= above - steps, below, above)
-            outside = below == above
+            grid = self.nearest(steps, zero_point)
+            if zero_point is None:
+                outside = (steps < self.ends[0]) | (steps > self.ends[1])
+            else:
+                outside = torch.eq(*self.neighbours(steps, zero_point))
         moving = torch.where(outside, steps.detach(), steps)
         return (grid + (moving - moving.detach())) * scale
 
-    def search(
-        self, rows: Tensor, candidates: int = 80, norm: float = NORM, symmetric: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Best scale of every row: of so many shrink factors, the one with the least error.
+    def search(self, rows: Tensor, candidates: int = 80, norm: float = NORM, symmetric: bool | None = None) -> Grid:
+        """Best scale of every row: of several, the one with the least error.
 
         Args:
             rows: (R, N), one row for each scale.
-            candidates: number of factors tried, from 1 down to 0.2 of the one that reaches the row's largest magnitude.
+            candidates: number of scales tried, between `factors` of the one that reaches the row's largest magnitude.
             norm: p of the error, sum |x - x^|^p.
             symmetric: as in the class; None takes the format's own.
 
         Returns:
-            (R,) scales, which are `storable`, and (R,) zero points or None.
+            Scales that can be stored, and what they are stored relative to.
         """
-        largest = self.decode(torch.arange(2.0**self.bits, device=rows.device)).abs().amax().to(rows.dtype)
-        reach = rows.abs().amax(1) / largest
-        reach = torch.where(reach > 0, reach, torch.ones_like(reach))
+        reach = rows.abs().amax(1) / self.largest
+        highest = reach.amax()
+        reach = torch.where(reach > 0, reach, highest if highest > 0 else torch.ones_like(highest))
+        outer = self.scale_type.outer(reach)
         best, least = reach, torch.full_like(reach, torch.inf)
-        for factor in torch.linspace(1.0, 0.2, candidates).tolist():
-            scale = self.storable(reach * factor)
+        for scale in self.tried(reach, outer, candidates):
             quantized = self.nearest(rows / scale[:, None]) * scale[:, None]
             error = powers(quantized - rows, norm).sum(1)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        return best, None
+        return Grid(best, outer=outer)
 
-    def storable(self, scale: Tensor) -> Tensor:
-        """Scales rounded to those that the artifact can hold."""
-        return scale if self.scale_dtype is None else scale.to(self.scale_dtype).to(scale.dtype)
+    def tried(self, reach: Tensor, outer: Tensor | None, candidates: int) -> list[Tensor]:
+        """Scales that a search compares, (R,) each, which can be stored; `reach` reaches a row's largest magnitude."""
+        factors = torch.linspace(*self.factors, candidates).tolist()
+        return [self.scale_type.storable(reach * factor, outer) for factor in factors]
+
+    def bits_per_weight(self, weight: tuple[int, ...]) -> float:
+        """Bits that the file holds for a value of a weight of that shape, scales and offsets counted.
+
+        >>> from tcaq_lightning.quantizers import make_format
+        >>> [make_format(name, 4).bits_per_weight((64, 256)) for name in ("mxfp4", "nvfp4", "q4_0", "q4_1")]
+        [4.25, 4.501953125, 4.5, 5.0]
+        """
+        count = math.prod(self.sharing.shape(weight))
+        width = 8 * (self.scale_type.dtype or torch.float32).itemsize
+        parts = 2 if self.offsets else 1
+        points = 8 * count if self.zero_points and not self.symmetric else 0
+        outer = 32 * self.scale_type.outer_size(count)
+        return self.bits + (parts * width * count + points + outer) / math.prod(weight)
 
 
 FORMATS: Registry[type[NumberFormat]] = Registry("number format")
 """By the name that `quantization.weight.format` takes."""
 
 
-def make_format(name: str, bits: int, symmetric: bool = True) -> NumberFormat:
+def make_format(name: str, bits: int, symmetric: bool = True, granularity: str | int | None = None) -> NumberFormat:
     """The number format of that name.
 
     Raises:
-        UserError: there is none, or it lacks that width or symmetry.
+        UserError: there is none, or it lacks that width, symmetry or granularity.
     """
-    return FORMATS[name](bits, symmetric, name)
+    return FORMATS[name](bits, symmetric, name, granularity)

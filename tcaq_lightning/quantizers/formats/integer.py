@@ -1,4 +1,4 @@
-"""Integers: the grid c - z of codes c in 0..2^b - 1, with a scale and a zero point for each output channel."""
+"""Integers: the grid c - z of codes c in 0..2^b - 1, with scales and zero points."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tcaq_lightning.quantizers.formats.base import FORMATS, NumberFormat
+from tcaq_lightning.quantizers.formats.base import FORMATS, Grid, NumberFormat
 from tcaq_lightning.quantizers.range_search import NORM, search_affine, search_symmetric
 from tcaq_lightning.quantizers.uniform import fake_quantize
 
@@ -20,7 +20,7 @@ class IntegerFormat(NumberFormat):
     (tensor([-2.,  0.,  1.]), tensor([-2.,  1.,  1.]))
     """
 
-    integers: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
     zero_points: ClassVar[bool] = True
 
     def encode(self, values: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -49,11 +49,11 @@ class IntegerFormat(NumberFormat):
 
     def search(
         self, rows: Tensor, candidates: int | None = None, norm: float = NORM, symmetric: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Grid:
         """Best step of every row, and its zero point if that is not constant; 80 or 16 candidates by default."""
         if self.symmetric if symmetric is None else symmetric:
-            return search_symmetric(rows, self.bits, candidates or 80, norm), None
-        return search_affine(rows, self.bits, candidates or 16, norm=norm)
+            return Grid(search_symmetric(rows, self.bits, candidates or 80, norm))
+        return Grid(*search_affine(rows, self.bits, candidates or 16, norm=norm))
 
     def _zero(self, zero_point: Tensor | None) -> Tensor | float:
         return 2.0 ** (self.bits - 1) if zero_point is None else zero_point

@@ -40,5 +40,10 @@ class LevelTable(NumberFormat):
         below = table[(after - 1).clamp_(min=0)]
         return below, torch.where(values < table[0], below, table[after.clamp(max=len(table) - 1)])
 
+    def nearest(self, values: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """The nearest level, the lower one of two."""
+        table = self._table(values)
+        return table[torch.bucketize(values, (table[1:] + table[:-1]) / 2)]
+
     def _table(self, like: Tensor) -> Tensor:
         return like.new_tensor(self.levels())

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.quantizers import AdaRoundWeight, LevelTable, NumberFormat, Rounding, Sharing, make_format
+from tcaq_lightning.quantizers import (
+    AdaRoundWeight,
+    FloatScales,
+    LevelTable,
+    NumberFormat,
+    Rounding,
+    Sharing,
+    make_format,
+)
 from tcaq_lightning.quantizers.uniform import fake_quantize
 
 
@@ -21,7 +29,7 @@ class Table(LevelTable):
 class HalfScales(Table):
     """The same with scales that the artifact holds in 16 bits."""
 
-    scale_dtype = torch.float16
+    scale_type = FloatScales(torch.float16)
 
 
 def grid_of(made: NumberFormat, zero: Tensor | None) -> Tensor:
@@ -122,6 +130,6 @@ def test_scales_are_those_that_the_artifact_can_hold() -> None:
 
 
 def test_an_unknown_format_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="unknown number format 'nf4'; expected one of int") as caught:
-        make_format("nf4", 4)
+    with pytest.raises(UserError, match="unknown number format 'fp17'; expected one of e2m1") as caught:
+        make_format("fp17", 4)
     assert "\n" not in str(caught.value)
