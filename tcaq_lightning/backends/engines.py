@@ -38,7 +38,7 @@ class Engine(Protocol):
     info: GraphInfo
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
-        """The prediction, for numpy inputs by name."""
+        """The prediction, for numpy inputs by name; of any number of threads at once."""
 
     def kernels(self) -> list[Kernel]:
         """What runs the quantized products."""

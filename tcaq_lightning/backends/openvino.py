@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class OpenVINOEngine:
         except RuntimeError as error:
             where = "the exported graph" if isinstance(source, bytes) else source
             raise UserError(f"OpenVINO cannot open {where}: {one_line(error)}; export it again") from error
-        self._request = self.compiled.create_infer_request()
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests that no call has now
 
     def _avoid_saturation(self, openvino: Any, model: Any, saturates: bool | None) -> list[str]:
         """Keep products whose sums could saturate off integer kernels: they then run in float, on the same values."""
@@ -103,8 +104,15 @@ class OpenVINOEngine:
         return sorted(names)
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
-        """The prediction."""
-        return self._request.infer(inputs)[0].copy()
+        """The prediction; as many calls may run at once as there are threads."""
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = self.compiled.create_infer_request()
+        try:
+            return request.infer(inputs)[0].copy()
+        finally:
+            self._idle.put(request)
 
     def kernels(self) -> list[Kernel]:
         """What runs the quantized products."""

@@ -22,9 +22,10 @@ from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample
 from tcaq_lightning.models.sampling import make_sampling
 from tcaq_lightning.models.trajectories import Trajectories, collect
 from tcaq_lightning.nn.attention import quantized_processor
+from tcaq_lightning.nn.grouped import grouped
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
-from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, TimestepHook
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.json_shape import MEASURED, NUMBER, TEXT, Named
 
 FILE = Path("report") / "sensitivity.json"
@@ -155,9 +156,7 @@ def alone(full: nn.Module, quantized: nn.Module, name: str) -> Iterator[None]:
         name: one of `parts_of(quantized)`.
     """
     part, place = quantized.get_submodule(name), full.get_submodule(name)
-    groups = groups_of(quantized)
-    handle = full.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
-    try:
+    with grouped(full, groups_of(quantized)):
         if isinstance(part, QuantLayer):
             correction, part.bias_shift = part.bias_shift, None
             set_submodule(full, name, part)
@@ -175,8 +174,6 @@ def alone(full: nn.Module, quantized: nn.Module, name: str) -> Iterator[None]:
                 yield
             finally:
                 attention.set_processor(own)
-    finally:
-        handle.remove()
 
 
 def groups_of(quantized: nn.Module) -> TimestepGroups:

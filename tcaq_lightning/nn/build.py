@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tcaq_lightning.nn.attention import PROCESSORS
+from tcaq_lightning.nn.grouped import group
 from tcaq_lightning.nn.layers import LAYERS, QuantLayer
 from tcaq_lightning.nn.parts import set_submodule
 from tcaq_lightning.nn.spec import AttentionSpec, LayerSpec
@@ -21,7 +22,7 @@ from tcaq_lightning.quantizers import (
     WeightQuantizer,
     make_format,
 )
-from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, TimestepHook
+from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 Weights = Literal["learned", "codes", "packed"]
 """Weights to be calibrated, weights of a frozen denoiser, and these packed in memory as they are on disk."""
@@ -51,7 +52,7 @@ def build(
         denoiser: full precision.
         layers: by name; kept ones stay.
         attentions: likewise.
-        groups: the timestep groups that all quantizers share; a pre-hook that sets them is put on the denoiser.
+        groups: the timestep groups that all quantizers share; the denoiser's forward says them.
         weights: which weights the layers get. Of frozen ones, codes are undefined, and so is what is about to be read.
 
     Raises:
@@ -79,7 +80,7 @@ def build(
             if (parameter := next(owner.parameters(), None)) is not None:
                 processor.to(parameter.device)
             owner.set_processor(processor.train(owner.training))
-    denoiser.register_forward_pre_hook(TimestepHook(groups), with_kwargs=True)
+    group(denoiser, groups)
 
 
 def build_layer(

@@ -218,7 +218,8 @@ class QuantLayer(nn.Module):
             if bias is not None:
                 y = y + along(bias, y.ndim, self.channel_dim)
         if self.bias_shift is not None:
-            shift = self.bias_shift[self.input_quantizer.groups.of_rows(y.shape[0])]  # (B, O)
+            groups = self.input_quantizer.groups.of_rows(y.shape[0])
+            shift = self.bias_shift.index_select(0, groups.to(y.device))  # (B, O)
             shape = [shift.shape[0]] + [1] * (y.ndim - 1)
             shape[self.channel_dim] = -1
             shift = shift.view(shape)

@@ -59,7 +59,7 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     Args:
         denoiser: a diffusers denoiser.
         config: bits and rules.
-        groups: the timestep groups that all quantizers share; a pre-hook that sets them is put on the denoiser.
+        groups: the timestep groups that all quantizers share; the denoiser's forward says them.
 
     Returns:
         The coverage table, one row for each layer with parameters and each attention matmul.

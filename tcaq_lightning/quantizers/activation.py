@@ -22,7 +22,7 @@ VALUES = 4096
 
 def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
     """Rows of a (G,) table for a batch: (B, 1, ..., 1) with `dims` axes."""
-    return table.index_select(0, groups).view(-1, *[1] * (dims - 1))
+    return table.index_select(0, groups.to(table.device)).view(-1, *[1] * (dims - 1))
 
 
 def for_all_samples(x: Tensor, rows: int) -> Tensor:

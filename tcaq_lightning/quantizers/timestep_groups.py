@@ -1,19 +1,19 @@
 """Timestep groups: which activation parameters belong to which timestep.
 
 Groups are intervals of t itself, not of a step's number, so that any sampler with any number of steps finds its group
-(docs/method.md, "Quantizers"). Layers below the top of a denoiser never see t: one pre-hook turns its `timestep`
-argument into a group index that all quantizers of this denoiser share.
+(docs/method.md, "Quantizers"). Layers below the top of a denoiser never see t: its forward turns the `timestep`
+argument into group indices that all its quantizers read while it runs, in each thread those of its own call.
 """
 
 from __future__ import annotations
 
-import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tcaq_lightning.errors import UserError
 
@@ -44,23 +44,70 @@ def group_boundaries(timesteps: Sequence[float], num_groups: int) -> list[float]
     return [(grid[i - 1] + grid[i]) / 2 for i in starts]
 
 
-class TimestepGroups:
-    """The group of every sample that is passing through a denoiser now.
+class Running(NamedTuple):
+    """The groups of a batch that is passing through a denoiser.
 
     Attributes:
-        current: (B,) long, the group of each sample of the running batch.
+        current: (B,) long, the group of each sample.
         single: the group when all samples share one known without a device sync, else None.
+    """
+
+    current: Tensor
+    single: int | None = None
+
+
+class _ThreadState(threading.local):
+    running: Running | None = None
+    """A class attribute, so that a thread that is new has one too: compiled code then serves all threads."""
+
+
+class TimestepGroups:
+    """The group of every sample that is passing through a denoiser now, in each thread by itself.
+
+    Args:
+        boundaries: G - 1, ascending.
     """
 
     def __init__(self, boundaries: Sequence[float]) -> None:
         self.boundaries = [float(b) for b in boundaries]
-        self.current = torch.zeros(1, dtype=torch.long)
-        self.single: int | None = None
+        self._everybody = Running(torch.zeros(1, dtype=torch.long), 0)  # where there is one group
+        self._thread = _ThreadState()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies pass nothing through yet."""
+        return type(self), (self.boundaries,)
 
     @property
     def num_groups(self) -> int:
         """G."""
         return len(self.boundaries) + 1
+
+    @property
+    def running(self) -> Running:
+        """Groups of the batch that is passing in this thread.
+
+        Raises:
+            UserError: nothing said them, and there are several groups.
+        """
+        running = self._thread.running
+        if running is not None:
+            return running
+        if self.boundaries:
+            raise UserError(
+                f"timestep: expected a call of the whole denoiser, which says the timestep, got one of a part of it "
+                f"that has parameters for {self.num_groups} timestep groups; call the denoiser"
+            )
+        return self._everybody
+
+    @property
+    def current(self) -> Tensor:
+        """(B,) long, the group of each sample of the running batch; raises as `running`."""
+        return self.running.current
+
+    @property
+    def single(self) -> int | None:
+        """The group of all samples of the running batch, where they share one; raises as `running`."""
+        return self.running.single
 
     def of(self, timesteps: Tensor) -> Tensor:
         """Group of each timestep: the number of boundaries at or below it.
@@ -71,64 +118,57 @@ class TimestepGroups:
         edges = torch.tensor(self.boundaries, dtype=torch.float32, device=timesteps.device)
         return torch.bucketize(timesteps.to(torch.float32).contiguous(), edges, right=True)
 
+    def of_batch(self, timestep: Any, batch: int, device: torch.device) -> Running:
+        """Groups of a batch, from what its denoiser is given.
+
+        Args:
+            timestep: a number, or a tensor of one or of B elements.
+            batch: B.
+            device: of the samples.
+        """
+        groups = self.of(torch.as_tensor(timestep, device=device).reshape(-1))
+        if torch.compiler.is_compiling():  # values decide nothing there
+            return Running(groups.expand(batch).contiguous() if groups.numel() == 1 else groups)
+        # A batch of one timestep may hand it over for every sample; elsewhere a look at the values is a sync.
+        if groups.numel() == 1 or (groups.device.type == "cpu" and bool((groups == groups[0]).all())):
+            return Running(groups[:1].expand(batch).contiguous(), int(groups[0]))
+        return Running(groups)
+
     def of_rows(self, rows: int) -> Tensor:
         """Groups of a tensor's rows, of which each sample of the running batch may have several in sequence.
 
         A single row is everybody's, and a single group everything's: these broadcast.
 
         >>> groups = TimestepGroups([500.0])
-        >>> groups.set(torch.tensor([0, 1]))
-        >>> groups.of_rows(4)
+        >>> with groups.using(torch.tensor([0, 1])):
+        ...     groups.of_rows(4)
         tensor([0, 0, 1, 1])
+
+        Raises:
+            UserError: as `running`.
+            ValueError: a number of rows that is no multiple of B.
         """
-        batch = self.current.shape[0]
+        current = self.running.current
+        batch = current.shape[0]
         if rows == batch or rows == 1 or batch == 1:
-            return self.current
+            return current
         if rows % batch:
             raise ValueError(f"expected a multiple of the {batch} samples that are passing, got {rows} rows")
-        return self.current.repeat_interleave(rows // batch)
+        return current.repeat_interleave(rows // batch)
 
     def set(self, groups: Tensor, single: int | None = None) -> None:
-        """Say which groups, (B,), the samples of the running batch are in."""
-        self.current, self.single = groups, single
+        """Say which groups, (B,), the samples of this thread's batches are in from now on."""
+        self._thread.running = Running(groups, single)
 
     @contextmanager
-    def using(self, groups: Tensor) -> Iterator[None]:
-        """Run part of a denoiser on samples of the given groups, (B,)."""
-        before = self.current, self.single
-        self.set(groups)
+    def using(self, groups: Tensor, single: int | None = None) -> Iterator[None]:
+        """Run a denoiser, or part of it, on samples of the given groups, (B,), in this thread."""
+        before = self._thread.running
+        self._thread.running = Running(groups, single)
         try:
             yield
         finally:
-            self.set(*before)
-
-
-class TimestepHook:
-    """Forward pre-hook of a denoiser: `timestep` argument -> shared group index."""
-
-    def __init__(self, groups: TimestepGroups) -> None:
-        self.groups = groups
-        self._position: int | None = None
-
-    def _position_in(self, module: nn.Module) -> int:
-        """Where a denoiser takes its timestep, which is not always the second argument."""
-        if self._position is None:
-            names = list(inspect.signature(module.forward).parameters)
-            self._position = names.index("timestep") if "timestep" in names else 1
-        return self._position
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Set the groups of the batch that the denoiser is called on."""
-        sample: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._position_in(module)]
-        batch = sample.shape[0]
-        t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        groups = self.groups.of(t)
-        # A batch of one timestep may hand it over for every sample; elsewhere a look at the values is a sync.
-        if groups.numel() == 1 or (groups.device.type == "cpu" and bool((groups == groups[0]).all())):
-            self.groups.set(groups[:1].expand(batch), int(groups[0]))
-        else:
-            self.groups.set(groups)
+            self._thread.running = before
 
 
 def some_positions(count: int, values: int) -> Tensor | slice:

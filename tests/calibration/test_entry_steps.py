@@ -15,7 +15,7 @@ class Unit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         groups = TimestepGroups([])
-        groups.current = torch.zeros(3, dtype=torch.long)
+        groups.set(torch.zeros(3, dtype=torch.long))
         self.first, self.second, self.side = (ActivationQuantizer(4, groups, channels=2) for _ in range(3))
         self.weight = nn.Parameter(torch.ones(2))
         for quantizer in (self.first, self.second, self.side):

@@ -16,9 +16,9 @@ from tcaq_lightning.backends.graph.tables import Timesteps
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import is_attention
 from tcaq_lightning.nn.attention import quantized_processor, replace_processor
+from tcaq_lightning.nn.grouped import ungroup
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import quant_layers, set_submodule
-from tcaq_lightning.quantizers.timestep_groups import TimestepHook
 
 
 class GraphDenoiser(nn.Module):
@@ -33,10 +33,7 @@ class GraphDenoiser(nn.Module):
         super().__init__()
         self.denoiser, self.names = copy.deepcopy(denoiser).float(), names
         self.first_name = first_name(inspect.signature(denoiser.forward).parameters)
-        for number, hook in list(self.denoiser._forward_pre_hooks.items()):
-            if isinstance(hook, TimestepHook):
-                del self.denoiser._forward_pre_hooks[number]
-                self.denoiser._forward_pre_hooks_with_kwargs.pop(number, None)
+        ungroup(self.denoiser)
         self.times, self.constants = Timesteps(boundaries), Constants()
         self._replace()
         self.times.finish()
