@@ -60,7 +60,7 @@ class LayerCounter(contextlib.ExitStack):
         self._during(UnitObservation, "predict_step", lambda *_: "observe")
         self._during(BlockReconstruction, "training_step", lambda module, *_: f"learn_{module.phase}")
         self._during(unit_calibration, "initialize", lambda *_: "search")
-        for function in ("squared_errors", "mean_errors", "held_out_error"):
+        for function in ("unit_errors", "held_out_error"):
             self._during(unit_calibration, function, lambda *_: "gate")
         return self
 

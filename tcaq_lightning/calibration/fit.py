@@ -19,7 +19,7 @@ from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase
 from tcaq_lightning.calibration.restore import warn_of_damage
 from tcaq_lightning.calibration.state import Setup
 from tcaq_lightning.calibration.unit_data import UnitData
-from tcaq_lightning.calibration.unit_errors import squared_errors, weighted_sum
+from tcaq_lightning.calibration.unit_errors import unit_errors, weighted_sum
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.nn.state import check_quantization_state, quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main, world_size
@@ -107,10 +107,10 @@ def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
     """The unit's weighted error on held-out samples; while it learns, what it would be if the fit ended now."""
     batch_size = setup.config.judged_batch_size
     with rounded_hard(prepared.unit):
-        squares = squared_errors(
+        errors = unit_errors(
             prepared.unit, prepared.data, prepared.held_out, setup.timestep_groups, batch_size, setup.device
         )
-    return weighted_sum(squares, prepared.data.weights)
+    return weighted_sum(errors.squares, prepared.data.weights)
 
 
 def _resume_point(path: Path, unit: nn.Module) -> bool:

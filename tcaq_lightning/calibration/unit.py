@@ -22,7 +22,7 @@ from tcaq_lightning.calibration.reconstruction import Phase
 from tcaq_lightning.calibration.shards import Shard
 from tcaq_lightning.calibration.state import Record, Setup
 from tcaq_lightning.calibration.unit_data import UnitData
-from tcaq_lightning.calibration.unit_errors import mean_errors, squared_errors, weighted_sum
+from tcaq_lightning.calibration.unit_errors import unit_errors, weighted_sum
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.methods.sensitivity import normalized_weights
 from tcaq_lightning.nn.parts import quant_layers, quantizers
@@ -65,7 +65,8 @@ def reconstruct_unit(
         record |= _initialize(setup, visit, prepared, shard, callbacks, clock)
     incoming, roundings = quantization_state(unit), _roundings(unit)
     with clock("gate"):
-        squares = squared_errors(unit, data, held_out, setup.timestep_groups, config.judged_batch_size, setup.device)
+        judged = unit_errors(unit, data, held_out, setup.timestep_groups, config.judged_batch_size, setup.device)
+    squares = judged.squares
     data.weights = normalized_weights(torch.ones_like(squares) if sensitivity is None else sensitivity, squares)
     record["before"] = record["after"] = weighted_sum(squares, data.weights)
     if config.reconstruction.enabled and quantizers(unit):
@@ -152,8 +153,8 @@ def _correct_bias(setup: Setup, prepared: PreparedUnit, shard: Shard) -> None:
         return
     samples = shard.here(some(shard.train, setup.config.calibration.bias_samples))
     batch_size = setup.config.judged_batch_size
-    errors = mean_errors(prepared.unit, prepared.data, samples, setup.timestep_groups, batch_size, setup.device)
-    correct_bias(prepared.shifted, errors)
+    errors = unit_errors(prepared.unit, prepared.data, samples, setup.timestep_groups, batch_size, setup.device)
+    correct_bias(prepared.shifted, errors.means)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +14,48 @@ from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import total
 
 
+@dataclass(frozen=True)
+class UnitErrors:
+    """Errors of a unit's output.
+
+    Attributes:
+        squares: (G, C) share of each timestep group and output channel in the block error; they add up to it.
+        means: (G, C) mean of target - output; 0 for timestep groups without samples.
+    """
+
+    squares: Tensor
+    means: Tensor
+
+
 @torch.no_grad()
-def squared_errors(
+def unit_errors(
     unit: nn.Module,
     data: UnitData,
     samples: Tensor,
     timestep_groups: TimestepGroups,
     batch_size: int,
     device: torch.device,
-) -> Tensor:
-    """Squared error of the unit as it is now, over the samples of all ranks; its sum is the block error.
+) -> UnitErrors:
+    """Errors of the unit as it is now, over the samples of all ranks.
 
     Args:
         unit: quantized unit.
         data: its samples on this rank.
-        samples: numbers of those to look at; there may be none here.
-        timestep_groups: timestep groups of the denoiser.
+        samples: (N,) indices of the samples to look at; N may be 0 on some ranks.
+        timestep_groups: those of the denoiser.
         batch_size: samples per pass.
         device: where to compute.
-
-    Returns:
-        (G, C) by timestep group and output channel.
     """
-    sums = torch.zeros(timestep_groups.num_groups, data.channels, dtype=torch.float64)
+    squares = torch.zeros(timestep_groups.num_groups, data.channels, dtype=torch.float64)
+    sums, counts = torch.zeros_like(squares), torch.zeros(timestep_groups.num_groups, 1, dtype=torch.float64)
     for batch in data.batches(in_batches(samples, batch_size), device):
-        output = data.run_batch(unit, timestep_groups, batch)
-        squares, _ = channel_errors(output, batch.targets)
-        sums.index_add_(0, batch.groups.cpu(), squares.double().cpu())
-    return (total(sums) / total(torch.tensor(len(samples)))).float()
+        squared, errors = channel_errors(data.run_batch(unit, timestep_groups, batch), batch.targets)
+        groups = batch.groups.cpu()
+        squares.index_add_(0, groups, squared.double().cpu())
+        sums.index_add_(0, groups, -errors.double().cpu())
+        counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
+    counts = total(counts)
+    return UnitErrors((total(squares) / counts.sum()).float(), (total(sums) / counts.clamp(min=1)).float())
 
 
 def weighted_sum(squares: Tensor, weights: Tensor | None) -> float:
@@ -49,37 +64,5 @@ def weighted_sum(squares: Tensor, weights: Tensor | None) -> float:
 
 
 def in_batches(samples: Tensor, size: int) -> Sequence[Tensor]:
-    """The numbers of samples in batches; none of none."""
+    """The indices of samples in batches; no batch if there are none."""
     return torch.split(samples, size) if len(samples) else ()
-
-
-@torch.no_grad()
-def mean_errors(
-    unit: nn.Module,
-    data: UnitData,
-    samples: Tensor,
-    timestep_groups: TimestepGroups,
-    batch_size: int,
-    device: torch.device,
-) -> Tensor:
-    """Mean of target - output over the samples of all ranks; 0 for timestep groups without samples.
-
-    Args:
-        unit: quantized unit.
-        data: its samples on this rank.
-        samples: numbers of those to look at; there may be none here.
-        timestep_groups: timestep groups of the denoiser.
-        batch_size: samples per pass.
-        device: where to compute.
-
-    Returns:
-        (G, C) by timestep group and output channel.
-    """
-    sums = torch.zeros(timestep_groups.num_groups, data.channels, dtype=torch.float64)
-    counts = torch.zeros(timestep_groups.num_groups, 1, dtype=torch.float64)
-    for batch in data.batches(in_batches(samples, batch_size), device):
-        _, errors = channel_errors(data.run_batch(unit, timestep_groups, batch), batch.targets)
-        groups = batch.groups.cpu()
-        sums.index_add_(0, groups, -errors.double().cpu())
-        counts.index_add_(0, groups, torch.ones(len(groups), 1, dtype=torch.float64))
-    return (total(sums) / total(counts).clamp(min=1)).float()

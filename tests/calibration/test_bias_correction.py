@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tcaq_lightning.calibration.bias_correction import ShiftedLayer, correct_bias, follow_mean_error, shifted_layer
-from tcaq_lightning.calibration.unit_errors import mean_errors
+from tcaq_lightning.calibration.unit_errors import unit_errors
 from tcaq_lightning.config import ReconstructionConfig
 from tcaq_lightning.nn.parts import quant_layers
 
@@ -33,7 +33,7 @@ def test_a_corrected_unit_has_no_mean_error_left(prepare: Any) -> None:
     assert shifted is not None
     assert shifted.layer is quant_layers(unit)["conv2"]
     samples, cpu = torch.arange(len(data)), torch.device("cpu")
-    before = mean_errors(unit, data, samples, twins.timestep_groups, 8, cpu)
+    before = unit_errors(unit, data, samples, twins.timestep_groups, 8, cpu).means
     correct_bias(shifted, before)
-    after = mean_errors(unit, data, samples, twins.timestep_groups, 8, cpu)
+    after = unit_errors(unit, data, samples, twins.timestep_groups, 8, cpu).means
     assert after.abs().max() < 1e-2 * before.abs().max()

@@ -27,7 +27,7 @@ from tcaq_lightning.calibration.shards import Shard
 from tcaq_lightning.calibration.storage import ActivationStorage
 from tcaq_lightning.calibration.streams import Streams
 from tcaq_lightning.calibration.unit_data import UnitData, split_arguments
-from tcaq_lightning.calibration.unit_errors import squared_errors
+from tcaq_lightning.calibration.unit_errors import unit_errors
 from tcaq_lightning.config import (
     ActivationConfig,
     DAQConfig,
@@ -235,7 +235,7 @@ def test_reconstruction_lowers_the_error_of_all_outputs(name: str, unit_name: st
     family = make_family(name, config)
     unit, data = initialize_unit(family, unit_name, observe)
     samples, arguments = torch.arange(SAMPLES), (family.timestep_groups, 3, CPU)
-    nearest = squared_errors(unit, data, samples, *arguments)
+    nearest = unit_errors(unit, data, samples, *arguments).squares
     outputs = output_tensors(data.targets)
     assert nearest.shape == (2, sum(channel_means(x).shape[1] for x in outputs))
     data.weights = torch.ones_like(nearest)
@@ -244,7 +244,7 @@ def test_reconstruction_lowers_the_error_of_all_outputs(name: str, unit_name: st
         module = BlockReconstruction(unit, data, samples, family.timestep_groups, settings, phase, steps, (0, 0, 1))  # type: ignore[arg-type]
         make_trainer(TrainerConfig(accelerator="cpu"), [], None, steps).fit(module)
         module.finish()
-    learned = squared_errors(unit, data, samples, *arguments)
+    learned = unit_errors(unit, data, samples, *arguments).squares
     assert learned.sum() < 0.9 * nearest.sum()
     with torch.no_grad():
         got = output_tensors(data.run(unit, family.timestep_groups, samples, CPU))
@@ -417,12 +417,12 @@ def test_narrow_checkpoints(name: str, unit_name: str, dtype: torch.dtype, obser
     inputs = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor) and x.ndim > 2]
     assert {x.dtype for x in inputs} == {dtype}
     samples = torch.arange(SAMPLES)
-    before = squared_errors(unit, data, samples, family.timestep_groups, 4, CPU).sum()
+    before = unit_errors(unit, data, samples, family.timestep_groups, 4, CPU).squares.sum()
     settings = ReconstructionConfig(batch_size=4)
     module = BlockReconstruction(unit, data, samples, family.timestep_groups, settings, "v", 120, (0, 0, 1))
     make_trainer(TrainerConfig(accelerator="cpu"), [], None, 120).fit(module)
     module.finish()
-    assert squared_errors(unit, data, samples, family.timestep_groups, 4, CPU).sum() < before
+    assert unit_errors(unit, data, samples, family.timestep_groups, 4, CPU).squares.sum() < before
 
     set_parameters(family.quantized)
     unfrozen = family.predict(family.quantized)
@@ -470,7 +470,9 @@ def test_dynamic_tokens_are_calibrated_and_nearer_than_static_ones(observe: Any)
         activation = ActivationConfig(bits=4, dynamic_per_token=dynamic)
         family = make_family("DiT", QuantizationConfig(weight=WeightConfig(bits=8), activation=activation))
         unit, data = initialize_unit(family, name, observe)
-        errors.append(float(squared_errors(unit, data, torch.arange(SAMPLES), family.timestep_groups, 4, CPU).sum()))
+        errors.append(
+            float(unit_errors(unit, data, torch.arange(SAMPLES), family.timestep_groups, 4, CPU).squares.sum())
+        )
     settings = ReconstructionConfig(batch_size=4)
     for phase in ("r", "v"):
         module = BlockReconstruction(

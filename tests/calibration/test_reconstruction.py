@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tcaq_lightning.calibration.losses import block_error
 from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase, draw_indices
-from tcaq_lightning.calibration.unit_errors import squared_errors
+from tcaq_lightning.calibration.unit_errors import unit_errors
 from tcaq_lightning.config import (
     ActivationConfig,
     LayerRule,
@@ -95,7 +95,7 @@ def test_the_error_falls_and_the_unit_ends_hard(prepare: Any, name: str) -> None
     twins, unit, data = prepared
     samples = torch.arange(16)
     keys = {k: v.shape for k, v in quantization_state(unit).items()}
-    nearest = squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum()
+    nearest = unit_errors(unit, data, samples, twins.timestep_groups, 5, CPU).squares.sum()
     r_phase = module_of(prepared, "r", 15)
     fit(r_phase)
     r_phase.finish()
@@ -104,7 +104,7 @@ def test_the_error_falls_and_the_unit_ends_hard(prepare: Any, name: str) -> None
     assert set(v_phase.losses) == {"reconstruction", "rounding"}
     undecided = v_phase.undecided()
     v_phase.finish()
-    assert squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum() < 0.9 * nearest
+    assert unit_errors(unit, data, samples, twins.timestep_groups, 5, CPU).squares.sum() < 0.9 * nearest
     assert undecided < 0.3
     assert {k: v.shape for k, v in quantization_state(unit).items()} == keys
     assert all(layer.learned_weight.rounding is Rounding.HARD for layer in quant_layers(unit).values())
@@ -267,7 +267,7 @@ def test_quantized_outputs_are_learned_around(make_twins: Any, initialized: Any)
     keys = quantization_state(unit).keys()
     before = {n: layer.output_quantizer.delta.clone() for n, layer in (("conv1", conv1), ("conv2", conv2))}
     samples = torch.arange(16)
-    nearest = squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum()
+    nearest = unit_errors(unit, data, samples, twins.timestep_groups, 5, CPU).squares.sum()
     calls: list[int] = []
     handle = conv1.output_quantizer.register_forward_hook(lambda *_: calls.append(1))
     for phase, steps in (("r", 10), ("v", 60)):
@@ -280,7 +280,7 @@ def test_quantized_outputs_are_learned_around(make_twins: Any, initialized: Any)
         module.finish()
     handle.remove()
     assert quantization_state(unit).keys() == keys
-    assert squared_errors(unit, data, samples, twins.timestep_groups, 5, CPU).sum() < 0.9 * nearest
+    assert unit_errors(unit, data, samples, twins.timestep_groups, 5, CPU).squares.sum() < 0.9 * nearest
     assert not torch.equal(conv1.output_quantizer.delta, before["conv1"])
     assert torch.equal(conv2.output_quantizer.delta, before["conv2"])
     assert torch.equal(conv1.output_quantizer.offset, conv1.output_quantizer.offset.round())
