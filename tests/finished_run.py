@@ -13,28 +13,16 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
+
+from tests.tiny_models import seven_units
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN_DIR of a finished run on a random denoiser of seven units, one attention among them."""
     root = tmp_path_factory.mktemp("trained")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(16,),
-            layers_per_block=1,
-            down_block_types=("AttnDownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            mid_block_type=None,
-            norm_num_groups=4,
-            attention_head_dim=8,
-        )
-    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=100)).save_pretrained(root / "model")
+    DDIMPipeline(seven_units(), DDIMScheduler(num_train_timesteps=100)).save_pretrained(root / "model")
     settings = {
         "run_dir": str(root / "run"),
         "model": {"path": str(root / "model")},

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 
 from tcaq_lightning.runtime.distributed.environment import Place
+from tests.tiny_models import seven_units
 
 Settings = dict[str, Any]
 Fault = tuple[str, int, str]
@@ -120,21 +120,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 
 def make_model(directory: Path, **changes: Any) -> Path:
     """A random denoiser of seven units, one attention among them."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(16,),
-            layers_per_block=1,
-            down_block_types=("AttnDownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            mid_block_type=None,
-            norm_num_groups=4,
-            attention_head_dim=8,
-        )
-    DDIMPipeline(unet, DDIMScheduler(num_train_timesteps=100, **changes)).save_pretrained(directory)
+    DDIMPipeline(seven_units(), DDIMScheduler(num_train_timesteps=100, **changes)).save_pretrained(directory)
     return directory
 
 

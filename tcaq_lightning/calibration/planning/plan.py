@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from tcaq_lightning.calibration.planning.cost import (
     DEVICE_TFLOPS,
@@ -68,8 +68,8 @@ class Plan:
     model_bytes: int
     workspace_bytes: dict[str, int]
     seconds: float
-    trajectory_bytes: int = 0
-    image_bytes: int = 0
+    trajectory_bytes: int
+    image_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -190,11 +190,8 @@ def make_plan(
     else:
         footprint = measure_footprint(config, denoiser, others, graph, probe, calls)
     seconds = forward * calibration_passes(config, calls) / world_size()
-    kinds = _Kinds(graph, inputs, probe.x.dtype)
-    plan = _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
-    sets = len(config.calibration.indices) + config.num_rounds * config.calibration.mismatch_trajectories
-    images = 2 * config.evaluation.num_images * probe.x[0].numel() * torch.float32.itemsize
-    return dataclasses.replace(plan, trajectory_bytes=sets * calls * probe.x[0].nbytes, image_bytes=images)
+    kinds = _Kinds(graph, inputs, probe.x[0])
+    return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
 
 
 def sketch_plan(
@@ -218,17 +215,17 @@ def sketch_plan(
     flops = forward_flops(denoiser, samples[:1])
     seconds = seconds_on_devices(calibration_passes(config, calls), flops, ranks, DEVICE_TFLOPS, RANK_EFFICIENCY)
     limits: dict[Tier, float] = {"device": 0.0, "host": math.inf, "disk": 0.0}
-    kinds = _Kinds(graph, inputs, samples.x.dtype)
+    kinds = _Kinds(graph, inputs, samples.x[0])
     return _plan(config, coverage, kinds, calls, ranks, limits, Footprint(trial.model_bytes(), workspace), seconds)
 
 
 @dataclass(frozen=True)
 class _Kinds:
-    """What the store will hold: the units' outputs, of one type, and the inputs of each."""
+    """What is stored: the units' outputs, the inputs of each, and samples like this one, of the outputs' type."""
 
     graph: UnitGraph
     inputs: list[list[TensorKind]]
-    dtype: torch.dtype
+    sample: Tensor
 
 
 def _plan(
@@ -249,9 +246,10 @@ def _plan(
     for row in coverage:
         layers[row.bits] = layers.get(row.bits, 0) + 1
     stored = getattr(torch, calibration.storage)
+    sets = len(calibration.indices) + config.num_rounds * calibration.mismatch_trajectories
 
     def peaks(tiers: dict[Tier, float]) -> dict[Tier, int]:
-        return store_peaks(kinds.graph, kinds.inputs, on_rank, kinds.dtype, stored, tiers)
+        return store_peaks(kinds.graph, kinds.inputs, on_rank, kinds.sample.dtype, stored, tiers)
 
     return Plan(
         processes=ranks,
@@ -265,6 +263,8 @@ def _plan(
         model_bytes=footprint.models,
         workspace_bytes=footprint.workspace,
         seconds=seconds,
+        trajectory_bytes=sets * calls * kinds.sample.nbytes,
+        image_bytes=2 * config.evaluation.num_images * kinds.sample.numel() * torch.float32.itemsize,
     )
 
 

@@ -24,6 +24,8 @@ PLAN = Plan(
     model_bytes=1000,
     workspace_bytes={"learn": 1000},
     seconds=60.0,
+    trajectory_bytes=0,
+    image_bytes=0,
 )
 
 

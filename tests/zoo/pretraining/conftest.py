@@ -2,10 +2,34 @@ from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+
+from tcaq_lightning.zoo.pretraining.training import Pretraining
+
+
+class KilledError(Exception):
+    """Ends a training in the middle."""
+
+
+@contextmanager
+def killed(kind: type[Pretraining], step: int) -> Iterator[None]:
+    """A training of this kind dies within when it comes to a step."""
+    whole = kind.training_step
+
+    def dying(self: Pretraining, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            raise KilledError
+        return whole(self, batch, batch_idx)
+
+    with mock.patch.object(kind, "training_step", dying), pytest.raises(KilledError):
+        yield
 
 
 def write_idx(path: Path, values: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from tcaq_lightning.zoo.pretraining.autoencoder import (
     scaling_factor,
 )
 from tcaq_lightning.zoo.pretraining.idx import read_split
+from tests.zoo.pretraining.conftest import killed
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SETTINGS = {"steps": 4, "batch_size": 4, "warmup": 2, "save_every": 2}
@@ -33,10 +34,6 @@ SETTINGS = {"steps": 4, "batch_size": 4, "warmup": 2, "save_every": 2}
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4}
     monkeypatch.setattr(autoencoder, "ARCHITECTURE", autoencoder.ARCHITECTURE | narrow)
-
-
-class KilledError(Exception):
-    """Stands for the end of the process."""
 
 
 def test_kl_divergence_agrees_with_torch_distributions() -> None:
@@ -90,23 +87,14 @@ def test_learns(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resumed_run_equals_uninterrupted_run_and_is_scored(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(data, tmp_path / "whole", **SETTINGS)
     line = json.loads(capsys.readouterr().out)
     assert line["images"] == 80
     assert line["fid"] > 0
-    step = AutoencoderPretraining.training_step
-
-    def dying_step(self: AutoencoderPretraining, batch: int, batch_idx: int) -> torch.Tensor:
-        if self.global_step == 3:
-            raise KilledError
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AutoencoderPretraining, "training_step", dying_step)
-        with pytest.raises(KilledError):
-            main(data, tmp_path / "parts", **SETTINGS)
+    with killed(AutoencoderPretraining, 3):
+        main(data, tmp_path / "parts", **SETTINGS)
     half = load_file(tmp_path / "parts" / "model" / WEIGHTS)
     main(data, tmp_path / "parts", **SETTINGS)
     expected, resumed = (load_file(tmp_path / run / "model" / WEIGHTS) for run in ("whole", "parts"))

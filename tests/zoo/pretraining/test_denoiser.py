@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors.torch import load_file
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.zoo.pretraining.denoiser import DenoiserPretraining, export, initial_model, pretrain
 from tcaq_lightning.zoo.pretraining.idx import read_split
 from tcaq_lightning.zoo.pretraining.training import Recipe
+from tests.tiny_models import without_attention
+from tests.zoo.pretraining.conftest import killed
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 RECIPE = Recipe(steps=4, batch_size=8, lr=1e-3, warmup=2, seed=3)
@@ -22,42 +24,14 @@ RECIPE = Recipe(steps=4, batch_size=8, lr=1e-3, warmup=2, seed=3)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory with a network of a few thousand weights."""
     directory = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-    )
-    export(network, DDIMScheduler(num_train_timesteps=1000), directory)
+    export(without_attention(28), DDIMScheduler(num_train_timesteps=1000), directory)
     return directory
 
 
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
-def test_resumed_run_equals_uninterrupted_run(
-    data: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(data: Path, tiny: Path, tmp_path: Path) -> None:
     whole = pretrain(data, tmp_path / "whole", RECIPE, tiny, save_every=2)
-
-    step = DenoiserPretraining.training_step
-
-    def dying_step(self: DenoiserPretraining, batch: int, batch_idx: int) -> torch.Tensor:
-        if self.global_step == 3:
-            raise KilledError
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DenoiserPretraining, "training_step", dying_step)
-        with pytest.raises(KilledError):
-            pretrain(data, tmp_path / "parts", RECIPE, tiny, save_every=2)
+    with killed(DenoiserPretraining, 3):
+        pretrain(data, tmp_path / "parts", RECIPE, tiny, save_every=2)
     half = load_file(tmp_path / "parts" / "model" / WEIGHTS)
     parts = pretrain(data, tmp_path / "parts", RECIPE, tiny, save_every=2)
 

@@ -26,6 +26,7 @@ from tcaq_lightning.zoo.pretraining.latent import (
     main,
     new_denoiser,
 )
+from tests.zoo.pretraining.conftest import killed
 
 SETTINGS: dict[str, Any] = {"steps": 4, "batch_size": 4, "warmup": 2, "save_every": 2}
 WEIGHTS = {
@@ -65,26 +66,11 @@ def pretraining(kind: str, data: Path, vae: Path, recipe: LatentRecipe) -> Laten
     return module
 
 
-class KilledError(Exception):
-    """Stands for the end of the process."""
-
-
 @KINDS
-def test_resumed_run_equals_uninterrupted_run(
-    kind: Any, data: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(kind: Any, data: Path, vae: Path, tmp_path: Path) -> None:
     main(data, vae, tmp_path / "whole", denoiser=kind, **SETTINGS)
-    step = LatentPretraining.training_step
-
-    def dying_step(self: LatentPretraining, batch: int, batch_idx: int) -> torch.Tensor:
-        if self.global_step == 3:
-            raise KilledError
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LatentPretraining, "training_step", dying_step)
-        with pytest.raises(KilledError):
-            main(data, vae, tmp_path / "parts", denoiser=kind, **SETTINGS)
+    with killed(LatentPretraining, 3):
+        main(data, vae, tmp_path / "parts", denoiser=kind, **SETTINGS)
     half = [load_file(tmp_path / "parts" / "model" / file) for file in WEIGHTS[kind]]
     main(data, vae, tmp_path / "parts", denoiser=kind, **SETTINGS)
     for file, before in zip(WEIGHTS[kind], half, strict=True):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from PIL import Image
 
 from tcaq_lightning.errors import UserError
@@ -16,22 +16,11 @@ from tcaq_lightning.models.class_conditional import ClassConditionalTransformerP
 from tcaq_lightning.models.pipelines import initial_noise, open_pipeline
 from tcaq_lightning.zoo.pretraining.denoiser import export
 from tcaq_lightning.zoo.pretraining.score import main, tile
+from tests.tiny_models import without_attention
 
 
 def test_one_line_a_sampler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-    )
-    export(network, DDIMScheduler(num_train_timesteps=1000), tmp_path / "model")
+    export(without_attention(8), DDIMScheduler(num_train_timesteps=1000), tmp_path / "model")
     extractor = FeatureExtractor((8, 8, 8), num_features=8)
     save_feature_extractor(extractor, tmp_path / "features", {})
     real = extractor(torch.rand(64, 1, 8, 8)).detach()
