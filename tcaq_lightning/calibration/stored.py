@@ -14,7 +14,7 @@ from tcaq_lightning.calibration.state import Setup
 from tcaq_lightning.config import Config
 from tcaq_lightning.methods.sensitivity import sampler_gain, unit_sensitivities
 from tcaq_lightning.models.sampling import Sampling
-from tcaq_lightning.models.trajectories import Trajectories, collect_together
+from tcaq_lightning.models.trajectories import Trajectories, collect, collect_together
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors, save_tensors
 from tcaq_lightning.runtime.hashing import weights_hash
@@ -48,7 +48,11 @@ def stored_trajectories(
     if found is not None:
         return Trajectories.unpacked(*found)
     data, seed = config.calibration, config.seed
-    trajectories = collect_together(denoiser, sampling, data.sampler, indices, seed, data.batch_size, advance)
+
+    def collect_some(mine: Sequence[int]) -> Trajectories:
+        return collect(denoiser, sampling, data.sampler, mine, seed, data.batch_size, advance)
+
+    trajectories = collect_together(collect_some, indices, advance)
 
     def write() -> None:
         tensors, record = trajectories.packed()

@@ -79,6 +79,12 @@ def require_rate(value: float, key: str, most: float = 1e6) -> None:
     require(value <= most, key, f"at most {most:g}", value)
 
 
+def require_positive(value: float, key: str, most: float = 1e6) -> None:
+    """See that a value is finite, above 0 and not absurd."""
+    require(0 < value < math.inf, key, "finite and positive", value)
+    require(value <= most, key, f"at most {most:g}", value)
+
+
 def require_count(value: int | None, key: str, least: int = 1, most: int = 10**9) -> None:
     """See that a number of things is neither too small nor absurd, or not given."""
     require(value is None or value >= least, key, f"at least {least}", value)

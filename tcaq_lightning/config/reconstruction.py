@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tcaq_lightning.config.checks import Section, require, require_count, require_rate, require_share
+from tcaq_lightning.config.checks import Section, require, require_count, require_positive, require_rate, require_share
 
 
 @dataclass
@@ -76,12 +75,9 @@ class ReconstructionConfig(Section):
         for name in ("step_lr", "r_lr", "scale_lr", "rounding_weight"):
             require_rate(getattr(self, name), f"reconstruction.{name}")
         if self.rounding_lr is not None:
-            require(0 < self.rounding_lr < math.inf, "reconstruction.rounding_lr", "positive or null", self.rounding_lr)
-            require_rate(self.rounding_lr, "reconstruction.rounding_lr")
+            require_positive(self.rounding_lr, "reconstruction.rounding_lr")
         for name in ("fastest_rounding", "rounding_travel", "refine_logit"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"reconstruction.{name}", "finite and positive", value)
-            require_rate(value, f"reconstruction.{name}")
+            require_positive(getattr(self, name), f"reconstruction.{name}")
         require_share(self.bias_rate, "reconstruction.bias_rate")
         require_count(self.input_steps_every, "reconstruction.input_steps_every")
         require_count(self.patience, "reconstruction.patience")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
-from tcaq_lightning.config.checks import Section, require, require_count, require_text, require_threads
+from tcaq_lightning.config.checks import Section, require_count, require_positive, require_text, require_threads
 
 MOST_DEVICES = 16
 """Processes that may be asked for on any machine."""
@@ -40,8 +39,7 @@ class TrainerConfig(Section):
         """See that all values can be worked with."""
         require_count(self.devices, "trainer.devices", most=max(MOST_DEVICES, os.cpu_count() or 1))
         require_count(self.num_nodes, "trainer.num_nodes", most=100_000)
-        require(0 < self.timeout < math.inf, "trainer.timeout", "finite and positive", self.timeout)
-        require(self.timeout <= MOST_MINUTES, "trainer.timeout", f"at most {MOST_MINUTES} (minutes)", self.timeout)
+        require_positive(self.timeout, "trainer.timeout", MOST_MINUTES)
         require_threads(self.threads, "trainer.threads")
         require_text(self.stop_after, "trainer.stop_after")
         require_count(self.checkpoint_every, "trainer.checkpoint_every")

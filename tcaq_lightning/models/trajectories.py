@@ -222,17 +222,19 @@ def _zero_like(prediction: Any) -> Any:
 
 
 def collect_together(
-    denoiser: nn.Module,
-    sampling: Sampling,
-    sampler: SamplerConfig,
+    collect_some: Callable[[Sequence[int]], Trajectories],
     indices: Sequence[int],
-    seed: int,
-    batch_size: int,
     advance: Callable[[int], None] | None = None,
 ) -> Trajectories:
-    """Run `collect` on all ranks, each on its share of the noises; every rank gets all trajectories, in order."""
+    """Collect on all ranks, each its share of the noises; every rank gets all trajectories, in order.
+
+    Args:
+        collect_some: collects the trajectories of the noises whose numbers it is given, such as `collect` does.
+        indices: numbers of all noises.
+        advance: told the number of trajectories that other ranks collect.
+    """
     mine = share(indices)
-    own = collect(denoiser, sampling, sampler, mine, seed, batch_size, advance).packed() if len(mine) else None
+    own = collect_some(mine).packed() if len(mine) else None
     parts = [Trajectories.unpacked(*part) for part in gather(own) if part is not None]
     if advance is not None and len(mine) < len(indices):
         advance(len(indices) - len(mine))

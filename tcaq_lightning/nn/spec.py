@@ -7,17 +7,11 @@ from typing import Any
 
 from tcaq_lightning.config import Role
 from tcaq_lightning.config.checks import FLOAT_BITS
+from tcaq_lightning.config.values import check_types
+from tcaq_lightning.errors import UserError
 
 DYNAMIC = "token"
 """Input quantizer whose JSON is `dynamic: true`, as the first release wrote it."""
-
-
-OTHER_TYPES: dict[str, tuple[type, ...]] = {
-    "kind": (str,),
-    "input_of": (str, type(None)),
-    "weight_granularity": (str, int, type(None)),
-}
-"""Of fields whose default does not tell."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +120,11 @@ class AttentionSpec:
 
 
 def _require_types(spec: LayerSpec | AttentionSpec) -> None:
-    """See that values, which may come from a file, are of the types of the defaults."""
-    for f in fields(spec):
-        kinds = OTHER_TYPES.get(f.name, (type(f.default),))
-        value = getattr(spec, f.name)
-        if type(value) not in kinds:
-            raise ValueError(f"expected {f.name} to be {kinds[0].__name__}, got {value!r}")
+    """See that values, which may come from a file, have the types of their fields."""
+    try:
+        check_types(spec, type(spec).__name__)
+    except UserError as error:  # of the file that they come from, which the reader names
+        raise ValueError(str(error)) from error
 
 
 def _require_bits(*widths: int) -> None:

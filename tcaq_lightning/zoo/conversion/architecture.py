@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import ASSETS
+from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.zoo.conversion.checkpoint import State, listing
 
 ARCHITECTURES = ASSETS / "architectures"
@@ -89,7 +89,7 @@ def names() -> list[str]:
 
 def read_architecture(directory: Path) -> Architecture:
     """Architecture of a directory in diffusers layout, whose weights may be missing."""
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    index = read_json(directory / INDEX)
     components: dict[str, Component | None] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):
@@ -99,7 +99,7 @@ def read_architecture(directory: Path) -> Architecture:
         if class_name is None or file is None:
             components[name] = None
             continue
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in TRANSFORMERS_KEYS}
         components[name] = Component(str(library), str(class_name), settings)
     return Architecture(str(index["_class_name"]), components)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.json_files import read_json
 
 Precision = Literal["32-true", "bf16-mixed"]
 """Lightning's names of the precisions that these networks are trained in."""
@@ -163,7 +164,7 @@ def replace_files(save: Callable[[Path], None], directory: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     save(scratch)
     for config in scratch.rglob("config.json"):
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = read_json(config)
         settings.pop("_name_or_path", None)  # where the initial weights were on this machine
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for source in sorted(path for path in scratch.rglob("*") if path.is_file()):
