@@ -57,7 +57,6 @@ from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
 from tcaq_lightning.nn.prepare import shared_copy
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, group_boundaries
 from tcaq_lightning.reports.markdown import write_report
-from tcaq_lightning.runtime.call_stack import with_room_for_frames
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.extensions import load_extensions
@@ -274,7 +273,7 @@ def calibrate(
         files=run.files,
     )
     with compiled_kernels(model.config.reconstruction.compile_kernels):
-        return with_room_for_frames(lambda: run_rounds(setup, trajectories, callbacks))
+        return run_rounds(setup, trajectories, callbacks)
 
 
 def save(model: OpenedModel, run: Run) -> Path:
