@@ -51,7 +51,8 @@ class TCAQConfig(QuantizationConfigMixin):
     """The `quantization_config` of a denoiser's config.json, kept as it is.
 
     Attributes:
-        quant_method: as diffusers asks for it. values: all of it.
+        quant_method: as diffusers asks for it.
+        values: all of its content.
     """
 
     def __init__(self, **values: Any) -> None:

@@ -23,8 +23,9 @@ def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None)
     """Squared difference summed over channels, averaged over the rest (docs/method.md, "Learned rounding").
 
     Args:
-        output, target: (B, C, H, W), (B, T, C) or (B, C); of several outputs the errors are added.
-        weights: (B, C) of the squares, the channels of several outputs in sequence; None weighs all of them 1.
+        output: (B, C, H, W), (B, T, C) or (B, C); the errors of several outputs are added.
+        target: of the same shapes.
+        weights: (B, C) weights of the squares, the channels of several outputs in sequence; None: all are 1.
 
     Returns:
         Scalar.
@@ -76,8 +77,11 @@ class _ChannelErrors(torch.autograd.Function):
 def channel_errors(output: Outputs, target: Outputs) -> tuple[Tensor, Tensor]:
     """(B, C) means of squared errors and of errors, output - target, those of several outputs in sequence.
 
+    Only the squares have a gradient.
+
     Args:
-        output, target: as in `block_error`. The gradient is that of the squares alone.
+        output: as in `block_error`.
+        target: as in `block_error`.
     """
     pairs = zip(output_tensors(output), output_tensors(target), strict=True)
     found = [_ChannelErrors.apply(x, y) for x, y in pairs]  # type: ignore[no-untyped-call]
@@ -93,7 +97,9 @@ def gradient_scale(output: Outputs, error: Tensor, weights: Tensor | None = None
     can hold. The factor, a power of 2, brings the root mean square of the output's gradient to about 1.
 
     Args:
-        output: of the unit. error: its block error. weights: (B, C) as in `block_error`.
+        output: the unit's output.
+        error: its block error.
+        weights: (B, C) as in `block_error`.
 
     >>> gradient_scale(torch.zeros(2, 4, 8, 4, dtype=torch.float16), torch.tensor(1.0))
     tensor(64.)

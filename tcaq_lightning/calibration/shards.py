@@ -23,7 +23,8 @@ class Shard:
     Attributes:
         trajectories: numbers of the trajectories that this rank holds.
         owned: (n,) ascending numbers of the samples that it holds.
-        train, held_out: numbers of all samples to learn from, and of all those held out.
+        train: indices of all samples to learn from.
+        held_out: indices of all samples held out.
         groups: (N,) timestep group of each sample.
     """
 
@@ -39,7 +40,8 @@ class Shard:
 
         Args:
             step_groups: (S,) timestep group of each step.
-            learned, held_out: numbers of trajectories, at least one for each rank; the held-out ones come last.
+            learned: number of trajectories to learn from, at least one for each rank.
+            held_out: number of trajectories held out, at least one for each rank; they come last.
 
         >>> Shard.deal(torch.tensor([1, 0]), learned=2, held_out=1).held_out
         tensor([2, 5])

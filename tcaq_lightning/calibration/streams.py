@@ -37,7 +37,8 @@ class Streams:
     targets, and `store` the quantized one.
 
     Args:
-        full, quantized: denoisers with equally named units.
+        full: full-precision denoiser.
+        quantized: its quantized twin, with units of the same names.
         graph: execution order and dependencies.
         timestep_groups: those of the quantized denoiser.
         samples: the N calibration samples.
@@ -234,7 +235,8 @@ def store_peaks(
         graph: units with their output shapes.
         inputs: shape (without the batch axis) and type of each of the units' inputs, in execution order.
         samples: N.
-        dtype: of the units' outputs. stored: what floating-point values are stored as.
+        dtype: of the units' outputs.
+        stored: what floating-point values are stored as.
         limits: bytes by tier.
 
     Raises:

@@ -24,7 +24,10 @@ class Batch:
     """Some of a unit's calibration samples, on the device.
 
     Attributes:
-        args, kwargs: the unit's arguments. targets: its full-precision outputs. groups: (B,) timestep groups.
+        args: the unit's positional arguments.
+        kwargs: its keyword arguments.
+        targets: its full-precision outputs.
+        groups: (B,) timestep groups.
         weights: (B, C) of squared errors by sample and output channel, those of all outputs in sequence; None weighs
             all of them 1.
     """
@@ -146,9 +149,10 @@ def split_arguments(arguments: Arguments, batch: int, rows: tuple[int, ...] | No
     """Tell a unit's arguments apart: what belongs to the samples, and what is the same for all.
 
     Args:
-        arguments: (args, kwargs). batch: B.
-        rows: of each flattened argument, rows per sample, 0 of what is the same for all; None: tensors of B rows have
-            one, all else has none.
+        arguments: (args, kwargs).
+        batch: B, the number of samples.
+        rows: for each flattened argument, its rows per sample; 0 if it is the same for all samples. None: tensors of B
+            rows have one row per sample, everything else has none.
     """
     leaves, spec = tree_flatten(arguments)
     if rows is None:

@@ -63,7 +63,8 @@ class ActivationQuantizer(Quantizer):
         zero_point: (G,) integer-valued.
         r: (C,), all ones where TCR is off.
         shift: (C,) centres of the channels' ranges, or None where they stay.
-        log_delta, log_r: relative changes that are being learned; None outside of a fit.
+        log_delta: relative change of the steps while it is learned; None outside of a fit.
+        log_r: that of r, likewise.
         enabled: off while statistics are taken.
         headroom: factor on searched ranges. Other than 1 nothing is learned, since learning would take it away.
         constant_zero: whether all groups must have one zero point.

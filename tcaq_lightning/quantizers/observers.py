@@ -18,7 +18,8 @@ class RangeStatistics:
     """Smallest and largest value of each channel in each timestep group.
 
     Attributes:
-        low, high: (G, C); +inf and -inf where nothing was seen.
+        low: (G, C) smallest values; +inf where nothing was seen.
+        high: (G, C) largest values; -inf where nothing was seen.
 
     >>> ranges = RangeStatistics(num_groups=2, channels=1)
     >>> ranges.update(torch.tensor([[-1.0], [3.0], [2.0]]), torch.tensor([0, 1, 1]), channel_dim=1)

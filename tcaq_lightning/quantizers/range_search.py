@@ -119,10 +119,13 @@ def search_common_zero(
     """One zero point for all rows, and the best step of every row with it.
 
     Args:
-        rows, bits, limits, norm: as in `search_affine`.
-        zeros: (R,) the rows' own zero points; the common one is one of five of their quantiles, that of the least sum
-            of the rows' relative errors.
+        rows: as in `search_affine`.
+        bits: as in `search_affine`.
+        zeros: (R,) the rows' own zero points. Five of their quantiles are tried; the one with the least sum of relative
+            errors of the rows becomes the common one.
         candidates: shrink factors tried for a row's range, from 1 down to 0.25.
+        limits: as in `search_affine`.
+        norm: as in `search_affine`.
 
     Returns:
         (delta, zero_point), each (R,), zero_point the same everywhere.

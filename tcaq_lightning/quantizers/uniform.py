@@ -55,8 +55,12 @@ def _gradients(
     """Straight-through gradient to x, and, if it is learned, LSQ gradient to the step.
 
     Args:
-        grad: to the result. x, step, low, high: what that was computed of.
-        learned: whether the step is.
+        grad: gradient to the result.
+        x: input, of the same shape.
+        step: step, a scalar or broadcastable to x.
+        low: lower end of the grid's range.
+        high: upper end of the grid's range.
+        learned: whether the step is learned.
     """
     scaled = x / step  # to compute it again takes less than to read the result
     codes = scaled.round()

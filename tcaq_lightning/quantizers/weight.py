@@ -56,7 +56,8 @@ class WeightQuantizer(Quantizer):
     """Maps r of a layer's input to the weight that meets it: W^ = (s w + o) / r, w being values of a format's grid.
 
     Attributes:
-        number_format: what codes stand for. bits: code width.
+        number_format: what codes stand for.
+        bits: code width.
         shape: of the weight, (O, I, ...).
         conv_groups: `groups` of the convolution.
         scale: one for each set of weights that share it; (O,) unless the format says otherwise.

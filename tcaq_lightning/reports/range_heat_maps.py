@@ -15,7 +15,8 @@ def range_heat_maps(before: Tensor, after: Tensor, title: str, size: tuple[float
     """Largest magnitude of each channel in each timestep group, before and after shift and division by r.
 
     Args:
-        before, after: (G, C).
+        before: (G, C) largest magnitudes of X.
+        after: (G, C) largest magnitudes of (X - shift) / r.
         title: heading.
         size: width and height in inches.
     """

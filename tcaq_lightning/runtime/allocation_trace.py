@@ -22,7 +22,8 @@ class AllocationTrace:
     """Storages in the order in which they came and went.
 
     Attributes:
-        sizes: bytes of each storage. events: number of each storage, as i when it came and ~i when it went.
+        sizes: bytes of each storage.
+        events: in order: i where storage i was allocated, ~i where it was freed.
     """
 
     sizes: list[int] = field(default_factory=list)

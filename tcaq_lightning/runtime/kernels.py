@@ -104,7 +104,8 @@ def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Operands with those last axes merged along which every smaller one has size 1: fewer shapes to compile for.
 
     Args:
-        x: any shape. others: broadcastable to it.
+        x: any shape.
+        *others: broadcastable to x.
 
     >>> [tuple(t.shape) for t in collapsed(torch.ones(2, 3, 4, 5), torch.ones(2, 3, 1, 1), torch.ones(2, 3, 4, 5))]
     [(2, 3, 20), (2, 3, 1), (2, 3, 20)]

@@ -105,7 +105,10 @@ def make_trainer(
 
     Args:
         config: accelerator.
-        callbacks, logger, max_steps, log_every_n_steps: as Lightning's.
+        callbacks: Lightning's, in the order in which they are called.
+        logger: Lightning's; None for none.
+        max_steps: optimisation steps; -1 for no limit.
+        log_every_n_steps: steps between two logged values.
         device: where this rank computes; None leaves it to the accelerator.
     """
     return pl.Trainer(

@@ -153,7 +153,8 @@ def pipeline_sizes(pipeline: Any, tokens: int | None = None, latents: tuple[int,
 
     Args:
         pipeline: of diffusers.
-        tokens, latents: as in `Sizes`, if they are others.
+        tokens: length of the context, if it differs from the pipeline's.
+        latents: height and width of the latents, if they differ from the pipeline's.
     """
     return Sizes(context_tokens(pipeline) if tokens is None else tokens, latents)
 

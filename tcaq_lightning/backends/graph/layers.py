@@ -45,7 +45,8 @@ class GraphLayer(nn.Module):
         codes: int8 q - z beside a `zero_point` of 0; uint8 q beside z where a code does not fit (8 bits, asymmetric).
         scale: (O,) of the codes; where the output is quantized, in steps of its.
         offset: (O,) integer bias n of a quantized output, or None.
-        output_step: (O,) delta of a quantized output. output_shift: (O,) scale n of it.
+        output_step: (O,) delta of a quantized output.
+        output_shift: (O,) scale n of a quantized output.
     """
 
     codes: Tensor

@@ -44,7 +44,8 @@ class Product:
     Attributes:
         name: of the layer, or of the attention with the matmul, such as `mid_block.attentions.0 (q k^T)`.
         operator: of ONNX.
-        weight_bits, activation_bits: code widths; no weight in a product of two activations.
+        weight_bits: code width of the weight; None in a product of two activations.
+        activation_bits: code width of the activations.
         stored: type that the weight is stored in, or empty.
         integer: whether an integer kernel can take its codes.
         note: why not.

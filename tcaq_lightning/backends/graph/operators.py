@@ -43,8 +43,9 @@ def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int = 1)
 
     Args:
         codes: integers of any shape.
-        scale, zero_point: scalars, or vectors along `axis`; the zero point is of the codes' type.
-        axis: of vectors.
+        scale: a scalar, or a vector along `axis`.
+        zero_point: of the scale's shape and the codes' type.
+        axis: axis of the codes that vectors lie along.
     """
     values: Tensor = _Dequantize.apply(codes, scale, zero_point, axis)  # type: ignore[no-untyped-call]
     return values

@@ -10,7 +10,8 @@ class Timesteps(nn.Module):
     """What depends on the timestep: two tables with a row for each group, read once a call.
 
     Attributes:
-        edges: (G - 1,) boundaries. values: (G, N) float32 steps, zero points and exponents.
+        edges: (G - 1,) boundaries.
+        values: (G, N) float32 steps, zero points and exponents.
         shifts: (G, M) float16 bias corrections.
     """
 

@@ -23,10 +23,15 @@ class Rates:
     """Costs in full-precision forward passes of as many samples.
 
     Attributes:
-        quantized: a pass of the quantized denoiser. observe: a pass with ranges and histograms.
-        learn_r, learn_v: an optimisation step. streams: a pass of the full-precision stream, and reading the inputs of
-        the quantized one. store: a pass of the quantized stream, and writing its outputs. gate: a pass that judges a
-        unit. search: all searches of a unit, on one of its probes. sensitivity: forward and backward.
+        quantized: a pass of the quantized denoiser.
+        observe: a pass with ranges and histograms.
+        learn_r: an optimisation step of r and the steps.
+        learn_v: an optimisation step of the rounding.
+        streams: a pass of the full-precision stream, and reading the inputs of the quantized one.
+        store: a pass of the quantized stream, and writing its outputs.
+        gate: a pass that judges a unit.
+        search: all searches of a unit, on one of its probes.
+        sensitivity: forward and backward.
     """
 
     quantized: float = 1.6
@@ -102,7 +107,10 @@ def seconds_on_devices(passes: float, flops: float, ranks: int, tflops: float, e
     """Seconds of so many forward passes.
 
     Args:
-        passes: of one sample. flops: of each.
-        ranks: devices. tflops: throughput of each. efficiency: share of it that several of them reach together.
+        passes: number of passes of one sample.
+        flops: floating-point operations of a pass.
+        ranks: number of devices.
+        tflops: throughput of each device, in 10^12 operations a second.
+        efficiency: share of their throughput that several devices reach together.
     """
     return passes * flops / (tflops * 1e12) / (ranks * (efficiency if ranks > 1 else 1))

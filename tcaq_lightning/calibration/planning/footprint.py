@@ -216,7 +216,9 @@ class TrialWork:
         stood_for: type of the device that is planned for, where the denoiser is on the meta device.
 
     Attributes:
-        data: the samples of every unit. twin: quantized, neutral. timestep_groups: the twin's, a single one.
+        data: the samples of every unit.
+        twin: the denoiser with neutral quantizers.
+        timestep_groups: the twin's, a single one.
     """
 
     def __init__(

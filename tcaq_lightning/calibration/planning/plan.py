@@ -45,11 +45,14 @@ class Plan:
     """What a run is going to do.
 
     Attributes:
-        processes: that share the run. units: number of units.
+        processes: number of processes that share the run.
+        units: number of units.
         samples: calibration samples, held-out ones included.
-        layers: rows of the coverage table by bits. kept: names kept in full precision by rule.
+        layers: number of rows of the coverage table, by bits.
+        kept: names kept in full precision by rule.
         steps: optimisation steps over all units, phases and rounds.
-        store_bytes: largest size of one process' activation store, by tier. limits: what it may take, by tier.
+        store_bytes: largest size of one process' activation store, by tier.
+        limits: bytes that the store may take, by tier.
         model_bytes: the full-precision pipeline, and what the quantized denoiser has beside its weights: codes, tables.
         workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.

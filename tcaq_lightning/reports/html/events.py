@@ -15,7 +15,8 @@ class Events:
     """Scalars and pictures by tag.
 
     Attributes:
-        curves: scalars over steps. pictures: PNG files, those of the last step.
+        curves: scalars over steps.
+        pictures: PNG files of the last step.
     """
 
     curves: dict[str, Curve] = field(default_factory=dict)

@@ -19,9 +19,12 @@ class Place:
     """One process among those of a run.
 
     Attributes:
-        rank: number among all processes. local_rank: number on its node.
-        devices: processes on each node, one device each. num_nodes: nodes.
-        address, port: where rank 0 listens; port 0 lets the system choose one.
+        rank: number among all processes.
+        local_rank: number on its node.
+        devices: processes on each node, one device each.
+        num_nodes: number of nodes.
+        address: where rank 0 listens.
+        port: where rank 0 listens; 0 lets the system choose one.
         external: whether something else starts the processes.
     """
 

@@ -33,7 +33,8 @@ class MemoryFile:
     """Where other processes of this system find a memory file.
 
     Attributes:
-        path: that opens it, as long as it is open in the process that made it. identity: device and inode.
+        path: opens it, as long as the process that made it has it open.
+        identity: device and inode.
     """
 
     path: str
@@ -77,7 +78,8 @@ class SharedSums:
 
     Args:
         descriptor: of the file, of `SharedSums.size(ranks)` bytes, zeros at first; closed with this.
-        rank, ranks: which one this is, of how many.
+        rank: number of this process.
+        ranks: how many there are.
         timeout: seconds after which waiting for another rank is an error.
     """
 
