@@ -19,7 +19,7 @@ COMMANDS = {
         "tcaq_lightning.cli.compare:compare",
         "run methods side by side on one model",
     ),
-    "export": ("tcaq_lightning.backends.command:export", "write an artifact's denoiser as ONNX or OpenVINO graph"),
+    "export": ("tcaq_lightning.backends.command:export", "write an artifact's denoiser for other engines and tools"),
     "convert": ("tcaq_lightning.zoo.conversion.command:convert", "turn a published checkpoint into a diffusers model"),
     "config": ("tcaq_lightning.cli.config:config", "print all configuration keys, documented"),
 }

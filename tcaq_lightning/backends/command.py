@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
-from tcaq_lightning.backends.export import export_artifact
+from tcaq_lightning.backends.export import SUFFIXES, export_artifact
+from tcaq_lightning.backends.writers.base import WRITERS
+from tcaq_lightning.backends.writers.write import write_checkpoint
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.command import at_least, set_threads
 from tcaq_lightning.runtime.extensions import load_extensions
@@ -15,27 +16,31 @@ from tcaq_lightning.runtime.extensions import load_extensions
 def export(
     path: str,
     output: Path,
-    format: Literal["onnx", "openvino"] = "onnx",  # noqa: A002 - the option's name
+    format: str = "onnx",  # noqa: A002 - the option's name
     four_bit: bool = True,
     tokens: int | None = None,
     latents: list[int] | None = None,
     allow_float: bool = False,
+    strict: bool = False,
     threads: int | None = None,
     extensions: list[str] | None = None,
 ) -> None:
-    """Export the denoiser of an artifact as one graph of integers for all timesteps.
+    """Export the denoiser of an artifact as one graph of integers for all timesteps, or as a file of weights.
 
-    The graph is opened in the engines that are installed, and the kernel of every quantized product is listed. If one
-    fell back to float that is not meant to, nothing is written.
+    A graph is opened in the engines that are installed, and the kernel of every quantized product is listed. If one
+    fell back to float that is not meant to, nothing is written. Of a file of weights, the layers are listed that it
+    cannot hold as codes and that stand in it in float.
 
     Args:
         path: quantized artifact.
-        output: file ending in .onnx or .xml, or a directory.
-        format: one ONNX file with QuantizeLinear and DequantizeLinear, or OpenVINO's IR.
+        output: file ending in the format's suffix, or a directory.
+        format: onnx, one ONNX file with QuantizeLinear and DequantizeLinear; openvino, OpenVINO's IR; or weights for
+            other tools: gguf.
         four_bit: store codes of at most 4 bits in 4 bits; else in 8, for engines without 4-bit integers.
         tokens: length of the context, where the denoiser attends to one; without it, the pipeline's own.
         latents: height and width of the noisy sample, such as [64,96]; without it, the denoiser's own.
-        allow_float: write the file although products fell back to float.
+        allow_float: write the graph although products fell back to float.
+        strict: refuse a file of weights that would hold a quantized layer in float.
         threads: CPU threads; without it, the engines' choice.
         extensions: Python files or modules of your own that register parts, imported first.
 
@@ -47,6 +52,11 @@ def export(
         raise UserError(f"--latents: expected a height and a width in 1..65536, such as [64,96], got {latents}")
     set_threads(threads)
     load_extensions(extensions or [])
+    if format not in (*SUFFIXES, *WRITERS):
+        raise UserError(f"--format must be one of {', '.join((*SUFFIXES, *WRITERS))}, got {format!r}")
     size = None if latents is None else (latents[0], latents[1])
-    exported = export_artifact(path, output, format, four_bit, tokens, size, allow_float, threads)
+    if format in WRITERS:
+        exported = write_checkpoint(path, output, format, strict)
+    else:
+        exported = export_artifact(path, output, format, four_bit, tokens, size, allow_float, threads)
     sys.stdout.write("\n".join([*exported.lines, *(f"wrote {file}" for file in exported.files)]) + "\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +20,13 @@ from tcaq_lightning.backends.kernels import check_kernels, table
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.backends.openvino import EXTRA, write_ir
 from tcaq_lightning.backends.packages import require
+from tcaq_lightning.backends.placement import put_in_place, target_file
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.backends.stand_in import EngineDenoiser
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.architectures import Sizes
 from tcaq_lightning.models.pipelines import find_denoiser
-from tcaq_lightning.runtime.files import naming, write_json
+from tcaq_lightning.runtime.files import write_json
 
 OPENVINO = "openvino"
 """The format of OpenVINO, which writes and opens it."""
@@ -82,7 +81,7 @@ def export_artifact(
     require("onnx", ONNX)
     if graph_format == OPENVINO:
         require("openvino", EXTRA)
-    target = _target(output, SUFFIXES[graph_format])
+    target = target_file(output, NAME, SUFFIXES[graph_format], SUFFIXES.values())
     pipeline = load_quantized(path)
     _, denoiser = find_denoiser(pipeline)
     sizes = pipeline_sizes(pipeline, tokens, latents)
@@ -109,20 +108,8 @@ def export_artifact(
         lines += _summary(info, four_bit)
         lines += [f"{name} is not installed: its kernels were not checked" for name in absent]
         write_json(first.with_suffix(".json"), record)
-        files = _move(Path(scratch), target.parent)
+        files = put_in_place(Path(scratch), target.parent)
     return Exported(files, lines)
-
-
-def _target(output: Path, suffix: str) -> Path:
-    """The graph's file; a wrong suffix or place is found out before the work."""
-    other = set(SUFFIXES.values()) - {suffix}
-    if output.suffix in other:
-        raise UserError(f"{output}: expected a name that ends in {suffix}, or a directory, for this --format")
-    target = output if output.suffix == suffix else output / f"{NAME}{suffix}"
-    nearest = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
-    if target.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{output}: expected a file or directory that can be written; choose another path")
-    return target
 
 
 def _engines(graph_format: str) -> tuple[list[str], list[str]]:
@@ -168,19 +155,3 @@ def _summary(info: GraphInfo, four_bit: bool) -> list[str]:
             f"VNNI ({here}); there load_quantized runs them in float"
         )
     return lines
-
-
-def _move(scratch: Path, directory: Path) -> list[Path]:
-    """Put files in their place, each whole; they are copied to that file system first."""
-    files = sorted(scratch.iterdir())
-    with naming(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        incoming = Path(tempfile.mkdtemp(prefix=".export.", dir=directory))
-        try:
-            for file in files:
-                shutil.copyfile(file, incoming / file.name)
-            for file in files:
-                (incoming / file.name).replace(directory / file.name)
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-    return [directory / file.name for file in files]
