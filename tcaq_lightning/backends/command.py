@@ -35,7 +35,7 @@ def export(
         path: quantized artifact.
         output: file ending in the format's suffix, or a directory.
         format: onnx, one ONNX file with QuantizeLinear and DequantizeLinear; openvino, OpenVINO's IR; or weights for
-            other tools: gguf.
+            other tools: gguf, comfy.
         four_bit: store codes of at most 4 bits in 4 bits; else in 8, for engines without 4-bit integers.
         tokens: length of the context, where the denoiser attends to one; without it, the pipeline's own.
         latents: height and width of the noisy sample, such as [64,96]; without it, the denoiser's own.

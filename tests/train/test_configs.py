@@ -12,7 +12,19 @@ from tcaq_lightning.cli import parse_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 RUNNABLE = [path for path in CONFIGS if path.parent.name != "paper"]  # those need checkpoints
-BETWEEN = ("w6a6", "w8a8", "w4a8", "w4a4", "peers", "2_brecq", "3_corrections", "4_timestep_groups", "5_tcr", "6_daq")
+BETWEEN = (
+    "comfyui",
+    "w6a6",
+    "w8a8",
+    "w4a8",
+    "w4a4",
+    "peers",
+    "2_brecq",
+    "3_corrections",
+    "4_timestep_groups",
+    "5_tcr",
+    "6_daq",
+)
 """Configs that lie between others, in what they switch on or in bits."""
 
 
