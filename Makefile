@@ -9,6 +9,9 @@ ARGS ?=
 # What `make lock` pins torch to.
 LOCK_TORCH ?= torch==2.13.0
 
+# Where the environment forbids it, every process would compile torch, diffusers and Lightning anew: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK_VENV := build/lock-venv

@@ -11,17 +11,23 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import yaml
-from diffusers import DDIMPipeline, DDIMScheduler
 
-from tests.tiny_models import seven_units
+from tests.shared import shared
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN_DIR of a finished run on a random denoiser of seven units, one attention among them."""
-    root = tmp_path_factory.mktemp("trained")
+    return shared(tmp_path_factory, "trained", _train) / "run"
+
+
+def _train(root: Path) -> None:
+    import torch  # not before it is needed: see conftest.py
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    from tests.tiny_models import seven_units
+
     DDIMPipeline(seven_units(), DDIMScheduler(num_train_timesteps=100)).save_pretrained(root / "model")
     settings = {
         "run_dir": str(root / "run"),
@@ -50,7 +56,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             script.main()
     finally:
         torch.set_num_threads(threads)
-    return root / "run"
 
 
 @pytest.fixture

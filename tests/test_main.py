@@ -199,7 +199,7 @@ def test_help_fits_a_screen_and_shows_an_example(command: str | None, capsys: py
     assert lines[-1].startswith(f"  python -m tcaq_lightning {command or ''}")
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"config", "convert"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"config", "convert", "compare"}))
 def test_commands_that_open_something_take_extensions(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ import yaml
 from diffusers import DDIMPipeline, DDIMScheduler
 
 from tcaq_lightning.runtime.distributed.environment import Place
+from tests.shared import shared
 from tests.tiny_models import seven_units
 
 Settings = dict[str, Any]
@@ -54,9 +55,12 @@ class Command:
         fault: Fault | None = None,
         limit: int | None = None,
         kill_after: float | None = None,
+        cwd: Path | None = None,
     ) -> Ended:
-        """Run it; `fault` and `limit` as in the server, SIGKILL after `kill_after` seconds."""
-        (ended,) = self._run([self._job(args, fault=fault, limit=limit)], kill_after)
+        """Run it; `fault`, `limit` and `cwd` as in the server, SIGKILL after `kill_after` seconds."""
+        (ended,) = self._run(
+            [self._job(args, fault=fault, limit=limit, cwd=None if cwd is None else str(cwd))], kill_after
+        )
         return ended
 
     def ranks(
@@ -86,7 +90,7 @@ class Command:
         )
 
     def _job(self, args: tuple[str | Path, ...], **values: Any) -> dict[str, Any]:
-        return {"script": "train.py", "args": [str(a) for a in args], "environment": {}, **values}
+        return {"script": "train.py", "args": [str(a) for a in args], "environment": {}, "cwd": None, **values}
 
     def _run(self, jobs: list[dict[str, Any]], kill_after: float | None = None) -> list[Ended]:
         assert self.server.stdin is not None
@@ -126,7 +130,7 @@ def make_model(directory: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+    return shared(tmp_path_factory, "model", lambda root: make_model(root / "tiny")) / "tiny"
 
 
 @pytest.fixture(scope="session")
@@ -152,18 +156,19 @@ def settings(model: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def config(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    text = yaml.safe_dump(settings)
+    return shared(tmp_path_factory, "config", lambda root: (root / "tiny.yaml").write_text(text)) / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
 def undisturbed(command: Command, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN_DIR of a run that nothing disturbed; not to be changed."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = command("--config", config, "--run_dir", run_dir)
-    assert (ended.code, ended.err) == (0, "")
-    return run_dir
+
+    def run(root: Path) -> None:
+        ended = command("--config", config, "--run_dir", root / "run")
+        assert (ended.code, ended.err) == (0, "")
+
+    return shared(tmp_path_factory, "undisturbed", run) / "run"
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Runs scripts in forked processes, so that a test need not wait for their imports.
 
 Reads a line for each set of processes that run side by side, a JSON list of jobs: `script`, `args`, files `out` and
-`err`, `environment`, and optionally `fault` ("module:attribute", n, signal), which lets the n-th call of a function
-send the process that signal, and `limit`, the largest size of a file in bytes. Answers with two lines: the process ids
-at once, the exit codes (negative: the signal that killed it) at the end.
+`err`, `environment`, `cwd` (null: the server's), and optionally `fault` ("module:attribute", n, signal), which lets the
+n-th call of a function send the process that signal, and `limit`, the largest size of a file in bytes. Answers with two
+lines: the process ids at once, the exit codes (negative: the signal that killed it) at the end.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def child(job: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
     signal.alarm(LONGEST)
     os.environ.update(job["environment"])
+    os.chdir(job["cwd"] or ".")
     if job["fault"]:
         install_fault(*job["fault"])
     if job["limit"] is not None:

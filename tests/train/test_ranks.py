@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from tcaq_lightning.runtime.files import load_tensors
+from tests.shared import shared
 from tests.train.conftest import Command, Ended, Settings, changed, contents
 from tests.train.test_resume import (
     BATCH,
@@ -58,13 +59,15 @@ MOMENTS = [
 @pytest.fixture(scope="module")
 def undisturbed_pair(command: Command, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUN_DIR of a run on two ranks that nothing disturbed; not to be changed."""
-    run_dir = tmp_path_factory.mktemp("pair") / "run"
-    args = ("--config", config, "--run_dir", run_dir, *QUICK)
-    first, second = command.ranks(*args, script="tests/train/compared.py")
-    assert (first.code, first.err) == (0, "")
-    assert (second.code, second.err, second.out) == (0, "", "")
-    assert "round 2/2 unit 7/7 conv_out" in first.out
-    return run_dir
+
+    def run(root: Path) -> None:
+        args = ("--config", config, "--run_dir", root / "run", *QUICK)
+        first, second = command.ranks(*args, script="tests/train/compared.py")
+        assert (first.code, first.err) == (0, "")
+        assert (second.code, second.err, second.out) == (0, "", "")
+        assert "round 2/2 unit 7/7 conv_out" in first.out
+
+    return shared(tmp_path_factory, "pair", run) / "run"
 
 
 def assert_lost(ended: list[Ended], killed: int, moment: Any = None) -> None:

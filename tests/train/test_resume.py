@@ -58,6 +58,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         del record["seconds"]
         record.pop("executions", None)  # of the command that finished the unit
     del metrics["stages"]
+    del metrics["peak_memory"]
     values["metrics.json"] = metrics
     for file in sorted([*run_dir.glob("rounds/**/*.safetensors"), *run_dir.glob("calibration/*")]):
         name = file.relative_to(run_dir).as_posix()

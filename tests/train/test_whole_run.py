@@ -23,6 +23,7 @@ from tcaq_lightning.evaluation.denoiser_errors import image_error
 from tcaq_lightning.evaluation.evaluate import IMAGES_START
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline, sample
 from tcaq_lightning.runtime.files import load_tensors
+from tests.shared import shared
 from tests.train.conftest import Command, Settings, contents
 
 ROOT = Path(__file__).parents[2]
@@ -40,16 +41,27 @@ def train(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def run_dir(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(command: Command, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with TensorBoard, in a directory that is not there yet, from elsewhere than the repository."""
-    run_dir = tmp_path_factory.mktemp("whole") / "deep" / "run"
-    process = train("--config", config, "--run_dir", run_dir, "--logging.tensorboard", "true", cwd=run_dir.parents[1])
+
+    def run(root: Path) -> None:
+        place = ("--run_dir", root / "deep" / "run")
+        ended = command("--config", config, *place, "--logging.tensorboard", "true", cwd=root)
+        assert (ended.code, ended.err) == (0, "")
+        assert "time" in ended.out
+        assert "round 2/2 unit 7/7 conv_out" in ended.out
+        assert str(root / "deep" / "run" / "quantized") in ended.out.replace("\n", "")
+
+    return shared(tmp_path_factory, "whole", run) / "deep" / "run"
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_does_the_same(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    process = train("--config", config, "--run_dir", tmp_path / "run", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
-    assert "time" in out
     assert "round 2/2 unit 7/7 conv_out" in out
-    assert str(run_dir / "quantized") in out.replace("\n", "")
-    return run_dir
+    assert contents(tmp_path / "run" / "quantized") == contents(undisturbed / "quantized")
 
 
 def test_artifact_is_that_of_another_directory(run_dir: Path, undisturbed: Path) -> None:
