@@ -47,7 +47,7 @@ unet = UNet2DModel(
 config = Config(
     calibration=CalibrationConfig(2, 1, 1, sampler=SamplerConfig(num_steps=2)),
     quantization=QuantizationConfig(activation=ActivationConfig(timestep_groups=2)),
-    reconstruction=ReconstructionConfig(iterations=4, batch_size=4),
+    reconstruction=ReconstructionConfig(iterations=8, batch_size=4),
     evaluation=EvaluationConfig(num_trajectories=1, num_images=2),
     trainer=TrainerConfig(accelerator="cpu"),
 )
@@ -112,9 +112,9 @@ def test_the_commands_run(python: Path, tmp_path: Path) -> None:
     place = run(python, "-c", "import tcaq_lightning; print(tcaq_lightning.__file__)", cwd=tmp_path)
     assert Path(place.strip()).is_relative_to(python.parents[1])
     assert "evaluate" in run(python, "-m", "tcaq_lightning", "--help", cwd=tmp_path)
-    for command in ("sample", "evaluate", "statistics", "report", "convert", "export"):
+    for command in ("sample", "evaluate", "statistics", "report", "compare", "convert", "export", "config"):
         assert command in run(python, "-m", "tcaq_lightning", command, "--help", cwd=tmp_path)
-    shipped = ("sample", "fashion-mnist-ddpm", "--output", "images.png", "--num", "1", "--steps", "1")
+    shipped = ("sample", "fashion-mnist-ddpm", "--output", "images.png", "--num", "1", "--num_steps", "1")
     run(python, "-m", "tcaq_lightning", *shipped, cwd=tmp_path)
     assert (tmp_path / "images.png").is_file()
 

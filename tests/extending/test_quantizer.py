@@ -31,7 +31,7 @@ from tcaq_lightning.config import (
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.quantizers import AdaRoundWeight, Rounding, make_format
-from tests.tiny_models import tiny_unet
+from tests.tiny_models import seven_units
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "extending" / "quantizer.py"
 NAME, BITS = "pow2", 3
@@ -75,7 +75,7 @@ def predictions(pipeline: Any) -> Tensor:
     "iterations", [pytest.param(0, id="nearest", marks=pytest.mark.slow), pytest.param(4, id="learned")]
 )
 def test_a_format_of_ones_own_is_calibrated_stored_and_opened(tmp_path: Path, iterations: int) -> None:
-    quantized = quantize(DDPMPipeline(tiny_unet(), DDIMScheduler()), config(iterations), tmp_path / "run")
+    quantized = quantize(DDPMPipeline(seven_units(), DDIMScheduler()), config(iterations), tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert f"W{BITS}({NAME}) A8" in json.dumps(metrics)
     layers = quant_layers(quantized.unet)
@@ -114,4 +114,4 @@ def test_weights_are_its_levels_in_steps_of_their_groups_scale() -> None:
 def test_what_the_format_lacks_is_refused() -> None:
     for mistake in ({"bits": 5}, {"symmetric": False}):
         with pytest.raises(UserError, match=rf"quantization\.weight\..* {NAME}"):
-            quantize(DDPMPipeline(tiny_unet(), DDIMScheduler()), config(**mistake), None)
+            quantize(DDPMPipeline(seven_units(), DDIMScheduler()), config(**mistake), None)
