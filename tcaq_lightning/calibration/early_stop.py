@@ -13,22 +13,20 @@ from torch import nn
 from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.quantizers import Rounding
 
-LOOKS = 10
-"""Looks at the held-out error in one phase."""
-
 
 class EarlyStop(pl.Callback):
-    """Stop a fit after so many looks at the held-out error, `LOOKS` of them in a whole phase, that found it no lower.
+    """Stop a fit when the held-out error has not fallen for several looks at it.
 
     Args:
         error: the unit's present held-out error, the same on every rank.
         iterations: optimisation steps of the whole phase.
-        patience: looks.
+        patience: looks without a lower error after which the fit stops.
+        looks: number of them in a whole phase.
     """
 
-    def __init__(self, error: Callable[[], float], iterations: int, patience: int) -> None:
+    def __init__(self, error: Callable[[], float], iterations: int, patience: int, looks: int) -> None:
         self.error = error
-        self.every = max(1, iterations // LOOKS)
+        self.every = max(1, iterations // looks)
         self.patience = patience
         self.best = math.inf
         self.waited = 0

@@ -91,7 +91,7 @@ def fit_unit(
         return 0.0
     own: list[pl.Callback] = [UnitCheckpoint(path, config.trainer.checkpoint_every)]
     if (patience := config.reconstruction.patience) is not None:
-        stop = EarlyStop(lambda: held_out_error(setup, prepared), iterations, patience)
+        stop = EarlyStop(lambda: held_out_error(setup, prepared), iterations, patience, config.reconstruction.looks)
         callbacks = [stop, *callbacks]  # first: a checkpoint holds what it has found
     trainer = make_trainer(
         config.trainer, [*callbacks, *own], None, iterations, config.logging.every_n_steps, setup.device

@@ -70,6 +70,7 @@ def initialize(
     daq_config: DAQConfig,
     device: torch.device,
     batch_size: int | None = None,
+    queries: int = 256,
 ) -> Choices:
     """Set every quantizer of a unit from its quantized-stream inputs.
 
@@ -84,13 +85,14 @@ def initialize(
         daq_config: how softmax quantizers are chosen.
         device: where to compute.
         batch_size: samples per pass; None takes all probes at once.
+        queries: of each attention head, whose probabilities are looked at.
 
     Raises:
         UserError: `tcr.formula` names a reparameterization that is not registered.
     """
     choices = Choices()
-    members = named(tcr_config.formula, tcr_config.truncation) if tcr_config.enabled else {}
-    inputs = capture_inputs(unit, probes, timestep_groups, device, batch_size)
+    members = named(tcr_config) if tcr_config.enabled else {}
+    inputs = capture_inputs(unit, probes, timestep_groups, device, batch_size, queries)
     layers_of = readers(unit)
     with timestep_groups.using(probes.groups.to(device)):
         for number, (name, quantizer) in enumerate(quantizers(unit).items()):

@@ -16,9 +16,6 @@ from tcaq_lightning.quantizers import Quantizer
 from tcaq_lightning.quantizers.activation import widened
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
-QUERIES = 256
-"""Queries of each head that are kept of an attention's probabilities; all of them may fill the memory."""
-
 
 def probe_indices(groups: Tensor, num_groups: int, total: int) -> Tensor:
     """Samples spread evenly over the groups, the same number in each, sorted by group.
@@ -49,10 +46,9 @@ def capture_inputs(
     timestep_groups: TimestepGroups,
     device: torch.device,
     batch_size: int | None = None,
+    queries: int = 256,
 ) -> dict[str, Tensor]:
     """Inputs of every quantizer while the unit runs in full precision, none narrower than float32.
-
-    Of probabilities, (B, heads, T, S), `QUERIES` of the T queries are kept, the one with the largest value among them.
 
     Args:
         unit: quantized unit.
@@ -60,6 +56,8 @@ def capture_inputs(
         timestep_groups: those of the denoiser.
         device: where to compute.
         batch_size: samples in one pass; None takes all of them.
+        queries: number of queries that are kept of probabilities (B, heads, T, S), the one with the largest value among
+            them.
     """
     captured: dict[str, list[Tensor]] = defaultdict(list)
     passed: dict[str, Tensor] = {}
@@ -69,7 +67,7 @@ def capture_inputs(
 
         def receive(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = widened(args[0])  # of several calls in a pass the last one is kept
-            passed[name] = _some_queries(x) if of_probabilities else x
+            passed[name] = _some_queries(x, queries) if of_probabilities else x
 
         return receive
 
@@ -102,16 +100,16 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return whole
 
 
-def _some_queries(probabilities: Tensor) -> Tensor:
-    """`QUERIES` of each sample's T queries from (B, heads, T, S): the one with the largest value, and others at random.
+def _some_queries(probabilities: Tensor, count: int) -> Tensor:
+    """`count` of each sample's T queries from (B, heads, T, S): the one with the largest value, and others at random.
 
-    >>> _some_queries(torch.zeros(1, 2, 4 * QUERIES, 3)).shape
-    torch.Size([1, 2, 256, 3])
+    >>> _some_queries(torch.zeros(1, 2, 40, 3), 10).shape
+    torch.Size([1, 2, 10, 3])
     """
     samples, _, queries, _ = probabilities.shape
-    if queries <= QUERIES:
+    if queries <= count:
         return probabilities
-    drawn = torch.randperm(queries, generator=torch.Generator().manual_seed(queries))[: QUERIES - 1]
+    drawn = torch.randperm(queries, generator=torch.Generator().manual_seed(queries))[: count - 1]
     largest = probabilities.amax((1, 3)).argmax(1, keepdim=True)  # (B, 1)
     kept = torch.cat([drawn.to(largest.device).expand(samples, -1), largest], dim=1)
     return probabilities.take_along_dim(kept[:, None, :, None], dim=2)

@@ -97,7 +97,8 @@ def _initialize(
         chosen = shard.train[probe_indices(groups, setup.timestep_groups.num_groups, probes)]
         probed = shard.collected(data, chosen)
         settings = observed, config.tcr, config.daq, setup.device, config.judged_batch_size
-        choices = initialize(unit, probed, setup.timestep_groups, *settings)
+        queries = config.calibration.probe_queries
+        choices = initialize(unit, probed, setup.timestep_groups, *settings, queries)
         data.executed += probed.executed
     path = setup.files.statistics(visit)
     on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))

@@ -59,6 +59,8 @@ class CalibrationConfig(Section):
     """About so many samples of a unit give its ranges and distributions; each has many pixels."""
     probe_samples: int = 40
     """Samples that the searches of ranges, r and quantizers look at, spread evenly over the timestep groups."""
+    probe_queries: int = 256
+    """Queries of each attention head whose probabilities those searches look at; all of them may fill the memory."""
     bias_samples: int = 320
     """About so many samples give the mean errors of a unit's output channels."""
     judged_samples: int = 320

@@ -142,6 +142,9 @@ class QuantizationConfig(Section):
     pattern on the module's name, and weight_bits, activation_bits, softmax_bits, weight_format, weight_granularity
     (each null or left out: unchanged), keep: true, or float_output: true or false (with integer_ready). A later rule
     overrides an earlier one."""
+    range_norm: float = 2.4
+    """p of the error, the sum of |x - x^|^p, that searches of the ranges of weights, inputs and outputs minimise; 2.4
+    as in AdaRound's and BRECQ's code, 2 is the squared error."""
     integer_ready: bool = False
     """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
     give floats (ONNX Runtime). They are calibrated, learned and simulated."""
@@ -150,6 +153,7 @@ class QuantizationConfig(Section):
         """See that all values can be worked with."""
         for section in (self.weight, self.activation, self.softmax, *self.rules):
             section.check()
+        require(1 <= self.range_norm <= 16, "quantization.range_norm", "in [1, 16]", self.range_norm)
         if self.activation.bits == FLOAT_BITS:
             expected = "null, since quantization.activation.bits is 16"
             require(self.softmax.bits is None, "quantization.softmax.bits", expected, self.softmax.bits)

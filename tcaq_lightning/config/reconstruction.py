@@ -41,8 +41,9 @@ class ReconstructionConfig(Section):
     warmup: float = 0.2
     """Share of the V phase without regulariser."""
     patience: int | None = None
-    """Stop a phase when its held-out error, looked at ten times in it, has not fallen for so many looks; null:
-    never."""
+    """Stop a phase when its held-out error has not fallen for so many looks at it; null: never."""
+    looks: int = 10
+    """Looks at the held-out error in one phase, evenly spaced, with `patience`."""
     autocast: bool | Literal["auto"] = "auto"
     """Multiply matrices in bfloat16 during the optimisation; rounding and loss stay in float32. auto: where the device
     does it natively (AMX, tensor cores) and the model is in float32."""
@@ -81,6 +82,7 @@ class ReconstructionConfig(Section):
         require_share(self.bias_rate, "reconstruction.bias_rate")
         require_count(self.input_steps_every, "reconstruction.input_steps_every")
         require_count(self.patience, "reconstruction.patience")
+        require_count(self.looks, "reconstruction.looks")
         require(0 <= self.warmup < 1, "reconstruction.warmup", "in [0, 1)", self.warmup)
         require(0 <= self.qdrop < 1, "reconstruction.qdrop", "in [0, 1)", self.qdrop)
 

@@ -14,5 +14,5 @@ def check_methods(config: Config) -> None:
     Raises:
         UserError: something is not; the message names the key and what there is.
     """
-    named(config.tcr.formula, config.tcr.truncation)
+    named(config.tcr)
     _ = RULES[config.daq.rule], SOFTMAX_KINDS[config.daq.family]

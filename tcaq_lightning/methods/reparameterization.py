@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tcaq_lightning.config import TCRConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.quantizers import ActivationQuantizer
@@ -31,7 +32,8 @@ from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.runtime.registry import Registry
 
 QUICK_VALUES = 1024
-"""Values per timestep group that a candidate's range is searched on."""
+"""Values per timestep group that a candidate's range is searched on: it only ranks candidates; the chosen one's range
+is searched anew on more."""
 QUICK_PLACES = 3000
 """Pixels or tokens that candidates are compared on, if half of the probes have as many."""
 
@@ -40,11 +42,15 @@ class Reparameterization(ABC):
     """A rule that proposes factors r for the channels of a layer's input.
 
     Args:
+        config: the run's `tcr`; None takes the defaults.
+
+    Attributes:
         truncation: R_trunc, `tcr.truncation`: r should lie in [1 / truncation, truncation].
     """
 
-    def __init__(self, truncation: float = 10.0) -> None:
-        self.truncation = truncation
+    def __init__(self, config: TCRConfig | None = None) -> None:
+        self.config = config or TCRConfig()
+        self.truncation = self.config.truncation
 
     def shifts(self, ranges: RangeStatistics) -> list[Tensor]:
         """Shifts that are tried beside none, where all layers that read the input are pointwise.
@@ -77,18 +83,17 @@ REPARAMETERIZATIONS: Registry[type[Reparameterization]] = Registry("tcr.formula"
 """By the name that `tcr.formula` takes."""
 
 
-def named(formula: str | Sequence[str], truncation: float) -> dict[str, Reparameterization]:
-    """The reparameterizations of those names, each set up.
+def named(config: TCRConfig) -> dict[str, Reparameterization]:
+    """The reparameterizations that `tcr.formula` names, each set up.
 
     Args:
-        formula: `tcr.formula`, a name or several whose candidates are pooled.
-        truncation: `tcr.truncation`.
+        config: the run's `tcr`.
 
     Raises:
         UserError: a name is not registered.
     """
-    names = [formula] if isinstance(formula, str) else formula
-    return {name: REPARAMETERIZATIONS[name](truncation) for name in names}
+    names = [config.formula] if isinstance(config.formula, str) else config.formula
+    return {name: REPARAMETERIZATIONS[name](config) for name in names}
 
 
 def normalized(r: Tensor, truncation: float) -> Tensor:

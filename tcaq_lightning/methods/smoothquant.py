@@ -12,7 +12,7 @@ from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS, Repar
 from tcaq_lightning.quantizers.observers import RangeStatistics
 
 SMALLEST = 1e-5
-"""Below that magnitude a channel counts as dead, as in the published code."""
+"""Magnitudes below are raised to it, as in the published code: it only keeps a dead channel from a division by zero."""
 
 
 def smoothing_factors(activations: Tensor, weights: Tensor, alpha: float = 0.5) -> Tensor:
@@ -38,9 +38,7 @@ def smoothing_factors(activations: Tensor, weights: Tensor, alpha: float = 0.5) 
 class SmoothQuant(Reparameterization):
     """One r for all timesteps, from each channel's largest magnitude over them, with geometric mean 1."""
 
-    alpha = 0.5
-
     def candidates(self, ranges: RangeStatistics, weights: Tensor) -> Tensor:
         """(1, C): the formula is taken as it is."""
         largest = ranges.magnitude().amax(0)  # (G, C) -> (C,)
-        return normalized(smoothing_factors(largest, weights, self.alpha), self.truncation)[None]
+        return normalized(smoothing_factors(largest, weights, self.config.alpha), self.truncation)[None]

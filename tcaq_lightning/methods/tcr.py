@@ -10,14 +10,13 @@ phase log r is then learned. `PublishedTCR` is the paper's formula alone, for co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from tcaq_lightning.methods.reparameterization import REPARAMETERIZATIONS, Reparameterization, normalized
 from tcaq_lightning.quantizers.observers import RangeStatistics
-
-EXPONENTS = (0.25, 0.5, 0.75, 1.0)
-"""a in p^a and p^a / max|W|^(1-a)."""
 
 
 def channel_profile(magnitude: Tensor, target: Tensor) -> Tensor:
@@ -56,13 +55,19 @@ def published_r(magnitude: Tensor, truncation: float = 10.0) -> Tensor:
     return channel_profile(magnitude, target).clamp(1, truncation)
 
 
-def candidates(magnitude: Tensor, weight_magnitude: Tensor, truncation: float = 10.0) -> Tensor:
+def candidates(
+    magnitude: Tensor,
+    weight_magnitude: Tensor,
+    truncation: float = 10.0,
+    exponents: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> Tensor:
     """The grid that r is searched in: 1, p^a and p^a / max|W_d|^(1-a), for several targets of the profile p.
 
     Args:
         magnitude: (T, C) of the layer's input.
         weight_magnitude: (C,) largest magnitude of the weights that meet each channel.
         truncation: R_trunc.
+        exponents: values of a.
 
     Returns:
         (K, C) with distinct rows, the first all ones: TCR never starts worse than nothing.
@@ -73,7 +78,7 @@ def candidates(magnitude: Tensor, weight_magnitude: Tensor, truncation: float = 
     rows = [torch.ones_like(weights)]
     for target in (positive.amin(1), positive.quantile(0.25, dim=1), positive.mean(1)):
         profile = channel_profile(positive, target)
-        for a in EXPONENTS:
+        for a in exponents:
             rows.append(profile**a)
             if a < 1:
                 rows.append(profile**a / weights ** (1 - a))
@@ -104,7 +109,7 @@ class TCR(Reparameterization):
 
     def candidates(self, ranges: RangeStatistics, weights: Tensor) -> Tensor:
         """(K, C), the first row all ones."""
-        return candidates(ranges.magnitude(), weights, self.truncation)
+        return candidates(ranges.magnitude(), weights, self.truncation, self.config.exponents)
 
 
 @REPARAMETERIZATIONS.register("profile")

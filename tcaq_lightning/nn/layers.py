@@ -163,7 +163,7 @@ class QuantLayer(nn.Module):
         if self.output_quantizer is not None:
             y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), None)
             scale, headroom = self.weight_quantizer.scale, self.input_quantizer.headroom
-            self.output_quantizer.search(y / self._input_step(y), scale, headroom)
+            self.output_quantizer.search(y / self._input_step(y), scale, headroom, self.learned_weight.norm)
 
     def _input_step(self, y: Tensor) -> Tensor:
         """The input's step for each sample, beside an output."""

@@ -28,6 +28,7 @@ from tcaq_lightning.nn.coverage import (
 )
 from tcaq_lightning.nn.layers import LAYERS
 from tcaq_lightning.nn.output_layers import output_layer
+from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.rules import LayerBits, bits_of, check_rules
 from tcaq_lightning.nn.spec import DYNAMIC, AttentionSpec, LayerSpec
 from tcaq_lightning.quantizers import make_format
@@ -75,6 +76,11 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
     ]
     prepared = describe(denoiser, config)
     build(denoiser, prepared.layers, prepared.attentions, groups)
+    for layer in quant_layers(denoiser).values():
+        layer.learned_weight.norm = config.range_norm
+    for quantizer in quantizers(denoiser).values():
+        if quantizer.place != "probabilities":
+            quantizer.norm = config.range_norm
     rows += prepared.rows
     if missed := uncovered(denoiser, rows):
         raise UserError(

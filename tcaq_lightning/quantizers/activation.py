@@ -66,6 +66,7 @@ class ActivationQuantizer(Quantizer):
         log_delta: relative change of the steps while it is learned; None outside of a fit.
         log_r: that of r, likewise.
         enabled: off while statistics are taken.
+        norm: p of the error that a search minimises.
         headroom: factor on searched ranges. Other than 1 nothing is learned, since learning would take it away.
         constant_zero: whether all groups must have one zero point.
         drop_probability: QDrop's share of elements that stay in full precision during a fit (Wei et al. 2022).
@@ -85,6 +86,7 @@ class ActivationQuantizer(Quantizer):
         self.channel_dim = channel_dim
         self.enabled = True
         self.headroom = 1.0
+        self.norm = NORM
         self.constant_zero = False
         self.drop_probability = 0.0
         self.register_buffer("delta", torch.ones(groups.num_groups))
@@ -125,7 +127,7 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def search(
-        self, x: Tensor, ranges: RangeStatistics, values: int = VALUES, candidates: int = 16, norm: float = NORM
+        self, x: Tensor, ranges: RangeStatistics, values: int = VALUES, candidates: int = 16, norm: float | None = None
     ) -> None:
         """Search step and zero point of (x - shift) / r for every group.
 
@@ -134,8 +136,9 @@ class ActivationQuantizer(Quantizer):
             ranges: of each channel in each group, over all samples.
             values: per group that errors are summed over.
             candidates: shrink factors tried for an end of a range.
-            norm: p of the error.
+            norm: p of the error; None takes the quantizer's own.
         """
+        norm = self.norm if norm is None else norm
         if self.shift is not None:
             ranges = ranges.shifted(self.shift.cpu())
         low, high = (limit.to(x.device) for limit in ranges.limits(self.r.cpu()))

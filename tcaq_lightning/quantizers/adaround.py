@@ -13,6 +13,7 @@ from tcaq_lightning.runtime.kernels import Kernel
 
 GAMMA = -0.1
 ZETA = 1.1
+"""Ends of the stretched sigmoid, as published: with them h reaches 0 and 1 at finite V."""
 
 
 @torch.no_grad()

@@ -57,13 +57,14 @@ class OutputQuantizer(LearnedSteps):
         return StoredTensor.plain("delta", self.delta), StoredTensor.plain("offset", self.offset)
 
     @torch.no_grad()
-    def search(self, values: Tensor, scale: Tensor, headroom: float = 1.0) -> None:
+    def search(self, values: Tensor, scale: Tensor, headroom: float = 1.0, norm: float = NORM) -> None:
         """Search step and offset of every channel.
 
         Args:
             values: outputs in units of the input's step, t, with the channels on `channel_dim`.
             scale: (O,) of the weight's codes.
             headroom: factor on the ranges.
+            norm: p of the error.
         """
         rows = values.movedim(self.channel_dim, 0).flatten(1)  # (O, N)
         low, high = rows.amin(1), rows.amax(1)
@@ -72,7 +73,7 @@ class OutputQuantizer(LearnedSteps):
             rows = rows[:, torch.randint(rows.shape[1], (VALUES,), generator=generator).to(rows.device)]
         middle = (low + high) / 2
         limits = low - middle, high - middle
-        delta, zero = search_affine(rows - middle[:, None], OUTPUT_BITS, limits=limits, norm=NORM)
+        delta, zero = search_affine(rows - middle[:, None], OUTPUT_BITS, limits=limits, norm=norm)
         delta = torch.maximum(delta * headroom, scale)  # sums of codes lie no closer to each other
         self.delta.copy_(delta)
         self.offset.copy_((((zero + LOWEST) * delta - middle) / scale).round())

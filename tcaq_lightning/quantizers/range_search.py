@@ -12,6 +12,7 @@ from tcaq_lightning.quantizers.logarithmic import log_codes, log_values
 from tcaq_lightning.quantizers.uniform import affine_range
 
 NORM = 2.4
+"""p where nothing else is said; `quantization.range_norm` sets it."""
 CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 24
 """Elements of the largest intermediate tensor: near a core on a CPU, bounded memory elsewhere."""
 

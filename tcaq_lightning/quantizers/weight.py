@@ -13,6 +13,7 @@ from tcaq_lightning.quantizers.adaround import initial_logits, soft_round
 from tcaq_lightning.quantizers.base import Place, Quantizer, StoredTensor
 from tcaq_lightning.quantizers.formats import NumberFormat
 from tcaq_lightning.quantizers.packing import packed_size, unpack
+from tcaq_lightning.quantizers.range_search import NORM
 
 CLIPPED_LOGIT = -20.0
 """Rounded down for good: of a weight beyond the grid's ends, which has one code whatever its rounding."""
@@ -138,6 +139,7 @@ class AdaRoundWeight(WeightQuantizer):
         self.number_format, self.bits = number_format, number_format.bits
         self.shape, self.conv_groups = weight.shape, conv_groups
         self.rounding = Rounding.HARD
+        self.norm = NORM
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         dtype = torch.promote_types(weight.dtype, torch.float32)  # narrower ones are kept as they are, not computed in
         scales = number_format.sharing.shape(tuple(weight.shape))
@@ -188,7 +190,7 @@ class AdaRoundWeight(WeightQuantizer):
     @torch.no_grad()
     def search(self, r: Tensor) -> None:
         """Search the grid for W r, `r` being (C,) or (1,), and reset V: hardened rounding is rounding to nearest."""
-        found = self.number_format.search(self.number_format.sharing.rows(self._scaled(r)))
+        found = self.number_format.search(self.number_format.sharing.rows(self._scaled(r)), norm=self.norm)
         self.delta.copy_(found.scale.view_as(self.delta))
         if found.zero_point is not None and self.zero_point is not None:
             self.zero_point.copy_(found.zero_point.view_as(self.delta))

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tcaq_lightning.calibration import probes
 from tcaq_lightning.calibration.probes import capture_inputs, probe_indices
 from tcaq_lightning.config import LayerRule, QuantizationConfig
 from tcaq_lightning.nn.parts import quantizers
@@ -70,15 +69,14 @@ def test_an_input_that_several_layers_read_is_captured_once_a_pass(make_twins: A
 
 
 def test_kept_queries_of_captured_probabilities_hold_the_largest_value(
-    make_twins: Any, monkeypatch: pytest.MonkeyPatch
+    make_twins: Any,
 ) -> None:
     twins = make_twins()
     arguments = twins.unit(ATTENTION), twins.data_of(ATTENTION).select(slice(4)), twins.timestep_groups, CPU, 3
     everything = capture_inputs(*arguments)
     p = everything[SOFTMAX]
     kept = p.shape[2] // 3
-    monkeypatch.setattr(probes, "QUERIES", kept)
-    some = capture_inputs(*arguments)
+    some = capture_inputs(*arguments, kept)
     assert some[SOFTMAX].shape == (*p.shape[:2], kept, p.shape[3])
     assert some[SOFTMAX].untyped_storage().nbytes() == some[SOFTMAX].nbytes
     assert torch.equal(some[SOFTMAX].amax((1, 2, 3)), p.amax((1, 2, 3)))

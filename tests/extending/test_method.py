@@ -85,7 +85,7 @@ def test_its_candidates_look_past_a_single_group() -> None:
     ranges = RangeStatistics(3, 4)
     ranges.low = torch.zeros(3, 4)
     ranges.high = torch.tensor([[1.0, 4.0, 1.0, 1.0], [1.0, 4.0, 1.0, 1.0], [1.0, 4.0, 1.0, 900.0]])
-    grid = REPARAMETERIZATIONS[NAME](10.0).candidates(ranges, torch.ones(4))
+    grid = REPARAMETERIZATIONS[NAME](TCRConfig()).candidates(ranges, torch.ones(4))
     assert torch.equal(grid[0], torch.ones(4))
     assert torch.equal(grid[:, 3], grid[:, 0])
     torch.testing.assert_close(grid[2, 1] / grid[2, 0], torch.tensor(2.0))

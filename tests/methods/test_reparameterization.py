@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tcaq_lightning.calibration.probes import capture_inputs, probe_indices
-from tcaq_lightning.config import QuantizationConfig, WeightConfig
+from tcaq_lightning.config import QuantizationConfig, TCRConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.methods.reparameterization import (
     QUICK_PLACES,
@@ -133,10 +133,10 @@ def test_candidates_that_cannot_be_are_refused(searched: Any, grid: Tensor) -> N
 
 
 def test_members_are_found_by_name() -> None:
-    assert [m.truncation for m in named("searched", 3.0).values()] == [3.0]
-    assert list(named(["searched", "smoothquant"], 10.0)) == ["searched", "smoothquant"]
+    assert [m.truncation for m in named(TCRConfig(formula="searched", truncation=3.0)).values()] == [3.0]
+    assert list(named(TCRConfig(formula=["searched", "smoothquant"]))) == ["searched", "smoothquant"]
     with pytest.raises(UserError, match=r"unknown tcr.formula 'smooth'; expected one of .*smoothquant"):
-        named("smooth", 10.0)
+        named(TCRConfig(formula="smooth"))
 
 
 @pytest.mark.parametrize("name", sorted(REPARAMETERIZATIONS))
@@ -147,7 +147,7 @@ def test_every_candidate_leaves_a_full_precision_layers_output(name: str, kind: 
     weight = torch.randn(7, 5, 3, 3, generator=generator, dtype=torch.float64)
     ranges = RangeStatistics(2, 5)
     ranges.update(x, torch.arange(2).repeat_interleave(3), 1)
-    grid = REPARAMETERIZATIONS[name](10.0).candidates(ranges, weight.abs().amax((0, 2, 3)))
+    grid = REPARAMETERIZATIONS[name](TCRConfig()).candidates(ranges, weight.abs().amax((0, 2, 3)))
     assert bool((grid[-1] != 1).any())
     for r in grid.double():
         if kind == "conv":

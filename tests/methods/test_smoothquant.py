@@ -40,7 +40,7 @@ def test_the_candidate_is_of_the_largest_values_over_all_timesteps() -> None:
         torch.tensor([[-4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         torch.tensor([[1.0, 1, 0.5], [2, 1, 0.5]]),
     )
-    (r,) = SmoothQuant(truncation=1e9).candidates(ranges, torch.ones(3))
+    (r,) = SmoothQuant(TCRConfig(truncation=1e6)).candidates(ranges, torch.ones(3))
     torch.testing.assert_close(r / r[1], torch.tensor([2.0, 1.0, 0.5**0.5]))
     assert float(r.log().mean()) == pytest.approx(0, abs=1e-6)
 

@@ -286,7 +286,8 @@ class TrialWork:
     def search_bytes(self, name: str, probes: int) -> int:
         """Bytes that setting a unit's quantizers takes: all their inputs, and a pass or a search beside them."""
         unit, data = self.twin.get_submodule(name), self.data[name]
-        inputs = capture_inputs(unit, data, self.timestep_groups, self.device)
+        queries = self.config.calibration.probe_queries
+        inputs = capture_inputs(unit, data, self.timestep_groups, self.device, queries=queries)
         held = sum(x.nbytes for x in inputs.values()) * probes // len(data)
 
         layers_of = readers(unit)
