@@ -99,8 +99,9 @@ def choose_softmax(
 
     Args:
         quantizer: of the probabilities.
-        p: (B, heads, T, S) probabilities of probes, sorted by group with equal counts.
-        values: (B, S, C) what they weigh, the attention's v.
+        p: (B, heads, T, S) probabilities of probes, sorted by group with equal counts, or (B, k, heads, T, S) of k rows
+            of each.
+        values: (B, S, C) what they weigh, the attention's v, with k B rows or heads apart where `p` has them.
         fits: one fitted tail per group.
         config: rule and logarithmic family; with `enabled` off every group is uniform.
 
@@ -134,16 +135,23 @@ class _OutputError:
     """Relative error of an attention's output, ||(P^ - P) v||^2 / ||P v||^2 by timestep group.
 
     Args:
-        p: (B, heads, T, S) probabilities, sorted by group with equal counts.
-        values: (B, S, C) v of all heads in sequence.
+        p: (B, heads, T, S) probabilities, sorted by group with equal counts, or (B, k, heads, T, S).
+        values: (B, S, C) v of all heads in sequence, (k B, S, C), or (k B, heads, S, C / heads).
         num_groups: G.
     """
 
     def __init__(self, p: Tensor, values: Tensor, num_groups: int) -> None:
-        self.p = p
-        self.v = torch.unflatten(values, 2, (p.shape[1], -1)).transpose(1, 2)  # (B, heads, S, C/heads)
+        self.p = p.flatten(0, -4) if p.ndim > 4 else p  # (k B, heads, T, S)
+        self.v = self._by_heads(values)  # (k B, heads, S, C/heads)
         self.num_groups = num_groups
         self.reference = self._by_sample(lambda p, _: p)
+
+    def _by_heads(self, values: Tensor) -> Tensor:
+        rows, heads = self.p.shape[0], self.p.shape[1]
+        if values.ndim == 3 and values.shape[0] == rows:
+            return torch.unflatten(values, 2, (heads, -1)).transpose(1, 2)
+        v = torch.unflatten(values, 0, (rows, -1)) if values.ndim == 3 else values  # rows that are heads of a sample
+        return v.repeat_interleave(heads // v.shape[1], 1)
 
     def _by_sample(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Outputs of one sample after another: all probabilities may fill the memory, without further copies."""

@@ -18,6 +18,19 @@ SHARED = ("img_ids", "txt_ids")
 """Tensor arguments that are the same for all rows of a batch, whatever their first axis: Flux's positions."""
 
 
+TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio", "vision_timesteps", "decoder_noise_time", "bb_ca_time")
+"""Names that denoisers give to their timestep."""
+
+
+def timestep_name(names: Sequence[str]) -> str:
+    """Which argument of a denoiser is the timestep; the second one where none is called so.
+
+    >>> timestep_name(["x", "t", "cap_feats"]), timestep_name(["sample", "noise_level"])
+    ('t', 'noise_level')
+    """
+    return next((name for name in TIMESTEPS if name in names), list(names)[min(1, len(names) - 1)])
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """A denoiser's arguments beside x_t and t, for all calls of some trajectories.

@@ -22,7 +22,15 @@ from torch import nn
 from tcaq_lightning.config import Role
 from tcaq_lightning.runtime.registry import Registry
 
-LAYERS_WITH_WEIGHTS = (nn.Conv2d, nn.Linear)
+LAYERS_WITH_WEIGHTS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 """Layers whose products are quantized."""
 GATED_NORMS = ("ada_norm_zero", "ada_norm_single")
 """Norms of a `BasicTransformerBlock` that multiply its branches by a gate, which depends on the condition."""
@@ -219,5 +227,5 @@ def is_attention(module: nn.Module) -> bool:
     """
     if hasattr(module, "processor") and hasattr(module, "set_processor"):
         return True
-    named = re.search(r"Attention(Pool(ing)?)?$", type(module).__name__) is not None
+    named = re.search(r"Attention(\d?[dD]|Pool(ing)?)?$", type(module).__name__) is not None
     return named and not any(is_attention(inner) for inner in module.modules() if inner is not module)

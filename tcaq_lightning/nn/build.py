@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tcaq_lightning.nn.attention import PROCESSORS
+from tcaq_lightning.nn.attention import PROCESSORS, intercept
+from tcaq_lightning.nn.convolutions import QuantTransposedConvolution
 from tcaq_lightning.nn.grouped import group
 from tcaq_lightning.nn.layers import LAYERS, QuantLayer
 from tcaq_lightning.nn.parts import set_submodule
@@ -74,8 +75,12 @@ def build(
         if layers[name].quantized_output:
             layer.quantize_output()  # of the input's quantizer, too, which is the final one now
     for name, attention in attentions.items():
-        if not attention.kept:
-            owner: Any = denoiser.get_submodule(name)
+        owner: Any = denoiser.get_submodule(name)
+        if attention.kept:
+            continue
+        if attention.processor not in PROCESSORS:
+            intercept(owner, attention, groups, weights != "learned")
+        else:
             processor = PROCESSORS[attention.processor](attention, groups)
             if (parameter := next(owner.parameters(), None)) is not None:
                 processor.to(parameter.device)
@@ -95,18 +100,20 @@ def build_layer(
         name: of the layer, for messages.
         weights: as in `build`.
     """
-    assert isinstance(source, (nn.Conv2d, nn.Linear))
+    described: Any = source
     replacement: Any = LAYERS[type(source)]
-    conv_groups = source.groups if isinstance(source, nn.Conv2d) else 1
-    channels = source.in_channels if isinstance(source, nn.Conv2d) else source.in_features
+    linear = isinstance(source, nn.Linear)
+    conv_groups, channels = (1, described.in_features) if linear else (described.groups, described.in_channels)
+    transposed = issubclass(replacement, QuantTransposedConvolution)
+    values: Tensor = replacement.source_weight(source) if transposed else described.weight
     number_format = make_format(spec.weight_format, spec.weight_bits, spec.symmetric, spec.weight_granularity)
-    weight = MAKERS[weights](source.weight, number_format, conv_groups, spec.symmetric)
+    weight = MAKERS[weights](values, number_format, conv_groups, spec.symmetric)
     inputs = ACTIVATION_QUANTIZERS[spec.input_quantizer](
         spec.activation_bits, groups, channels, replacement.channel_dim
-    ).to(source.weight.device)
+    ).to(values.device)
     if spec.reparameterized:
         inputs.r.fill_(torch.nan)  # about to be read
-    layer: QuantLayer = replacement(source, weight, inputs, source.bias, name, spec)
+    layer: QuantLayer = replacement(source, weight, inputs, described.bias, name, spec)
     if spec.shifted:
         inputs.allow_shift()
         layer.allow_shift()

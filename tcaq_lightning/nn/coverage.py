@@ -25,6 +25,10 @@ ELEMENTWISE = "added or multiplied elementwise"
 """Note of parameters that are no layer's: tables, gates, tokens."""
 
 
+OWN_CODE = "read by its module's own code"
+"""Note of matrices that belong to no layer: routers of experts, frequencies, bases."""
+
+
 UNKNOWN_ATTENTION = "unknown attention"
 """How the note begins of matmuls in full precision because no quantized processor is known."""
 
@@ -84,7 +88,8 @@ def float_rows(name: str, module: nn.Module, bits: LayerBits) -> list[CoverageRo
     """Rows of the parameters that a module has itself and that stay in full precision.
 
     In a module without others within, a vector belongs to a norm or a scale. In a module with others within, a
-    parameter that is not called a weight is a table, a gate or a token. Anything else may be an operand of a product.
+    parameter that is not called a weight is a table, a gate or a token. Anything else is listed as what the module's
+    own code reads: it may be an operand of a product.
 
     Args:
         name: of the module within the denoiser.
@@ -92,7 +97,7 @@ def float_rows(name: str, module: nn.Module, bits: LayerBits) -> list[CoverageRo
         bits: what the rules say about its name.
 
     Raises:
-        UserError: it has weights that no quantized layer is known for, and no rule keeps it.
+        UserError: it is a layer that no quantized one is known for, and no rule keeps it.
     """
     own, kind = own_parameters(module), type(module).__name__
     if not own:
@@ -104,15 +109,17 @@ def float_rows(name: str, module: nn.Module, bits: LayerBits) -> list[CoverageRo
     leaf = not any(True for _ in module.children())
     product = isinstance(module, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
     rows = []
+    if product:
+        raise UserError(
+            f"unsupported layer {name} ({kind}) has weights that no quantized layer is known for; keep it in full "
+            f"precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
+        )
     for parameter_name, parameter in module.named_parameters(recurse=False):
         full_name = f"{name}.{parameter_name}" if name else parameter_name
-        vector = not product and all(size == 1 for size in parameter.shape[:-1])
-        if not vector and (leaf or parameter_name.endswith("weight")):
-            raise UserError(
-                f"unsupported layer {name} ({kind}) has weights that no quantized layer is known for; keep it in full "
-                f"precision with a rule: quantization.rules: [{{pattern: {name}, keep: true}}]"
-            )
-        rows.append(CoverageRow(full_name, "parameter", "float", ELEMENTWISE, parameter.numel()))
+        vector = all(size == 1 for size in parameter.shape[:-1])
+        read = not vector and (leaf or parameter_name.endswith("weight"))
+        note = OWN_CODE if read else ELEMENTWISE
+        rows.append(CoverageRow(full_name, "parameter", "float", note, parameter.numel()))
     return rows
 
 

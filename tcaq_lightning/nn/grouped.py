@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from tcaq_lightning.models.denoiser_calls import timestep_name
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.provided import provide, withdraw
 
@@ -45,16 +48,28 @@ class Grouping:
     def __init__(self, groups: TimestepGroups, forward: Callable[..., Any]) -> None:
         names = list(inspect.signature(forward).parameters)
         self.groups, self.first = groups, names[0]
-        self.position = names.index("timestep") if "timestep" in names else 1
+        self.timestep = timestep_name(names)
+        self.position = names.index(self.timestep)
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward` within the groups of its arguments."""
         samples: Any = args[0] if args else kwargs.get(self.first)
-        timestep = kwargs.get("timestep", args[self.position] if len(args) > self.position else None)
+        timestep = kwargs.get(self.timestep, args[self.position] if len(args) > self.position else None)
         if samples is None or timestep is None:
             return forward(*args, **kwargs)  # which says what is missing
-        with self.groups.using(*self.groups.of_batch(timestep, samples.shape[0], samples.device)):
+        with self.groups.using(*self.groups.of_batch(timestep, *_batch(samples, timestep))):
             return forward(*args, **kwargs)
+
+
+def _batch(samples: Any, timestep: Any) -> tuple[int, torch.device]:
+    """Number of samples and their device: of a tensor, of a list with one for each, or of what else there is."""
+    if isinstance(samples, Tensor) and samples.ndim > 1 and samples.is_floating_point():
+        return samples.shape[0], samples.device
+    if isinstance(timestep, Tensor) and timestep.ndim:
+        return timestep.shape[0], timestep.device
+    tensors = [x for x in tree_leaves(samples) if isinstance(x, Tensor)]
+    several = isinstance(samples, (list, tuple))
+    return (len(samples) if several else tensors[0].shape[0]), tensors[0].device
 
 
 class Checkpoint:

@@ -70,6 +70,12 @@ class QuantLayer(nn.Module):
         self.register_buffer("shift_bias", None)
 
     @property
+    def weight(self) -> Tensor:
+        """(O, I, ...) as the layer multiplies with it now: for code that reads a layer's weight itself."""
+        weight: Tensor = self.weight_quantizer(self.input_quantizer.scales())
+        return weight.to(self.dtype)
+
+    @property
     def learned_weight(self) -> AdaRoundWeight:
         """The weight with its rounding variables; only while calibrating."""
         assert self.weight_quantizer.learns
@@ -201,9 +207,9 @@ class QuantLayer(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=False)
             self.shift_bias = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name: some denoisers say `input=`
         """Quantize the input and compute the output."""
-        return self.compute(self.input_quantizer(x))
+        return self.compute(self.input_quantizer(input))
 
     def compute(self, quantized: Tensor) -> Tensor:
         """The layer's output for an input that is quantized already."""

@@ -13,7 +13,7 @@ from tcaq_lightning.config.checks import FLOAT_BITS
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import family_of, is_attention
 from tcaq_lightning.models.units import find_units
-from tcaq_lightning.nn.attention import PROCESSORS, processor_name, separate_all_projections
+from tcaq_lightning.nn.attention import PROCESSORS, interception, processor_name, separate_all_projections
 from tcaq_lightning.nn.build import build
 from tcaq_lightning.nn.coverage import (
     KEPT_BY_RULE,
@@ -112,7 +112,7 @@ def describe(denoiser: nn.Module, config: QuantizationConfig) -> Preparation:
             continue
         if is_attention(module):
             known = processor_name(module)
-            found.attentions[name] = attention = _attention_spec(known, bits, config)
+            found.attentions[name] = attention = _attention_spec(module, bits, config)
             note = _why_kept(bits, known) if attention.kept else ""
             found.rows += attention_rows(name, attention, note)
             if known in PROCESSORS:
@@ -172,9 +172,10 @@ def _quantizes_output(module: nn.Module, bits: LayerBits, config: QuantizationCo
     return fits and make_format(bits.weight_format, width, config.weight.symmetric, bits.weight_granularity).integers
 
 
-def _attention_spec(known: str, bits: LayerBits, config: QuantizationConfig) -> AttentionSpec:
-    """What computes an attention's matmuls: a quantized processor, if one is known and no rule keeps them."""
-    if bits.activation is None or bits.softmax is None or known not in PROCESSORS:
+def _attention_spec(module: nn.Module, bits: LayerBits, config: QuantizationConfig) -> AttentionSpec:
+    """What computes an attention's matmuls: quantized ones, if they can be found and no rule keeps them."""
+    known = processor_name(module)
+    if bits.activation is None or bits.softmax is None or not (known in PROCESSORS or interception(module)):
         return AttentionSpec(kept=True)
     if FLOAT_BITS in (bits.activation, bits.softmax):
         return AttentionSpec(kept=True)

@@ -97,6 +97,7 @@ class AttentionSpec:
         softmax_bits: code width of the probabilities.
         processor: class name of the diffusers processor that is computed with quantized operands.
         quantizer: kind of the quantizers of q, k and v, one of `ACTIVATION_QUANTIZERS`.
+        calls: how often attention is computed in one forward pass, each time with quantizers of its own.
     """
 
     kept: bool = False
@@ -104,6 +105,7 @@ class AttentionSpec:
     softmax_bits: int = 8
     processor: str = "AttnProcessor2_0"
     quantizer: str = "uniform"
+    calls: int = 1
 
     def __post_init__(self) -> None:
         _require_types(self)

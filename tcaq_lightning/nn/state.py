@@ -25,7 +25,7 @@ def full_precision(unit: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for quantizer in activations:
+        for quantizer in [*quantizers(unit).values(), *output_quantizers(unit)]:  # some may be new
             quantizer.enabled = True
         for layer in layers:
             layer.learned_weight.rounding = Rounding.HARD

@@ -209,6 +209,8 @@ class ActivationQuantizer(Quantizer):
         if not self.enabled:
             return x
         current = self.groups.of_rows(x.shape[0])
+        if x.shape[0] == 1 and self.groups.single is not None:
+            current = current[:1]  # nothing tells samples apart
         x = for_all_samples(x, len(current))
         step = per_sample(self.steps(), current, x.ndim)
         if self.r.numel() > 1:

@@ -37,6 +37,8 @@ class RangeStatistics:
 
         Of k B rows, each k in sequence are one sample's.
         """
+        if not x.numel():  # as of an expert that nothing was sent to
+            return
         channel_dim %= x.ndim
         if 1 < len(groups) < x.shape[0]:
             groups = groups.repeat_interleave(x.shape[0] // len(groups))

@@ -122,11 +122,12 @@ class TimestepGroups:
         """Groups of a batch, from what its denoiser is given.
 
         Args:
-            timestep: a number, or a tensor of one or of B elements.
+            timestep: a number, or a tensor of one or of B elements, or of several for each sample, as those of its
+                frames or tokens: the noisiest counts, since what is given has timestep 0.
             batch: B.
             device: of the samples.
         """
-        groups = self.of(torch.as_tensor(timestep, device=device).reshape(-1))
+        groups = self.of(_by_sample(torch.as_tensor(timestep, device=device), batch))
         if torch.compiler.is_compiling():  # values decide nothing there
             return Running(groups.expand(batch).contiguous() if groups.numel() == 1 else groups)
         # A batch of one timestep may hand it over for every sample; elsewhere a look at the values is a sync.
@@ -169,6 +170,14 @@ class TimestepGroups:
             yield
         finally:
             self._thread.running = before
+
+
+def _by_sample(timestep: Tensor, batch: int) -> Tensor:
+    """(B,) or (1,) timesteps; of several that are no sample's, the largest."""
+    flat = timestep.reshape(-1)
+    if flat.numel() in (1, batch):
+        return flat
+    return flat.reshape(batch, -1).amax(1) if flat.numel() % batch == 0 else flat.amax(0, keepdim=True)
 
 
 def some_positions(count: int, values: int) -> Tensor | slice:

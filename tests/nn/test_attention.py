@@ -72,6 +72,7 @@ JOINT: dict[str, Any] = {"added_kv_proj_dim": 8, "bias": True, "context_pre_only
 ADDED: dict[str, Any] = {"added_kv_proj_dim": 6, "cross_attention_dim": 8, "norm_num_groups": 4, "bias": True}
 TEXT, IMAGE = normal(3, 5, 6), normal(3, 8, 4, 4)
 MASK = torch.zeros(3, 1, 5).index_fill_(2, torch.tensor([3, 4]), -1e4)
+BOOLEAN = (normal(3, 2, 16, 5) > 0).index_fill_(3, torch.tensor([0]), True)  # another one for each sample
 ROTARY = (normal(21, 4), normal(21, 4).flip(0))
 ADDED_MASK = torch.zeros(3, 21).index_fill_(1, torch.tensor([1, 20]), -1e4)[:, None, None]
 
@@ -85,6 +86,19 @@ CASES: dict[str, tuple[Any, Tensor, dict[str, Any]]] = {
         attention(cross_attention_dim=6),
         normal(3, 16, 8),
         {"encoder_hidden_states": TEXT, "attention_mask": MASK},
+    ),
+    **{
+        f"cross, boolean mask of {mask.ndim} axes": (
+            attention(cross_attention_dim=6),
+            normal(3, 16, 8),
+            {"encoder_hidden_states": TEXT, "attention_mask": mask},
+        )
+        for mask in (BOOLEAN[:, 0, 0], BOOLEAN[:, 0, :1], BOOLEAN[:, :1])
+    },
+    "cross, additive mask of 4 axes": (
+        attention(cross_attention_dim=6),
+        normal(3, 16, 8),
+        {"encoder_hidden_states": TEXT, "attention_mask": torch.where(BOOLEAN[:, :1], 0.5, -1e4)},
     ),
     "image": (attention(norm_num_groups=4, residual_connection=True, rescale_output_factor=1.5), IMAGE, {}),
     "fused": (fused(attention(bias=True), FusedAttnProcessor2_0()), normal(3, 16, 8), {}),

@@ -6,6 +6,7 @@ A module here that registers a processor is found by its being here.
 from importlib import import_module
 from pkgutil import iter_modules
 
+from tcaq_lightning.nn.attention.calls import intercept, interception
 from tcaq_lightning.nn.attention.fused import separate_all_projections, separate_projections
 from tcaq_lightning.nn.attention.operations import mask_by_head, shares_input_quantizer
 from tcaq_lightning.nn.attention.processor import PROCESSORS, QuantAttnProcessor, processor_name, quantized_processor
@@ -17,6 +18,8 @@ for _module in iter_modules(__path__):
 __all__ = [
     "PROCESSORS",
     "QuantAttnProcessor",
+    "intercept",
+    "interception",
     "keep_quantized",
     "mask_by_head",
     "processor_name",

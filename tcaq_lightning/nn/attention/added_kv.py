@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tcaq_lightning.nn.attention.operations import prepared_by_head
 from tcaq_lightning.nn.attention.processor import ADDED, PROCESSORS, SELF, QuantAttnProcessor
 
 
@@ -33,6 +34,7 @@ class QuantAddedKVAttnProcessor(QuantAttnProcessor):
         """What diffusers' processor computes, every operand of its matmuls quantized."""
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, H*W, C)
         mask = attn.prepare_attention_mask(attention_mask, tokens.shape[1], tokens.shape[0])
+        mask = prepared_by_head(mask, tokens.shape[0], attn.heads)
         context = tokens if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)

@@ -47,6 +47,25 @@ def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: fl
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # to be rounded: in float32
 
 
+def prepared_by_head(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """What diffusers' `prepare_attention_mask` returns, (B * heads, ..., S), as (B * heads, T or 1, S) to add.
+
+    Args:
+        mask: boolean (False is masked), or added to the scores.
+        batch: B.
+        heads: number of heads.
+    """
+    if mask is None:
+        return None
+    return _added(mask).reshape(batch * heads, -1, mask.shape[-1])
+
+
+def _added(mask: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
 def mask_by_head(mask: Tensor | None, batch: int, heads: int, shape: tuple[int, int]) -> Tensor | None:
     """A mask as torch's fused attention takes it, broadcastable to (B, heads, T, S), as (B * heads, T, S) to add.
 
@@ -58,6 +77,4 @@ def mask_by_head(mask: Tensor | None, batch: int, heads: int, shape: tuple[int, 
     """
     if mask is None:
         return None
-    if mask.dtype is torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask.expand(batch, heads, *shape).flatten(0, 1)
+    return _added(mask).expand(batch, heads, *shape).flatten(0, 1)

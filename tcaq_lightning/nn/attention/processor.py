@@ -13,6 +13,7 @@ from tcaq_lightning.nn.attention.operations import (
     as_tokens,
     attention_probabilities,
     norm_heads,
+    prepared_by_head,
     shares_input_quantizer,
     split_heads,
 )
@@ -126,6 +127,7 @@ class QuantAttnProcessor(nn.Module):
         tokens = as_tokens(hidden_states)
         source = tokens if encoder_hidden_states is None else encoder_hidden_states
         mask = attn.prepare_attention_mask(attention_mask, source.shape[1], tokens.shape[0])
+        mask = prepared_by_head(mask, tokens.shape[0], attn.heads)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         tokens = tokens.contiguous()  # once, not in each projection
@@ -167,9 +169,16 @@ class QuantAttnProcessor(nn.Module):
         q, k, v = (widened(x) for x in (self.query(q), self.key(k), self.value(v)))
         q, k, v = (split_heads(x, heads).flatten(0, 1) for x in (q, k, v))  # (B * heads, T, d)
         p = attention_probabilities(q, k, mask, q.shape[-1] ** -0.5 if scale is None else scale)
-        p = self.probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)  # (B * heads, T, S)
+        p = self.quantize_probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)  # (B * heads, T, S)
         out = torch.unflatten(torch.bmm(p, v), 0, (batch, -1))  # (B, heads, T, d)
         return out.permute(0, 2, 1, 3).reshape(batch, out.shape[2], -1)
+
+    def quantize_probabilities(self, p: Tensor) -> Tensor:
+        """Quantize (k B, ..., T, S) probabilities, k rows in sequence of each of the B samples that are passing."""
+        batch, rows = self.probabilities.groups.current.shape[0], p.shape[0]
+        if rows == batch or batch == 1 or rows % batch:
+            return self.probabilities(p)  # type: ignore[no-any-return]
+        return self.probabilities(torch.unflatten(p, 0, (batch, -1))).flatten(0, 1)  # type: ignore[no-any-return]
 
     def merge(self, attn: Any, out: Tensor, residual: Tensor) -> Tensor:
         """Output projection, residual connection and rescaling, in the input's shape."""
@@ -183,9 +192,9 @@ class QuantAttnProcessor(nn.Module):
 
 
 def quantized_processor(module: nn.Module) -> QuantAttnProcessor | None:
-    """The quantized processor of an attention; None of any other module."""
-    processor: Any = getattr(module, "processor", None)
-    return processor if isinstance(processor, QuantAttnProcessor) else None
+    """The quantized processor of an attention, or the quantizers of its calls; None of any other module."""
+    parts: tuple[Any, ...] = getattr(module, "processor", None), getattr(module, "operands", None)
+    return next((part for part in parts if isinstance(part, QuantAttnProcessor)), None)
 
 
 def processor_name(attention: Any) -> str:
