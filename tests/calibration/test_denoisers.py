@@ -515,7 +515,7 @@ def test_a_denoiser_that_is_not_in_the_registry_works_by_the_general_rule() -> N
     attentions = [n for n, m in full.named_modules() if is_attention(m)]
     assert len(attentions) == 2
     for name in attentions:
-        assert rows[f"{name} (P v)"].note == "unknown attention: AuraFlowAttnProcessor2_0"
+        assert rows[f"{name} (P v)"].bits == "P8 A8"
     assert sum(row.parameters for row in rows.values()) == sum(p.numel() for p in full.parameters())
 
     x, t = torch.randn(SAMPLES, 4, 8, 8), torch.arange(0, 700, 100)
