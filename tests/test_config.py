@@ -65,7 +65,7 @@ def test_without_reconstruction_there_is_one_round_of_no_steps() -> None:
     [
         (lambda: WeightConfig(bits=1), "quantization.weight.bits"),
         (lambda: ActivationConfig(bits=9), "quantization.activation.bits"),
-        (lambda: WeightConfig(granularity="row"), "quantization.weight.granularity"),
+        (lambda: WeightConfig(granularity="row"), "WeightConfig.granularity"),
         (lambda: WeightConfig(granularity=1), "quantization.weight.granularity"),
         (lambda: LayerRule("*", weight_granularity=-4), r"quantization.rules\[\*\].weight_granularity"),
         (

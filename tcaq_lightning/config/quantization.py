@@ -16,6 +16,9 @@ from tcaq_lightning.config.checks import (
     require_text,
 )
 
+Granularity = int | Literal["channel", "tensor"]
+"""Which weights share a scale: those of an output channel, all, or so many neighbouring inputs of a channel."""
+
 
 @dataclass
 class WeightConfig(Section):
@@ -28,7 +31,7 @@ class WeightConfig(Section):
     format: str = "int"
     """Number format of the codes: int; e4m3, e5m2, e3m4, e2m5, e3m2, e2m3, e2m1; mxfp8, mxfp6, mxfp4, nvfp4; nf4; q8_0,
     q5_0, q5_1, q4_0, q4_1 of GGUF; or one that a module in `extensions` registers."""
-    granularity: str | int | None = None
+    granularity: Granularity | None = None
     """Which weights share a scale: channel (of the output), tensor, or a number of neighbouring inputs of an output
     channel; null: as the format has it, for int and floats channel. Blocks of a format are its own."""
 
@@ -38,10 +41,9 @@ class WeightConfig(Section):
         require_granularity(self.granularity, "quantization.weight.granularity")
 
 
-def require_granularity(value: str | int | None, key: str) -> None:
-    """See that it says which weights share a scale, or is not given."""
-    known = value in ("channel", "tensor") if isinstance(value, str) else value is None or 2 <= value <= 2**20
-    require(known, key, "channel, tensor, a number of inputs from 2 on, or null", value)
+def require_granularity(value: Granularity | None, key: str) -> None:
+    """See that it is no absurd number of inputs."""
+    require(not isinstance(value, int) or 2 <= value <= 2**20, key, "at least 2 and at most 2^20", value)
 
 
 @dataclass
@@ -104,7 +106,7 @@ class LayerRule(Section):
     attentions. A model may have no layer of a role."""
     weight_format: str | None = None
     """Number format of the weights, null leaves it. Another one has a granularity of its own."""
-    weight_granularity: str | int | None = None
+    weight_granularity: Granularity | None = None
     """Which weights share a scale: channel, tensor or a number of inputs, null leaves it."""
 
     def check(self) -> None:

@@ -35,7 +35,7 @@ class LayerBits:
     softmax: int | None
     output: int | None = None
     weight_format: str = "int"
-    weight_granularity: str | int | None = None
+    weight_granularity: int | str | None = None
 
     @property
     def kept(self) -> bool:

@@ -47,7 +47,7 @@ class LayerSpec:
     input_quantizer: str = "uniform"
     quantized_output: bool = False
     weight_format: str = "int"
-    weight_granularity: str | int | None = None
+    weight_granularity: int | str | None = None
     role: Role = field(default="block", compare=False)
 
     def __post_init__(self) -> None:

@@ -130,7 +130,7 @@ class NumberFormat(ABC):
     factors: ClassVar[tuple[float, float]] = (1.0, 0.2)
     """Ends of the factors that a search tries, of the scale that reaches a row's largest magnitude."""
 
-    def __init__(self, bits: int, symmetric: bool = True, name: str = "", granularity: str | int | None = None) -> None:
+    def __init__(self, bits: int, symmetric: bool = True, name: str = "", granularity: int | str | None = None) -> None:
         self.name = kind = name or type(self).__name__
         if bits not in self.widths:
             first, last = self.widths[0], self.widths[-1]
@@ -262,7 +262,7 @@ FORMATS: Registry[type[NumberFormat]] = Registry("number format")
 """By the name that `quantization.weight.format` takes."""
 
 
-def make_format(name: str, bits: int, symmetric: bool = True, granularity: str | int | None = None) -> NumberFormat:
+def make_format(name: str, bits: int, symmetric: bool = True, granularity: int | str | None = None) -> NumberFormat:
     """The number format of that name.
 
     Raises:
