@@ -15,7 +15,7 @@ from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.prepare import quantize
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
-from tests.tiny_models import tiny_unet
+from tests.tiny_models import seven_units, tiny_unet
 
 BOUNDARIES = [30.0, 60.0]
 
@@ -68,8 +68,9 @@ def _frozen(
     symmetric: bool = True,
     rules: list[LayerRule] | None = None,
     integer_ready: bool = False,
+    levels: int = 1,
 ) -> Any:
-    denoiser: Any = tiny_unet()
+    denoiser: Any = (seven_units() if levels == 1 else tiny_unet()).eval()
     config = QuantizationConfig(WeightConfig(bits, symmetric), rules=rules or [], integer_ready=integer_ready)
     quantize(denoiser, config, TimestepGroups(boundaries))
     set_parameters(denoiser, softmax)
@@ -82,7 +83,10 @@ def _frozen(
 
 @pytest.fixture(scope="session")
 def frozen() -> Callable[..., Any]:
-    """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax quantizers, symmetric, rules, outputs)."""
+    """Builds frozen denoisers: (weight bits, boundaries, kinds of softmax, symmetric, rules, output codes, levels).
+
+    The time that a graph takes grows with its layers: two levels, with resampling, are for the tests that need them.
+    """
     made: dict[str, Any] = {}  # equal calls share one
 
     def make(**case: Any) -> Any:

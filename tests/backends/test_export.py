@@ -12,10 +12,13 @@ import torch
 
 from tcaq_lightning.__main__ import main
 from tcaq_lightning.backends import export as command
+from tcaq_lightning.backends import placement
+from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.backends.kernels import SATURATION, Kernel
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.backends.saturation import sums_saturate
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.models.architectures import Sizes
 from tcaq_lightning.nn.parts import quant_layers
 from tcaq_lightning.quantizers.packing import packed_size
 
@@ -31,7 +34,7 @@ def run(*arguments: object) -> int:
 def test_onnx_holds_the_artifacts_integers(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(artifact, "--format", "onnx", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    every = len(quant_layers(load_quantized(artifact).unet)) + 2 * 4  # and two matmuls of each attention
+    every = len(quant_layers(load_quantized(artifact).unet)) + 2  # and two matmuls of the attention
     record = json.loads((tmp_path / "out" / "denoiser.json").read_text())
     rows = record["engines"]["openvino"]["kernels"]
     assert len(rows) == every
@@ -89,7 +92,6 @@ def test_nothing_is_left_of_a_failure(
         (["--format", "onnx", "taken/out"], "can be written"),
         (["--format", "tflite", "out"], "tflite"),
         (["--latents", "[6,0]", "out"], "--latents: expected a height and a width"),
-        (["--latents", "[7,7]", "out"], "latents: a UNet2DModel takes no samples of 7 x 7"),
     ],
 )
 def test_mistakes(
@@ -105,6 +107,11 @@ def test_mistakes(
     assert run(artifact, *arguments) == 2
     assert message in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["taken"]
+
+
+def test_sizes_that_a_denoiser_does_not_take(frozen: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="latents: a UNet2DModel takes no samples of 7 x 7"):
+        build_graph(frozen(levels=2), "digest", Sizes(latents=(7, 7)))
 
 
 @pytest.mark.parametrize(
@@ -185,9 +192,9 @@ def test_nothing_half_written_is_left_of_an_interruption(
         if len(copies) == moment:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.shutil, "copyfile", interrupted)
+    monkeypatch.setattr(placement.shutil, "copyfile", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command._move(scratch, out)
+        placement.put_in_place(scratch, out)
     assert {f.name: f.read_text() for f in out.iterdir()} == {"denoiser.onnx": "old", "denoiser.json": "old"}
 
 

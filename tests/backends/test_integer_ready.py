@@ -197,7 +197,7 @@ def test_every_convolution_of_a_model_is_integer(frozen: Callable[..., Any]) -> 
         kernels = engine.kernels()
         check_kernels(kernels, backend)
         convolutions = [k for k in kernels if k.product.output_bits]
-        assert len(convolutions) == len(output_quantizers(denoiser)) > 20
+        assert len(convolutions) == len(output_quantizers(denoiser)) > 8
         in_float = {k.product.name for k in kernels if not k.integer and k.reason != SATURATION}
         if backend == "openvino":
             assert not in_float
@@ -232,11 +232,11 @@ def test_what_runs_in_float_says_why(backend: str, name: str, reason: str) -> No
 
 
 def test_codes_around_one_zero_point_may_saturate_sooner(frozen: Callable[..., Any]) -> None:
-    rules = [LayerRule("mid_block.resnets.0.conv1", activation_bits=7)]
+    rules = [LayerRule("up_blocks.0.resnets.0.conv1", activation_bits=7)]
     denoiser = copy.deepcopy(frozen(bits=8, integer_ready=True, rules=rules))
-    layer = denoiser.mid_block.resnets[0].conv1
+    layer = denoiser.up_blocks[0].resnets[0].conv1
     layer.weight_quantizer.codes[:, :2] = 255  # 127 on both sides of a pair
     for zeros, expected in (([60.0, 60.0, 60.0], False), ([0.0, 60.0, 120.0], True)):
         layer.input_quantizer.zero_point.copy_(torch.tensor(zeros))
         _, info = build_graph(denoiser, "digest")
-        assert {p.name: p.may_saturate for p in info.products}["mid_block.resnets.0.conv1"] == expected
+        assert {p.name: p.may_saturate for p in info.products}["up_blocks.0.resnets.0.conv1"] == expected

@@ -51,7 +51,7 @@ def outputs(module: nn.Module, names: set[str], call: Callable[[], Any]) -> dict
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_graph_computes_what_is_simulated(case: dict[str, Any], frozen: Callable[..., Any]) -> None:
-    denoiser = frozen(**case)
+    denoiser = frozen(levels=2, **case)
     graph = graph_of(denoiser)
     x, t = inputs()
     # attention projections that share an input are computed without calling the layer

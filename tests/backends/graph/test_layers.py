@@ -11,7 +11,7 @@ from tcaq_lightning.backends.graph.layers import _seen_taps
 
 
 def test_borders_see_less_of_the_zero_point(frozen: Callable[..., Any]) -> None:
-    denoiser = frozen(bits=8)
+    denoiser = frozen(bits=8, levels=2)
     graph = GraphDenoiser(denoiser, describe(denoiser).boundaries).eval()
     t = torch.tensor([3.0, 30.0, 70.0, 99.0])
     for name in ("conv_in", "down_blocks.0.downsamplers.0.conv"):
