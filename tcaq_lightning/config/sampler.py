@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from tcaq_lightning.config.checks import require_count, require_plain, require_share, require_text
@@ -21,9 +21,14 @@ class SamplerConfig:
     """DDIM's noise share: 0 is deterministic, 1 is DDPM-like."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further settings of the scheduler, such as clip_sample or timestep_spacing."""
+    place: InitVar[str] = field(default="sampler", kw_only=True)
+    """Where it stands, for messages."""
+
+    def __post_init__(self, place: str) -> None:
+        self.check(place)
 
     def check(self, key: str) -> None:
-        """See that all values can be worked with. A sampler stands in several places, so it is checked in its place.
+        """See that all values can be worked with, those too that were set after the sampler was made.
 
         Args:
             key: where it stands, such as `calibration.sampler`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import types
 import typing
@@ -112,7 +113,8 @@ def build(kind: Any, values: Mapping[str, Any], key: str = "") -> Any:
             made[k.name] = _built(values[k.name], k.hint, whole)
         elif k.default is dataclasses.MISSING:
             raise UserError(f"{whole} is missing; expected {type_name(k.hint)}")
-    return kind(**made)
+    stands_anywhere = "place" in inspect.signature(kind).parameters
+    return kind(**made, place=key) if stands_anywhere and key else kind(**made)
 
 
 def _built(value: Any, hint: Any, key: str) -> Any:

@@ -14,6 +14,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -30,6 +32,8 @@ ASSETS = Path(__file__).parent / "assets"
 DENOISER_NAMES = ("unet", "transformer")
 OWN_PIPELINES = {c.__name__: c for c in (ClassConditionalLatentPipeline, ClassConditionalTransformerPipeline)}
 """Pipelines that model_index.json may name and diffusers lacks."""
+HUB_SECONDS = 5.0
+"""How long the hub may take to answer at all; its client would try again and again for a minute."""
 
 
 def shipped(name: str) -> Path | None:
@@ -73,13 +77,14 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
     if not local and (path.count("/") != 1 or path.startswith((".", "/"))):
         raise UserError(f"model.path: no model at {path}; expected a directory in diffusers layout or a hub id")
     source = str(directory) if local else path
-    index = _read_index(source, local, path)
+    at_hand = local or not hub_answers()
+    index = _read_index(source, local, at_hand, path)
     quiet_diffusers(index)
     name = denoiser_name(index, f"model.path: model_index.json of {path}")
     loading: dict[str, Any] = {
         "use_safetensors": True,
         "low_cpu_mem_usage": False,
-        "local_files_only": local,
+        "local_files_only": at_hand,
         "variant": variant,
     }
     if dtype != torch.float32:  # the default of diffusers; newer versions call it dtype, and warn
@@ -96,14 +101,39 @@ def open_pipeline(path: str, variant: str | None = None, dtype: torch.dtype = to
     return opened
 
 
-def _read_index(source: str, local: bool, path: str) -> dict[str, Any]:
-    """What a model_index.json says."""
+def hub_answers() -> bool:
+    """Whether the hub can be asked: it is asked once, and what it says does not matter."""
+    if hub.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(hub.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # noqa: BLE001 - of whatever client it has
+        return False
+    return True
+
+
+def _read_index(source: str, local: bool, at_hand: bool, path: str) -> dict[str, Any]:
+    """What a model_index.json says.
+
+    Args:
+        source: a directory or hub id.
+        local: whether it is a directory.
+        at_hand: whether only what is on this machine may be looked at.
+        path: as the user gave it.
+    """
     expected = f"model.path: {path} has no readable model_index.json; expected diffusers layout"
+    if at_hand and not local:
+        expected = (
+            f"model.path: no directory {path}, and as a hub id it is not in the hub's cache, while the hub cannot be "
+            "reached; expected a directory in diffusers layout, or a network"
+        )
     try:
         if local:
             index = read_json(Path(source) / DiffusionPipeline.config_name)
         else:
-            index = DiffusionPipeline.load_config(source, local_files_only=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # diffusers hands the hub's client an argument that it has no use for
+                index = DiffusionPipeline.load_config(source, local_files_only=at_hand)
     except Exception as error:  # of a hub, whatever its client raises
         raise UserError(f"{expected}, got {one_line(error)}") from error
     if not isinstance(index, dict):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMScheduler
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
 
 from tcaq_lightning.config import SamplerConfig
@@ -49,6 +52,15 @@ def expect_error(path: Path | str, pattern: str) -> None:
     with pytest.raises(UserError, match=pattern) as caught:
         open_pipeline(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expect_error("someone/nothing", "no directory someone/nothing, .* the hub cannot be reached")
+    assert time.perf_counter() - began < 5
 
 
 def test_what_is_wrong_with_a_model_is_said_in_one_line(directory: Path) -> None:

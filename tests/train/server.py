@@ -2,8 +2,9 @@
 
 Reads a line for each set of processes that run side by side, a JSON list of jobs: `script`, `args`, files `out` and
 `err`, `environment`, `cwd` (null: the server's), and optionally `fault` ("module:attribute", n, signal), which lets the
-n-th call of a function send the process that signal, and `limit`, the largest size of a file in bytes. Answers with two
-lines: the process ids at once, the exit codes (negative: the signal that killed it) at the end.
+n-th call of a function send the process that signal (of "SIGINT,SIGINT" the second one while the first is dealt with),
+and `limit`, the largest size of a file in bytes. Answers with two lines: the process ids at once, the exit codes
+(negative: the signal that killed it) at the end.
 """
 
 from __future__ import annotations
@@ -46,10 +47,18 @@ def install_fault(target: str, number: int, name: str) -> None:
         nonlocal calls
         calls += 1
         if calls == number:
-            os.kill(os.getpid(), signal.Signals[name])
+            send(name.split(","))
         return original(*args, **kwargs)
 
     setattr(owner, attribute, faulty)
+
+
+def send(names: list[str]) -> None:
+    try:
+        os.kill(os.getpid(), signal.Signals[names[0]])
+    finally:
+        if names[1:]:
+            send(names[1:])
 
 
 def child(job: dict[str, Any]) -> int:

@@ -191,11 +191,12 @@ CROSS = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("Cros
             ["model.path", "encoder_hidden"],
         ),
         (lambda: UNet2DModel(**PLAIN | {"out_channels": 2}), ["model.path", "(2, 2, 8, 8)", "(2, 1, 8, 8)"]),
+        (lambda: UNet2DModel(**PLAIN | {"in_channels": 3}), ["model.path", "(2, 1, 8, 8)", "(2, 3, 8, 8)"]),
         (lambda: UNet2DModel(**PLAIN | {"sample_size": None}), ["model.path"]),
         # its logarithm of t = 0 is infinite
         (lambda: UNet2DModel(**PLAIN, time_embedding_type="fourier"), ["calibration.sampler", "NaN"]),
     ],
-    ids=["classes", "text", "channels", "size", "diverging"],
+    ids=["classes", "text", "channels", "inpainting", "size", "diverging"],
 )
 def test_unsupported_denoisers(
     command: Command, settings: Settings, tmp_path: Path, make: Callable[[], Any], words: list[str]

@@ -130,6 +130,12 @@ def test_killed_at_random(command: Command, config: Path, undisturbed: Path, tmp
     assert_same(tmp_path / "run", undisturbed)
 
 
+def test_ctrl_c_twice_within_a_fit(command: Command, config: Path, tmp_path: Path) -> None:
+    ended = command("--config", config, "--run_dir", tmp_path / "run", fault=(STEP, 3, "SIGINT,SIGINT"))
+    assert (ended.code, ended.err) == (130, "")
+    assert not list((tmp_path / "run").rglob(".*.tmp"))
+
+
 @pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_politely(command: Command, config: Path, undisturbed: Path, tmp_path: Path, first: int) -> None:
     args = ("--config", config, "--run_dir", tmp_path / "run")

@@ -72,7 +72,8 @@ def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float
     )
     redrawn = sum(calls * n * config.par.final_share * (m + 1) / config.par.rounds for m, n in enumerate(learned[1:]))
     sampler = config.evaluation.sampler or data.sampler
-    images = config.evaluation.num_images * calls * sampler.num_steps / data.sampler.num_steps
+    drawn = max(config.evaluation.num_images, config.evaluation.fid_samples)
+    images = drawn * calls * sampler.num_steps / data.sampler.num_steps
     return {
         "trajectories": calls * len(data.indices) + rates.quantized * redrawn,
         "sensitivity": config.sensitivity.probes * calls * rates.sensitivity,
@@ -93,6 +94,11 @@ def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float
 def calibration_passes(config: Config, calls: int, rates: Rates = FITTED) -> float:
     """Forward passes of one sample that the whole calibration costs, the evaluation after it left out."""
     return sum(count for stage, count in passes(config, calls, rates).items() if stage not in EVALUATION)
+
+
+def evaluation_passes(config: Config, calls: int, rates: Rates = FITTED) -> float:
+    """Forward passes of one sample that the evaluation costs; decoding and features of images come on top."""
+    return sum(count for stage, count in passes(config, calls, rates).items() if stage in EVALUATION)
 
 
 def forward_flops(denoiser: nn.Module, sample: Samples) -> int:

@@ -19,6 +19,7 @@ from tcaq_lightning.calibration.planning.cost import (
     DEVICE_TFLOPS,
     RANK_EFFICIENCY,
     calibration_passes,
+    evaluation_passes,
     forward_flops,
     seconds_on_devices,
 )
@@ -35,7 +36,7 @@ from tcaq_lightning.runtime.distributed.collectives import world_size
 from tcaq_lightning.runtime.memory import available_memory
 
 LONGEST = 90 * 86400
-"""Seconds of a calibration that anybody waits for."""
+"""Seconds of a run that anybody waits for."""
 MOST_TIMED = 64
 """Samples of the pass that is timed."""
 
@@ -56,6 +57,7 @@ class Plan:
         model_bytes: the full-precision pipeline, and what the quantized denoiser has beside its weights: codes, tables.
         workspace_bytes: what work takes beside models and store, by its kind; one kind is done at a time.
         seconds: estimated duration of the calibration.
+        evaluation_seconds: estimated duration of the denoiser's calls in the evaluation after it.
         trajectory_bytes: of the trajectories' files.
         image_bytes: of the images that are compared.
     """
@@ -71,6 +73,7 @@ class Plan:
     model_bytes: int
     workspace_bytes: dict[str, int]
     seconds: float
+    evaluation_seconds: float
     trajectory_bytes: int
     image_bytes: int
 
@@ -87,11 +90,17 @@ class Plan:
         Raises:
             UserError: it takes more memory than there is, more files than there is room for, or absurdly long.
         """
-        if self.seconds > LONGEST:
+        if (total := self.seconds + self.evaluation_seconds) > LONGEST:
+            lower = (
+                "evaluation.num_images, evaluation.fid_samples, evaluation.num_trajectories or "
+                "evaluation.sampler.num_steps"
+                if self.evaluation_seconds > self.seconds
+                else "calibration.num_trajectories, calibration.mismatch_trajectories, calibration.sampler.num_steps "
+                "or reconstruction.iterations"
+            )
             raise UserError(
-                f"the plan takes about {duration(self.seconds)}, more than {LONGEST / 86400:.0f} days; lower "
-                "calibration.num_trajectories, calibration.mismatch_trajectories, calibration.sampler.num_steps or "
-                "reconstruction.iterations"
+                f"the plan takes about {duration(total)}, more than {LONGEST / 86400:.0f} days, of which the "
+                f"evaluation takes {duration(self.evaluation_seconds)}; lower {lower}"
             )
         needed = max(max(self.workspace_bytes.values()) + self.store_bytes["host"], self.image_bytes)
         room = available_memory()
@@ -125,7 +134,7 @@ class Plan:
         table.add_row("model and codes", f"{self.model_bytes / GIGABYTE:.2f} GB")
         kind, workspace = max(self.workspace_bytes.items(), key=lambda item: item[1])
         table.add_row("workspace", f"{workspace / GIGABYTE:.2f} GB (most in: {kind})")
-        table.add_row("time", f"about {duration(self.seconds)}")
+        table.add_row("time", f"about {duration(self.seconds)}, then {duration(self.evaluation_seconds)} of evaluation")
         return table
 
 
@@ -192,9 +201,8 @@ def make_plan(
         footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
     else:
         footprint = measure_footprint(config, denoiser, others, graph, probe, calls)
-    seconds = forward * calibration_passes(config, calls) / world_size()
     kinds = _Kinds(graph, inputs, probe.x[0])
-    return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, seconds)
+    return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, lambda n: forward * n / world_size())
 
 
 def sketch_plan(
@@ -216,10 +224,14 @@ def sketch_plan(
     workspace = {"learn": trial.learning_bytes() if config.reconstruction.enabled else 0}
     ranks = config.trainer.devices * config.trainer.num_nodes
     flops = forward_flops(denoiser, samples[:1])
-    seconds = seconds_on_devices(calibration_passes(config, calls), flops, ranks, DEVICE_TFLOPS, RANK_EFFICIENCY)
     limits: dict[Tier, float] = {"device": 0.0, "host": math.inf, "disk": 0.0}
     kinds = _Kinds(graph, inputs, samples.x[0])
-    return _plan(config, coverage, kinds, calls, ranks, limits, Footprint(trial.model_bytes(), workspace), seconds)
+    footprint = Footprint(trial.model_bytes(), workspace)
+
+    def seconds(passes: float) -> float:
+        return seconds_on_devices(passes, flops, ranks, DEVICE_TFLOPS, RANK_EFFICIENCY)
+
+    return _plan(config, coverage, kinds, calls, ranks, limits, footprint, seconds)
 
 
 @dataclass(frozen=True)
@@ -239,7 +251,7 @@ def _plan(
     ranks: int,
     limits: dict[Tier, float],
     footprint: Footprint,
-    seconds: float,
+    seconds: Callable[[float], float],
 ) -> Plan:
     calibration = config.calibration
     trajectories = calibration.num_trajectories, calibration.held_out_trajectories
@@ -265,7 +277,8 @@ def _plan(
         limits=limits,
         model_bytes=footprint.models,
         workspace_bytes=footprint.workspace,
-        seconds=seconds,
+        seconds=seconds(calibration_passes(config, calls)),
+        evaluation_seconds=seconds(evaluation_passes(config, calls)),
         trajectory_bytes=sets * calls * kinds.sample.nbytes,
         image_bytes=2 * config.evaluation.num_images * kinds.sample.numel() * torch.float32.itemsize,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,8 @@ def read_checkpoint(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with _stand_ins():
+        with _stand_ins(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about foreign pickles, which are refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers raise is about this file
         text = str(error)

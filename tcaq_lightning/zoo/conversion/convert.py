@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.models.pipelines import hub_answers
 from tcaq_lightning.runtime.files import sha256, write_json
 from tcaq_lightning.zoo.conversion import ddim, latent, latent_config
 from tcaq_lightning.zoo.conversion.architecture import (
@@ -183,7 +184,10 @@ def read_tokenizer(source: str | None) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return transformers.CLIPTokenizer.from_pretrained(source, model_max_length=CLIP_POSITIONS)
+        at_hand = Path(source).exists() or not hub_answers()
+        return transformers.CLIPTokenizer.from_pretrained(
+            source, model_max_length=CLIP_POSITIONS, local_files_only=at_hand
+        )
     except Exception as error:  # whatever transformers raises is about these files
         raise UserError(f"--tokenizer {source}: cannot be read ({' '.join(str(error).split())[:200]})") from error
 

@@ -24,6 +24,7 @@ PLAN = Plan(
     model_bytes=1000,
     workspace_bytes={"learn": 1000},
     seconds=60.0,
+    evaluation_seconds=60.0,
     trajectory_bytes=0,
     image_bytes=0,
 )
@@ -37,7 +38,9 @@ def test_what_fits(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"seconds": 8000 * 3600.0}, "8000.0 h, more than 90 days"),
-        ({"seconds": math.inf}, "more than 90 days"),
+        ({"seconds": math.inf}, "more than 90 days.*reconstruction.iterations"),
+        ({"evaluation_seconds": 8000 * 3600.0}, "evaluation takes 8000.0 h; lower evaluation.num_images"),
+        ({"seconds": 46 * 86400.0, "evaluation_seconds": 45 * 86400.0}, "more than 90 days.*calibration.num_traj"),
         ({"workspace_bytes": {"search": 10, "learn": 10**17}}, "1e\\+08 GB of memory"),
         ({"store_bytes": {"device": 0, "host": 10**17, "disk": 0}}, "of memory"),
         ({"image_bytes": 10**17}, "evaluation.num_images"),

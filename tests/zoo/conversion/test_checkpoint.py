@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Harmful:
 def test_code_in_a_checkpoint_is_not_run(content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "model.ckpt")
+    warnings.simplefilter("error")
     refused(tmp_path / "model.ckpt", r"got one that calls (posix|nt)\.mkdir, which is not run")
     assert not (tmp_path / "harm").exists()
 
