@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants as hub
-from huggingface_hub.utils import get_session
+from huggingface_hub import get_session
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
