@@ -1,8 +1,9 @@
 """Make diffusers know this package, whichever of the two is imported first, and without importing diffusers.
 
 diffusers finds quantization methods in two tables of `diffusers.quantizers.auto`, and pipelines by the class name in
-model_index.json as attributes of `diffusers`. Both are extended when those modules have been imported: at once where
-they are there already, else by a finder that waits for them.
+model_index.json as attributes of `diffusers`. Both are extended once those modules are imported: at once if they
+already are, otherwise by a finder that waits for them. diffusers has no entry points for either, and importing it here
+would take seconds; the finder answers for the names below alone.
 """
 
 from __future__ import annotations

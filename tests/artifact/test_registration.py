@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.util
 import json
 import subprocess
@@ -8,7 +9,7 @@ import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
@@ -38,6 +39,49 @@ def test_this_package_first() -> None:
         "assert importlib.util.find_spec('diffusers').name == 'diffusers'\n"  # to ask is not to import
         "import diffusers\n"
         "assert type(diffusers.__spec__.loader).__module__ != 'tcaq_lightning.artifact.registration'" + KNOWN
+    )
+
+
+HARMLESS = """
+import sys
+finders, hooks, modules = list(sys.meta_path), list(sys.path_hooks), set(sys.modules)
+import tcaq_lightning
+assert sys.meta_path[1:] == finders  # one more, and those of before in their order
+assert sys.path_hooks == hooks
+assert not {name for name in set(sys.modules) - modules if name.split(".")[0] in ("torch", "diffusers")}
+"""
+
+
+def test_the_import_system_stays_as_it_was_but_for_one_finder() -> None:
+    run(HARMLESS)
+
+
+def test_other_imports_are_left_to_the_other_finders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Counting(importlib.abc.MetaPathFinder):
+        asked: ClassVar[list[str]] = []
+
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+            self.asked.append(fullname)
+
+    (tmp_path / "toy_other.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    waiting = next(f for f in sys.meta_path if isinstance(f, registration._Waiting))
+    others = [f for f in sys.meta_path if f is not waiting]
+    monkeypatch.setattr(sys, "meta_path", [waiting, Counting(), *others])
+    module = importlib.import_module("toy_other")
+    monkeypatch.delitem(sys.modules, "toy_other")
+    assert Counting.asked == ["toy_other"]  # once: the one that waits asks nobody about it
+    assert type(module.__spec__.loader) is SourceFileLoader  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_without_the_finder_diffusers_imported_later_knows_nothing_of_us() -> None:
+    run(
+        "import sys, tcaq_lightning\n"
+        "sys.meta_path.pop(0)\n"
+        "import diffusers\nfrom diffusers.quantizers import auto\n"
+        "assert 'tcaq' not in auto.AUTO_QUANTIZER_MAPPING\n"
+        "assert not hasattr(diffusers, 'ClassConditionalLatentPipeline')\n"
     )
 
 
