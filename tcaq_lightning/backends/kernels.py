@@ -54,7 +54,14 @@ def kernel_of(found: Mapping[str, T], name: str, missing: T) -> T:
 
 
 def described(product: Product, kernel: str, precision: str, reason: str) -> Kernel:
-    """A product and its kernel; `reason` says why it was meant to run in float, where the product does not."""
+    """A product and its kernel.
+
+    Args:
+        product: a matrix product of the denoiser.
+        kernel: name of the engine's kernel.
+        precision: type that it computes in.
+        reason: why it was meant to run in float, unless the product says so itself.
+    """
     integer = precision in ("i8", "int8")
     return Kernel(product, kernel, precision, integer, "" if integer else product.note or reason)
 

@@ -37,7 +37,12 @@ def block_error(output: Outputs, target: Outputs, weights: Tensor | None = None)
 
 
 def weighted_error(squares: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The block error of (B, C) mean squares of each sample's channels; weights as in `block_error`."""
+    """The block error of (B, C) mean squares of each sample's channels; weights as in `block_error`.
+
+    Args:
+        squares: (B, C) mean squares of each sample's channels.
+        weights: (B, C); None: all are 1.
+    """
     return (squares if weights is None else squares * weights).sum(1).mean()
 
 

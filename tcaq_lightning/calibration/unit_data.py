@@ -112,11 +112,24 @@ class UnitData:
     def run(
         self, unit: Callable[..., Outputs], timestep_groups: TimestepGroups, index: Tensor | slice, device: torch.device
     ) -> Outputs:
-        """The unit's output on the chosen samples, shaped like the targets."""
+        """The unit's output on the chosen samples, shaped like the targets.
+
+        Args:
+            unit: full-precision or quantized.
+            timestep_groups: those of the denoiser.
+            index: which of the samples.
+            device: where to compute.
+        """
         return self.run_batch(unit, timestep_groups, self.read(index, device))
 
     def run_batch(self, unit: Callable[..., Outputs], timestep_groups: TimestepGroups, batch: Batch) -> Outputs:
-        """The unit's output on a batch, shaped like the targets."""
+        """The unit's output on a batch, shaped like the targets.
+
+        Args:
+            unit: full-precision or quantized.
+            timestep_groups: those of the denoiser.
+            batch: read from these samples.
+        """
         self.executed += len(batch.groups)
         with timestep_groups.using(batch.groups):
             output = unit(*batch.args, **batch.kwargs)

@@ -59,7 +59,12 @@ def unit_errors(
 
 
 def weighted_sum(squares: Tensor, weights: Tensor | None) -> float:
-    """The block error that squared errors (G, C) add up to with weights (G, C); None weighs all of them 1."""
+    """The block error that squared errors (G, C) add up to with weights (G, C); None weighs all of them 1.
+
+    Args:
+        squares: (G, C) squared errors, as in `UnitErrors`.
+        weights: (G, C); None: all are 1.
+    """
     return float((squares if weights is None else squares * weights).sum())
 
 

@@ -49,7 +49,13 @@ def command_function(table: Mapping[str, tuple[str, str]], name: str) -> Callabl
 
 
 def overview(table: Mapping[str, tuple[str, str]], program: str, example: str) -> str:
-    """What there is, a line for each command."""
+    """What there is, a line for each command.
+
+    Args:
+        table: module and summary of each command, by name.
+        program: name of the program.
+        example: a command line.
+    """
     lines = [f"usage: {program} COMMAND [options]", ""]
     for name, (_, about) in table.items():
         lines += textwrap.wrap(about, WIDTH, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)

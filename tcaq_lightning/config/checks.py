@@ -68,25 +68,50 @@ def require_share(value: float, key: str) -> None:
 
 
 def require_factor(value: float, key: str, most: float = 1e6) -> None:
-    """See that a value is finite and widens, or leaves what it multiplies."""
+    """See that a value is finite and widens, or leaves what it multiplies.
+
+    Args:
+        value: the value.
+        key: its whole key.
+        most: largest value allowed.
+    """
     require(1 <= value < math.inf, key, "finite and at least 1", value)
     require(value <= most, key, f"at most {most:g}", value)
 
 
 def require_rate(value: float, key: str, most: float = 1e6) -> None:
-    """See that a value is finite, not negative and not absurd."""
+    """See that a value is finite, not negative and not absurd.
+
+    Args:
+        value: the value.
+        key: its whole key.
+        most: largest value allowed.
+    """
     require(0 <= value < math.inf, key, "finite and at least 0", value)
     require(value <= most, key, f"at most {most:g}", value)
 
 
 def require_positive(value: float, key: str, most: float = 1e6) -> None:
-    """See that a value is finite, above 0 and not absurd."""
+    """See that a value is finite, above 0 and not absurd.
+
+    Args:
+        value: the value.
+        key: its whole key.
+        most: largest value allowed.
+    """
     require(0 < value < math.inf, key, "finite and positive", value)
     require(value <= most, key, f"at most {most:g}", value)
 
 
 def require_count(value: int | None, key: str, least: int = 1, most: int = 10**9) -> None:
-    """See that a number of things is neither too small nor absurd, or not given."""
+    """See that a number of things is neither too small nor absurd, or not given.
+
+    Args:
+        value: the value.
+        key: its whole key.
+        least: smallest value allowed.
+        most: largest value allowed.
+    """
     require(value is None or value >= least, key, f"at least {least}", value)
     require(value is None or value <= most, key, f"at most {most}", value)
 

@@ -50,6 +50,11 @@ def from_values(kind: type[T], values: Mapping[str, Any], key: str = "") -> T:
 def typed(kind: Any, values: Any, key: str = "") -> dict[str, Any]:
     """Some values of a dataclass with their types checked; nested dataclasses stay nested values.
 
+    Args:
+        kind: the dataclass.
+        values: nested values, as YAML has them.
+        key: where the dataclass stands, for messages.
+
     Raises:
         UserError: as in `from_values`.
     """
@@ -102,6 +107,11 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(kind: Any, values: Mapping[str, Any], key: str = "") -> Any:
     """A dataclass from values that `typed` has checked, with its defaults for the others.
+
+    Args:
+        kind: the dataclass.
+        values: as `typed` returns them.
+        key: where the dataclass stands, for messages.
 
     Raises:
         UserError: a value is out of range, or missing.

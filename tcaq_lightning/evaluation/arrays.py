@@ -43,6 +43,10 @@ class ArrayHeader:
 def open_array(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], ArrayHeader]:
     """A member of an archive, at its first element, and its head.
 
+    Args:
+        archive: an open .npz.
+        name: of the member, with its ending.
+
     Raises:
         KeyError: there is none of that name.
         ValueError: it is no .npy file of numbers.
@@ -60,6 +64,10 @@ def open_array(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], ArrayHea
 
 def read_numbers(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """An array of an archive as float64.
+
+    Args:
+        archive: an open .npz.
+        name: of the member, with its ending.
 
     Raises:
         KeyError, ValueError: as in `open_array`; also if it is larger than any statistics, or too short.

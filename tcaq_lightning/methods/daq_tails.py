@@ -173,7 +173,15 @@ def _compare_on_tails(n: Tensor, edges: Tensor, first: Tensor, theta: Tensor) ->
 
 
 def fit_tail(counts: Tensor, edges: Tensor, min_tail: int = 50, min_share: float = 0.05, min_bins: int = 10) -> TailFit:
-    """Fit one histogram: `fit_tails` for counts of shape (1 + bins,)."""
+    """Fit one histogram: `fit_tails` for counts of shape (1 + bins,).
+
+    Args:
+        counts: (1 + bins,).
+        edges: (2 + bins,) `LogHistogram.edges`.
+        min_tail: as in `fit_tails`.
+        min_share: as in `fit_tails`.
+        min_bins: as in `fit_tails`.
+    """
     return fit_tails(counts[None], edges, min_tail, min_share, min_bins)[0]
 
 

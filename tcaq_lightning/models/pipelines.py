@@ -299,6 +299,11 @@ def configured_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibrati
 def make_scheduler(own: Any, sampler: SamplerConfig, key: str = "calibration.sampler") -> Any:
     """`configured_scheduler` for one run of the sampler, its timesteps set.
 
+    Args:
+        own: the pipeline's scheduler.
+        sampler: sampler settings.
+        key: config key that errors name.
+
     Raises:
         UserError: unknown class, option or number of steps.
     """

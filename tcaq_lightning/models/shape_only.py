@@ -56,6 +56,11 @@ class Absent(Tensor):
 def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Absent:
     """Stand for a contiguous tensor.
 
+    Args:
+        shape: of the tensor.
+        dtype: its type.
+        device: where it pretends to be.
+
     >>> torch.cat([absent((2, 3), torch.float32, torch.device("cpu")), torch.ones(2, 1)], dim=1)
     Absent(shape=(2, 4), dtype=torch.float32)
     """

@@ -63,13 +63,25 @@ class CoverageRow:
 
 
 def layer_row(name: str, spec: LayerSpec, parameters: int) -> CoverageRow:
-    """The row of a layer with weights."""
+    """The row of a layer with weights.
+
+    Args:
+        name: of the layer.
+        spec: what it is.
+        parameters: number of its parameters.
+    """
     note = KEPT_BY_RULE if spec.kept else DYNAMIC if spec.dynamic else ""
     return CoverageRow(name, spec.kind, spec.widths, note, parameters, spec.role)
 
 
 def attention_rows(name: str, spec: AttentionSpec, note: str) -> list[CoverageRow]:
-    """The rows of an attention's matmuls; `note` says why they are in full precision, if they are."""
+    """The rows of an attention's matmuls; `note` says why they are in full precision, if they are.
+
+    Args:
+        name: of the attention.
+        spec: what it is.
+        note: why it stays in full precision; empty if it does not.
+    """
     products = ("q k^T", f"A{spec.activation_bits}"), ("P v", f"P{spec.softmax_bits}")
     return [
         CoverageRow(

@@ -41,7 +41,13 @@ def readers(module: nn.Module) -> dict[int, list[QuantLayer]]:
 
 
 def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one called `name`, in the same training mode."""
+    """Put a module in the place of the one called `name`, in the same training mode.
+
+    Args:
+        root: module that it is part of.
+        name: dotted name within the root.
+        module: the new module.
+    """
     parent, _, child = name.rpartition(".")
     owner = root.get_submodule(parent)
     module.train(owner.training)

@@ -46,6 +46,11 @@ class LayerBits:
 def bits_of(name: str, config: QuantizationConfig, role: Role = "block") -> LayerBits:
     """Bits of the layer or attention called `name`: the general ones, changed by every rule that matches, in order.
 
+    Args:
+        name: of the layer or attention.
+        config: general bits and rules.
+        role: of the layer in its denoiser.
+
     >>> from tcaq_lightning.config import LayerRule
     >>> rules = [LayerRule("conv_*", weight_bits=8), LayerRule(role="input", activation_bits=6)]
     >>> bits_of("conv_in", QuantizationConfig(rules=rules), "input")

@@ -21,7 +21,13 @@ VALUES = 4096
 
 
 def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
-    """Rows of a (G,) table for a batch: (B, 1, ..., 1) with `dims` axes."""
+    """Rows of a (G,) table for a batch: (B, 1, ..., 1) with `dims` axes.
+
+    Args:
+        table: (G,).
+        groups: (B,) timestep groups.
+        dims: axes of the result.
+    """
     return table.index_select(0, groups.to(table.device)).view(-1, *[1] * (dims - 1))
 
 
@@ -31,7 +37,13 @@ def for_all_samples(x: Tensor, rows: int) -> Tensor:
 
 
 def along(values: Tensor, dims: int, channel_dim: int) -> Tensor:
-    """(C,) values beside a tensor of `dims` axes with its channels on `channel_dim`."""
+    """(C,) values beside a tensor of `dims` axes with its channels on `channel_dim`.
+
+    Args:
+        values: (C,).
+        dims: axes of the result.
+        channel_dim: its axis of channels.
+    """
     shape = [1] * dims
     shape[channel_dim] = -1
     return values.view(shape)

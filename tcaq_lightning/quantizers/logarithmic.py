@@ -42,6 +42,12 @@ def log_codes(x: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
 def log_values(codes: Tensor, delta: Tensor, tau: Tensor, bits: int) -> Tensor:
     """Values of integer codes; the last code is 0.
 
+    Args:
+        codes: integer codes, float-valued.
+        delta: value of code 0, broadcastable to the codes.
+        tau: exponent of a step, broadcastable to the codes.
+        bits: code width.
+
     >>> log_values(torch.arange(4.0), torch.tensor(1.0), torch.tensor(1.0), bits=2)
     tensor([1.0000, 0.5000, 0.2500, 0.0000])
     """

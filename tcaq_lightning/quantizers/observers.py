@@ -33,9 +33,12 @@ class RangeStatistics:
 
     @torch.no_grad()
     def update(self, x: Tensor, groups: Tensor, channel_dim: int) -> None:
-        """Take in a batch: `x` (B, ...) with its channels on `channel_dim`, `groups` (B,).
+        """Take in a batch.
 
-        Of k B rows, each k in sequence are one sample's.
+        Args:
+            x: (B, ...) or (k B, ...), k rows in sequence for each sample.
+            groups: (B,) timestep groups.
+            channel_dim: axis of the channels.
         """
         if not x.numel():  # as of an expert that nothing was sent to
             return

@@ -188,6 +188,12 @@ def some_positions(count: int, values: int) -> Tensor | slice:
 
 
 def values_by_group(x: Tensor, num_groups: int, values: int) -> Tensor:
-    """(G, n) values of each group, at most `values`, from probes sorted by group with equal counts."""
+    """(G, n) values of each group, at most `values`, from probes sorted by group with equal counts.
+
+    Args:
+        x: (B, ...) probes, sorted by group with equal counts.
+        num_groups: G.
+        values: largest number of values for a group.
+    """
     rows = x.reshape(num_groups, -1)
     return rows[:, some_positions(rows.shape[1], values)]

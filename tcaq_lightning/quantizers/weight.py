@@ -477,6 +477,11 @@ def neutral_scales(
     """Stored scales of 1, zero points, offsets and outer scales for a weight of that shape.
 
     Zero points that are about to be read are NaN.
+
+    Args:
+        weight: only its shape, type and device matter.
+        number_format: what codes stand for.
+        symmetric: whether the zero points are those of the format.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     one = torch.ones(number_format.sharing.shape(tuple(weight.shape)), dtype=dtype, device=weight.device)

@@ -100,7 +100,13 @@ def read_checked(path: Path) -> bytes:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], record: Any = None) -> None:
-    """Write tensors, and a JSON-ready record beside them, as checked safetensors."""
+    """Write tensors, and a JSON-ready record beside them, as checked safetensors.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        record: JSON-ready values, kept in the metadata.
+    """
     metadata = {"record": json.dumps(record)}
     write_checked(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
 

@@ -52,7 +52,13 @@ def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int = 1)
 
 
 def coded(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """QuantizeLinear to the zero point's type, and DequantizeLinear, with scalars."""
+    """QuantizeLinear to the zero point's type, and DequantizeLinear, with scalars.
+
+    Args:
+        x: any shape.
+        scale: a scalar.
+        zero_point: a scalar of the codes' type.
+    """
     codes = _Quantize.apply(x, scale, zero_point)  # type: ignore[no-untyped-call]
     return dequantized(codes, scale, zero_point)
 

@@ -64,7 +64,13 @@ class Timesteps(nn.Module):
         return max(1, rows // self._batch)
 
     def value(self, number: int, dims: int, repeats: int = 1) -> Tensor:
-        """(B * repeats, 1, ..., 1) of `dims` axes: a column's values for the running batch."""
+        """(B * repeats, 1, ..., 1) of `dims` axes: a column's values for the running batch.
+
+        Args:
+            number: of the column.
+            dims: axes of the tensor that the values stand beside.
+            repeats: rows per sample.
+        """
         return repeated(self._read[dims][number], repeats)
 
     def shift(self, number: int, repeats: int = 1) -> Tensor:

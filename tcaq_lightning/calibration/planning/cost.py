@@ -92,7 +92,13 @@ def passes(config: Config, calls: int, rates: Rates = FITTED) -> dict[str, float
 
 
 def calibration_passes(config: Config, calls: int, rates: Rates = FITTED) -> float:
-    """Forward passes of one sample that the whole calibration costs, the evaluation after it left out."""
+    """Forward passes of one sample that the whole calibration costs, the evaluation after it left out.
+
+    Args:
+        config: the run's configuration.
+        calls: denoiser calls of one trajectory.
+        rates: costs of a pass by stage.
+    """
     return sum(count for stage, count in passes(config, calls, rates).items() if stage not in EVALUATION)
 
 

@@ -254,7 +254,13 @@ class TrialWork:
         return list(found.values())
 
     def scaled(self, name: str, work: Callable[[nn.Module, UnitData], Any], samples: int) -> int:
-        """Bytes that work on a unit takes for `samples` samples, the next batch included."""
+        """Bytes that work on a unit takes for `samples` samples, the next batch included.
+
+        Args:
+            name: of the unit.
+            work: takes the unit and some of its samples.
+            samples: number of samples that the work is scaled to.
+        """
         unit, data = self.twin.get_submodule(name), self.data[name]
         next_batch = sum(tensor.nbytes for tensor in data.tensors()) * samples // len(data)  # may be read meanwhile
         weights = [layer.learned_weight for layer in quant_layers(unit).values()]
@@ -322,7 +328,13 @@ class TrialWork:
             block_error(data.run_batch(unit, self.timestep_groups, batch), batch.targets)
 
     def learn(self, unit: nn.Module, data: UnitData, phase: Phase) -> None:
-        """An optimisation step that meets the optimizer's state, with the regulariser."""
+        """An optimisation step that meets the optimizer's state, with the regulariser.
+
+        Args:
+            unit: quantized unit.
+            data: its samples.
+            phase: "r" or "v".
+        """
         count = len(data)
         settings: dict[str, Any] = {"batch_size": count * world_size(), "warmup": 0.0}
         config = dataclasses.replace(self.config.reconstruction, **settings, compile=False)  # as it is, it takes more

@@ -58,7 +58,13 @@ def _log_ticks(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) ->
 
 
 def bars(labels: Sequence[str], values: Values, xlabel: str) -> Figure:
-    """One horizontal bar for each label; narrow enough for a small screen."""
+    """One horizontal bar for each label; narrow enough for a small screen.
+
+    Args:
+        labels: one for each bar.
+        values: lengths of the bars.
+        xlabel: label of the axis.
+    """
     figure, axes = _rows(labels, xlabel, log=False, width=SMALL_WIDTH)
     axes.barh(range(len(labels)), points(values), height=0.65, color=COLOURS[0])
     axes.grid(visible=False, axis="y")
@@ -66,7 +72,13 @@ def bars(labels: Sequence[str], values: Values, xlabel: str) -> Figure:
 
 
 def ranking(labels: Sequence[str], values: Values, xlabel: str) -> Figure:
-    """One dot for each label on a logarithmic axis, which has no start that a bar could begin at."""
+    """One dot for each label on a logarithmic axis, which has no start that a bar could begin at.
+
+    Args:
+        labels: one for each dot.
+        values: positive.
+        xlabel: label of the axis.
+    """
     figure, axes = _rows(labels, xlabel, log=True)
     axes.plot([v if v > 0 else float("nan") for v in points(values)], range(len(labels)), "o", color=COLOURS[0])
     _log_ticks(axes, "x", points(values))
@@ -76,7 +88,14 @@ def ranking(labels: Sequence[str], values: Values, xlabel: str) -> Figure:
 def changes(
     labels: Sequence[str], pairs: Sequence[Sequence[float | None]], names: Sequence[str], xlabel: str
 ) -> Figure:
-    """Two dots for each label, before and after, and a line between them, on a logarithmic axis."""
+    """Two dots for each label, before and after, and a line between them, on a logarithmic axis.
+
+    Args:
+        labels: one for each line.
+        pairs: (before, after), positive.
+        names: of before and after.
+        xlabel: label of the axis.
+    """
     figure, axes = _rows(labels, xlabel, log=True)
     before, after = (
         [v if v > 0 else float("nan") for v in points([pair[side] for pair in pairs])] for side in range(2)
@@ -158,7 +177,13 @@ def choice_map(labels: Sequence[str], chosen: Sequence[Sequence[bool]], differ: 
 
 
 def by_group(series: Mapping[str, Values], title: str, ylabel: str) -> Figure:
-    """Values against the timestep group, one line for each series, on a logarithmic axis."""
+    """Values against the timestep group, one line for each series, on a logarithmic axis.
+
+    Args:
+        series: values of each timestep group, by the line's name.
+        title: heading.
+        ylabel: label of the vertical axis.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -176,7 +201,13 @@ def by_group(series: Mapping[str, Values], title: str, ylabel: str) -> Figure:
 
 
 def grouped_bars(labels: Sequence[str], series: Mapping[str, Values], ylabel: str) -> Figure:
-    """Vertical bars of all series side by side for each label."""
+    """Vertical bars of all series side by side for each label.
+
+    Args:
+        labels: one for each group of bars.
+        series: heights of the bars, by the series' name.
+        ylabel: label of the vertical axis.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / 2, 2.7), layout="constrained")

@@ -212,6 +212,12 @@ def drawn(plot: Plot, caption: str, alt: str, wide: bool = False) -> Figure:
 def png(content: bytes, caption: str, alt: str, wide: bool = False) -> Figure:
     """A PNG file, embedded.
 
+    Args:
+        content: bytes of the file.
+        caption: text below it.
+        alt: text for readers who do not see it.
+        wide: whether it takes the whole width.
+
     Raises:
         ValueError: it is no PNG file.
     """
@@ -244,7 +250,13 @@ def _file(name: str) -> str:
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page as HTML; it may load nothing, and runs the one script that it holds."""
+    """The page as HTML; it may load nothing, and runs the one script that it holds.
+
+    Args:
+        title: heading of the page.
+        subtitle: line below it.
+        sections: in their order.
+    """
     script = _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template().render(

@@ -405,7 +405,13 @@ def or_nothing(section: Section, reason: str) -> Section:
 
 
 def unfolded(figures: Sequence[Figure], title: str, most: int) -> list[Block]:
-    """Figures to unfold, at most so many, and a note about the others."""
+    """Figures to unfold, at most so many, and a note about the others.
+
+    Args:
+        figures: all of them.
+        title: of what is unfolded.
+        most: largest number of figures to show.
+    """
     blocks: list[Block] = [Gallery(figures[:most], title)] if figures else []
     if len(figures) > most:
         blocks.append(note(f"{len(figures) - most} further figures of {title!r} are left out."))

@@ -175,7 +175,13 @@ def scaling_factor(mean: Tensor, deviation: Tensor) -> float:
 
 @torch.no_grad()
 def reconstruct(autoencoder: Any, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Images, uint8 (N, H, W), decoded from the means of their latents, (N, 1, H, W) in [-1, 1]."""
+    """Images, uint8 (N, H, W), decoded from the means of their latents, (N, 1, H, W) in [-1, 1].
+
+    Args:
+        autoencoder: in inference mode.
+        images: (N, H, W) uint8.
+        batch_size: images per pass.
+    """
     mean, _ = encode(autoencoder, images, batch_size)
     decoded = [autoencoder.decode(z.to(autoencoder.device)).sample.cpu() for z in torch.split(mean, batch_size)]
     return torch.cat(decoded).clamp(-1, 1)

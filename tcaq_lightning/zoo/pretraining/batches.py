@@ -53,5 +53,11 @@ def stratified_timesteps(batch_size: int, num_timesteps: int, rng: torch.Generat
 
 
 def generator(seed: int, index: int, stream: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, index, stream)."""
+    """A CPU generator of its own for each (seed, index, stream).
+
+    Args:
+        seed: of the run.
+        index: number of the step or epoch.
+        stream: 0 or 1, for different draws of one step.
+    """
     return torch.Generator().manual_seed(derive(seed * 2 + stream, index))

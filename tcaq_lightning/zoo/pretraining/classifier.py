@@ -74,7 +74,13 @@ class ClassifierPretraining(pl.LightningModule):
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Fraction of images (N, 1, H, W) whose largest logit is that of their label."""
+    """Fraction of images (N, 1, H, W) whose largest logit is that of their label.
+
+    Args:
+        model: the classifier.
+        images: (N, 1, H, W).
+        labels: (N,).
+    """
     return float((extract_features(model, images).argmax(dim=1) == labels).double().mean())
 
 

@@ -1,4 +1,4 @@
-"""What the commands of this package have in common."""
+"""What the training commands have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jsonargparse import auto_cli
 
-from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.exit_codes import run_cli
 
 _EXPECTED_WARNINGS = (
     ".*exists and is not empty",  # that is how a run is resumed
@@ -21,7 +21,7 @@ _EXPECTED_WARNINGS = (
 
 
 def run(function: Callable[..., None]) -> None:
-    """Run a function as a command: its arguments are the options, a user's mistake is one line and exit code 2.
+    """Run a function as a command: its arguments are the options, and exit codes are those of all commands.
 
     Args:
         function: typed and documented; parameters without a default are required options.
@@ -30,8 +30,4 @@ def run(function: Callable[..., None]) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    try:
-        auto_cli(function, as_positional=False)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    sys.exit(run_cli(lambda: auto_cli(function, as_positional=False)))

@@ -57,6 +57,11 @@ class Recipe:
     def check(self, name: str, ok: bool, expected: str) -> None:
         """Refuse a setting out of its range.
 
+        Args:
+            name: of the setting.
+            ok: whether it is in its range.
+            expected: the range in words.
+
         Raises:
             UserError: `ok` is false.
         """
@@ -66,6 +71,11 @@ class Recipe:
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     """Linear warmup, then a cosine to 0.
+
+    Args:
+        step: number of the step, from 0.
+        steps: all steps.
+        warmup: steps of linear warmup.
 
     >>> [round(learning_rate_factor(step, steps=12, warmup=4), 2) for step in (0, 3, 4, 8, 12)]
     [0.25, 1.0, 1.0, 0.5, 0.0]
