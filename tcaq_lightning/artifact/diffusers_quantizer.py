@@ -27,6 +27,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.files import sha256, write_bytes
 from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.one_line import one_line
+from tcaq_lightning.runtime.provided import provide
 
 if TYPE_CHECKING:
     from tcaq_lightning.artifact.blobs import Stored
@@ -204,12 +205,19 @@ class TCAQQuantizer(DiffusersQuantizer):
     def save(self, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a denoiser as its class does, with the fused tensors of now, and list the files' checksums.
 
+        Adapters beside its layers are left out.
+
         Raises:
-            UserError: its type or what is quantized in it is not as in the artifact, or a variant is asked for.
+            UserError: its type or what is quantized in it is not as in the artifact, it is offloaded, or a variant is
+                asked for.
         """
+        from tcaq_lightning.artifact.adapters import without_adapters
         from tcaq_lightning.artifact.blobs import fuse, stored_tensors
+        from tcaq_lightning.artifact.offloading import check_at_hand
         from tcaq_lightning.artifact.structure import Structure, describe
 
+        check_at_hand(model)
+        model = without_adapters(model, self)
         call = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs)
         if (variant := call.arguments.get("variant")) is not None:
             raise UserError(f"variant: expected None, got {variant!r}; an artifact has one file of weights")
@@ -238,12 +246,16 @@ class TCAQQuantizer(DiffusersQuantizer):
 def finish(denoiser: Any, quantizer: TCAQQuantizer) -> None:
     """Hand a frozen denoiser over to diffusers.
 
-    Its attentions stay quantized whatever is set, and its `save_pretrained` writes the artifact's files again, alone or
-    in its pipeline.
+    Its attentions stay quantized whatever is set, its weights stay as they are beside adapters, and its
+    `save_pretrained` writes the artifact's files again, alone or in its pipeline.
     """
+    from tcaq_lightning.artifact.adapters import BesideAdapters
+    from tcaq_lightning.artifact.offloading import OffloadedLayers
     from tcaq_lightning.nn.attention import keep_quantized
 
     keep_quantized(denoiser)
+    provide(denoiser, BesideAdapters)
+    provide(denoiser, OffloadedLayers)
     denoiser.hf_quantizer = quantizer
     denoiser.register_to_config(quantization_config=quantizer.quantization_config)
 

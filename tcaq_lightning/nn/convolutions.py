@@ -43,13 +43,13 @@ class QuantConvolution(QuantLayer):
         return type(self).function(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class QuantConv1d(QuantConvolution):
+class QuantConv1d(QuantConvolution, nn.Conv1d):  # type: ignore[misc, override]
     """Quantized `nn.Conv1d`."""
 
     function = staticmethod(F.conv1d)
 
 
-class QuantConv3d(QuantConvolution):
+class QuantConv3d(QuantConvolution, nn.Conv3d):  # type: ignore[misc, override]
     """Quantized `nn.Conv3d`."""
 
     function = staticmethod(F.conv3d)
@@ -91,7 +91,11 @@ class QuantTransposedConvolution(QuantLayer):
         """Never: outputs see different numbers of inputs."""
         return False
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - as torch has it
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,  # noqa: A002 - as torch has it
+        output_size: list[int] | None = None,
+    ) -> Tensor:
         """Quantize the input and compute the output, of the given size if the stride leaves it open."""
         if output_size is None:
             return super().forward(input)

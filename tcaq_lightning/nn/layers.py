@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tcaq_lightning.nn.dequantized import DequantizedWeight
 from tcaq_lightning.nn.spec import LayerSpec
 from tcaq_lightning.quantizers import (
     ActivationQuantizer,
@@ -22,7 +23,21 @@ from tcaq_lightning.quantizers import (
 from tcaq_lightning.quantizers.activation import along, per_sample
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.quantizers.uniform import keeping_type
+from tcaq_lightning.runtime.offloading import reading
 from tcaq_lightning.runtime.precision import autocast_type
+
+
+class SharedInput:
+    """A tensor that several layers read: the first of them quantizes it for all that share its quantizer."""
+
+    def __init__(self) -> None:
+        self._read: tuple[ActivationQuantizer, Tensor, Tensor] | None = None
+
+    def quantized(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+        """What the quantizer makes of x, which is what it made of it before."""
+        if self._read is None or self._read[0] is not quantizer or self._read[1] is not x:
+            self._read = quantizer, x, quantizer(x)
+        return self._read[2]
 
 
 class QuantLayer(nn.Module):
@@ -50,6 +65,10 @@ class QuantLayer(nn.Module):
     bias_shift: Tensor | None
     shift_bias: Tensor | None
 
+    def __new__(cls, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """peft makes convolutions of the class of the layer beside them, from numbers of channels: ordinary ones."""
+        return cls.__bases__[-1](source, *args, **kwargs) if isinstance(source, int) else super().__new__(cls)
+
     def __init__(
         self,
         weight_quantizer: WeightQuantizer,
@@ -58,7 +77,7 @@ class QuantLayer(nn.Module):
         name: str,
         spec: LayerSpec,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # past the layer that it stands for, whose parameters it has not
         self.name = name
         self.spec = spec
         self.dtype = torch.float32
@@ -70,12 +89,6 @@ class QuantLayer(nn.Module):
         self.register_buffer("shift_bias", None)
 
     @property
-    def weight(self) -> Tensor:
-        """(O, I, ...) as the layer multiplies with it now: for code that reads a layer's weight itself."""
-        weight: Tensor = self.weight_quantizer(self.input_quantizer.scales())
-        return weight.to(self.dtype)
-
-    @property
     def learned_weight(self) -> AdaRoundWeight:
         """The weight with its rounding variables; only while calibrating."""
         assert self.weight_quantizer.learns
@@ -85,6 +98,30 @@ class QuantLayer(nn.Module):
     def out_channels(self) -> int:
         """O."""
         return self.weight_quantizer.out_channels
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I, ...) as the layer multiplies with it now, for code that reads a layer's weight itself.
+
+        That of a finished layer is dequantized when it is used, and cannot be written to.
+        """
+        quantizer = self.weight_quantizer
+        if quantizer.learns:
+            return self._weight().to(self.dtype)
+        return DequantizedWeight(self._fixed_weight, quantizer.shape, self.dtype, quantizer.scale.device)
+
+    @torch.no_grad()
+    def _fixed_weight(self) -> Tensor:
+        return self._weight().to(self.dtype)
+
+    def _weight(self) -> Tensor:
+        inputs = self.input_quantizer
+        weight: Tensor = self.weight_quantizer(reading(inputs, inputs.scales))
+        return weight
+
+    def extra_repr(self) -> str:
+        """For `print(denoiser)`: what a layer of its kind says is partly not true of it."""
+        return f"{self.name}, {self.spec.widths}"
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
@@ -167,13 +204,14 @@ class QuantLayer(nn.Module):
             quantized: input that is quantized already, (B, ...), each sample by its timestep group.
         """
         if self.output_quantizer is not None:
-            y = self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), None)
+            y = self.linear_map(quantized, self._weight(), None)
             scale, headroom = self.weight_quantizer.scale, self.input_quantizer.headroom
             self.output_quantizer.search(y / self._input_step(y), scale, headroom, self.learned_weight.norm)
 
     def _input_step(self, y: Tensor) -> Tensor:
         """The input's step for each sample, beside an output."""
-        return per_sample(self.input_quantizer.steps(), self.input_quantizer.groups.of_rows(y.shape[0]), y.ndim)
+        inputs = self.input_quantizer
+        return per_sample(reading(inputs, inputs.steps), self.input_quantizer.groups.of_rows(y.shape[0]), y.ndim)
 
     @staticmethod
     def is_pointwise(source: Any) -> bool:
@@ -207,9 +245,10 @@ class QuantLayer(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=False)
             self.shift_bias = None
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name: some denoisers say `input=`
-        """Quantize the input and compute the output."""
-        return self.compute(self.input_quantizer(input))
+    def forward(self, input: Tensor, shared: SharedInput | None = None) -> Tensor:  # noqa: A002 - torch's own name
+        """Quantize the input, unless a layer has done so that reads the same tensor, and compute the output."""
+        quantizer = self.input_quantizer
+        return self.compute(quantizer(input) if shared is None else shared.quantized(quantizer, input))
 
     def compute(self, quantized: Tensor) -> Tensor:
         """The layer's output for an input that is quantized already."""
@@ -220,7 +259,8 @@ class QuantLayer(nn.Module):
             y = self.product(quantized, bias)
         else:
             y = self.product(quantized, None)
-            y = self.output_quantizer(y, self._input_step(y), self.weight_quantizer.scales())
+            scales = reading(self.weight_quantizer, self.weight_quantizer.scales)
+            y = self.output_quantizer(y, self._input_step(y), scales)
             if bias is not None:
                 y = y + along(bias, y.ndim, self.channel_dim)
         if self.bias_shift is not None:
@@ -235,7 +275,7 @@ class QuantLayer(nn.Module):
 
     def product(self, quantized: Tensor, bias: Tensor | None) -> Tensor:
         """The operation on a quantized input and the layer's own weight."""
-        return self.linear_map(quantized, self.weight_quantizer(self.input_quantizer.scales()), bias)
+        return self.linear_map(quantized, self._weight(), bias)
 
     def linear_map(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The full-precision operation with a given weight, in the wider of both operands' types, or autocast's."""
@@ -249,7 +289,7 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
 
-class QuantConv2d(QuantLayer):
+class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc, override]
     """Quantized `nn.Conv2d`."""
 
     channel_dim = 1
@@ -277,10 +317,15 @@ class QuantConv2d(QuantLayer):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class QuantLinear(QuantLayer):
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]
     """Quantized `nn.Linear`."""
 
     channel_dim = -1
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """O."""
+        return self.out_channels
 
     def __init__(self, source: nn.Linear, *args: Any) -> None:
         super().__init__(*args)
@@ -295,6 +340,13 @@ class QuantLinear(QuantLayer):
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The affine map with a given weight."""
         return F.linear(x, weight, bias)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer without the adapters that peft has put around it."""
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
+    return module
 
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}

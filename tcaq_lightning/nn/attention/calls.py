@@ -262,8 +262,14 @@ class QuantizedForward:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         calls = interception(self)
         assert calls is not None  # or it would not have been given this forward
-        with calls(operands):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with calls(operands) as computed:
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if operands.fixed and not computed.calls:
+            raise UserError(
+                "attention: expected a backend that torch's scaled_dot_product_attention computes, whose operands are "
+                "quantized, got another one; call reset_attention_backend() of the denoiser"
+            )
+        return output
 
 
 def interception(attention: Any) -> type[Calls] | None:

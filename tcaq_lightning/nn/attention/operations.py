@@ -9,13 +9,14 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from tcaq_lightning.nn.layers import QuantLayer
+from tcaq_lightning.nn.layers import QuantLayer, base_layer
 
 
 def shares_input_quantizer(layers: Sequence[nn.Module]) -> bool:
-    """Whether all layers are quantized and read one quantized tensor."""
-    quantizers = {id(layer.input_quantizer) for layer in layers if isinstance(layer, QuantLayer)}
-    return len(quantizers) == 1 and all(isinstance(layer, QuantLayer) for layer in layers)
+    """Whether all layers, adapters beside them or not, are quantized and read one quantized tensor."""
+    bases = [base_layer(layer) for layer in layers]
+    quantizers = {id(layer.input_quantizer) for layer in bases if isinstance(layer, QuantLayer)}
+    return len(quantizers) == 1 and all(isinstance(layer, QuantLayer) for layer in bases)
 
 
 def as_tokens(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tcaq_lightning.nn.attention.operations import (
     shares_input_quantizer,
     split_heads,
 )
+from tcaq_lightning.nn.layers import SharedInput
 from tcaq_lightning.nn.spec import AttentionSpec
 from tcaq_lightning.quantizers import ACTIVATION_QUANTIZERS, SoftmaxQuantizer
 from tcaq_lightning.quantizers.activation import widened
@@ -86,8 +87,10 @@ class QuantAttnProcessor(nn.Module):
         kind = type(processor)
         if not kind.__module__.startswith("diffusers."):
             return False
+        if kind.__name__ == self.spec.processor:
+            return True
         if any(getattr(attn, norm, None) is not None for norm in ("norm_q", "norm_k")):
-            return kind.__name__ == self.spec.processor
+            return False
         same = {name for name, quantized in PROCESSORS.items() if quantized is type(self)}
         return kind.__name__ in same.union(self.variants)
 
@@ -145,8 +148,8 @@ class QuantAttnProcessor(nn.Module):
         """Some of an attention's projections of one tensor, which is quantized once if they share its quantizer."""
         layers = [getattr(attn, name) for name in names]
         if len(layers) > 1 and shares_input_quantizer(layers):
-            quantized = layers[0].input_quantizer(x)
-            return [layer.compute(quantized) for layer in layers]
+            shared = SharedInput()
+            return [layer(x, shared) for layer in layers]
         return [layer(x) for layer in layers]
 
     def attend(
