@@ -40,6 +40,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
 from tcaq_lightning.methods.check import check_methods
+from tcaq_lightning.models.adapters import refuse_adapters
 from tcaq_lightning.models.borrowed import borrowed
 from tcaq_lightning.models.graph import UnitGraph, trace_units
 from tcaq_lightning.models.pipelines import (
@@ -210,6 +211,7 @@ def open_model(
         settings = config.model
         pipeline = open_pipeline(settings.path, settings.variant, getattr(torch, settings.dtype))
     name, full = find_denoiser(pipeline)
+    refuse_adapters(pipeline)
     full.requires_grad_(False).eval()
     pipeline.to(choose_device(config.trainer))
     sampling = make_sampling(pipeline, config.conditioning, inputs)

@@ -18,8 +18,8 @@ from torch import nn
 from tcaq_lightning.config import LayerRule
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import is_attention
-from tcaq_lightning.nn.attention import quantized_processor
-from tests.artifacts import OPENERS, save_denoiser
+from tcaq_lightning.nn.attention import keep_quantized, quantized_processor
+from tests.artifacts import OPENERS, frozen, save_denoiser
 from tests.families import Family, make_denoiser, make_family
 
 FAMILIES = ("UNet2DModel", "Stable Diffusion 1", "added_kv", "added_kv, only cross", "DiT", "PixArt", "SD3.5", "Flux")
@@ -150,6 +150,26 @@ def test_other_processors_are_refused_and_nothing_changes(saved: Any, name: str)
                 denoiser.set_attn_processor(wanted)
         assert [a.processor for a in attentions(denoiser)] == processors, other
     assert all(quantized_processor(a) is not None for a in attentions(denoiser))
+
+
+def test_attentions_whose_calls_are_quantized_keep_their_processors() -> None:
+    holder = nn.ModuleDict({"layer": diffusers_processors.Attention(query_dim=8, heads=2, dim_head=4)})
+    attention: Any = holder["layer"]
+    attention.set_processor(diffusers_processors.HunyuanAttnProcessor2_0())
+    holder.forward = lambda sample, timestep: attention(sample)  # noqa: ARG005
+    frozen(holder)
+    keep_quantized(holder)
+    processor = attention.processor
+    for change in (
+        lambda: attention.set_processor(processor),
+        lambda: attention.set_processor(diffusers_processors.HunyuanAttnProcessor2_0()),
+        lambda: attention.set_attention_slice(1),
+        attention.fuse_projections,
+    ):
+        change()
+        assert attention.processor is processor
+    with pytest.raises(UserError, match=r"expected HunyuanAttnProcessor2_0, for which .* got AttnProcessor2_0"):
+        attention.processor = diffusers_processors.AttnProcessor2_0()
 
 
 def test_attentions_that_a_rule_keeps_may_be_set(tmp_path: Path) -> None:
