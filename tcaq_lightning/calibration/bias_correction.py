@@ -66,7 +66,7 @@ def follow_mean_error(shifted: ShiftedLayer, residuals: Tensor, groups: Tensor, 
         shifted: layer that takes the shift.
         residuals: (B, C, ...) target - output of a batch.
         groups: (B,) timestep groups of its samples.
-        share: of a sample's mean error, taken over in one step.
+        share: share of a sample's mean error that one step takes over.
     """
     layer, factor = shifted
     assert layer.bias_shift is not None

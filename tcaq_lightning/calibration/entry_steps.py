@@ -1,4 +1,4 @@
-"""Learning what quantizes a unit's own inputs at some optimisation steps only."""
+"""Learn the quantizers of a unit's own inputs at some optimisation steps only."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class EntrySteps:
     """Parameters of those quantizers in a unit whose input needs no gradient.
 
     Their own gradient takes the backward pass through the first layers, up to a fifth of a step, for a few numbers.
-    They are learned at every `every`-th step, when they have a gradient; at the others they are constants. Where
-    nothing else is learned, they are learned at every step.
+    They are learned, with a gradient, at every `every`-th step, and are constants at the others. If nothing else is
+    learned, they are learned at every step.
 
     Args:
         unit: quantized unit, learning.
@@ -46,7 +46,7 @@ class EntrySteps:
             yield
 
     def after_backward(self, step: int) -> None:
-        """Drop gradients of a first step at which they are not learned: a resumed fit is the same to the bit."""
+        """Drop the gradients of a first step at which they are not learned, so a resumed fit gives the same bits."""
         if not self.learned(step):
             for parameter in self.parameters or ():
                 parameter.grad = None

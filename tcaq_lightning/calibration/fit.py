@@ -36,8 +36,8 @@ class PreparedUnit:
     Attributes:
         unit: quantized unit, initialized.
         data: its samples, with the weights of their errors.
-        train: numbers of those to learn from.
-        held_out: numbers of those to judge by.
+        train: indices of the samples to learn from.
+        held_out: indices of the samples to judge by.
         shifted: layer whose bias shifts the unit's output; None without bias correction.
     """
 
@@ -104,7 +104,7 @@ def fit_unit(
 
 
 def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
-    """The unit's weighted error on held-out samples; while it learns, what it would be if the fit ended now."""
+    """The unit's weighted error on held-out samples; during a fit, the error it would have if the fit ended now."""
     batch_size = setup.config.judged_batch_size
     with rounded_hard(prepared.unit):
         errors = unit_errors(
@@ -114,7 +114,7 @@ def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
 
 
 def _resume_point(path: Path, unit: nn.Module) -> bool:
-    """Whether a fit can go on from `path`; if so the unit gets the state in which that fit began."""
+    """Whether a fit can resume from `path`; if so, the unit gets the state in which that fit began."""
     state = on_main(lambda: checkpointed_state(path, unit))
     if state is None:
         return False
@@ -123,14 +123,14 @@ def _resume_point(path: Path, unit: nn.Module) -> bool:
 
 
 def checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None:
-    """Read a unit's quantization state from a checkpoint; one that a fit cannot go on from is removed.
+    """Read a unit's quantization state from a checkpoint; a checkpoint that no fit can resume from is removed.
 
     Args:
         path: of the checkpoint.
-        unit: quantized unit, which the checkpoint has to fit.
+        unit: quantized unit that the checkpoint must match.
 
     Returns:
-        None without a checkpoint to go on from.
+        None if there is no checkpoint to resume from.
     """
     if not path.exists():
         return None

@@ -1,6 +1,6 @@
 """Set a unit's quantizers before anything is learned: r and shift, ranges, weight grids, kinds of softmax quantizers.
 
-What each of these is set to is decided in `methods/`; the order is here, and which rank sets which quantizer.
+`methods/` decides what each of these is set to; this module decides the order, and which rank sets which quantizer.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _set_activation(
     ranges: RangeStatistics,
     members: dict[str, Reparameterization],
 ) -> tuple[float, float] | None:
-    """Set the quantizer of an input, then what depends on it: the weights' grids and the outputs' ranges.
+    """Set the quantizer of an input, then what depends on it: the grids of the weights and the ranges of the outputs.
 
     Args:
         quantizer: of the input.

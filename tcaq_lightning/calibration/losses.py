@@ -96,10 +96,10 @@ def channel_errors(output: Outputs, target: Outputs) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def gradient_scale(output: Outputs, error: Tensor, weights: Tensor | None = None) -> Tensor | None:
-    """What a loss is multiplied with so that float16 can hold its gradients; None for other types.
+    """Factor on a loss with which float16 can hold its gradients; None for other types.
 
-    The block error is a mean over a batch's pixels or tokens, so that each one's gradient may be below what float16
-    can hold. The factor, a power of 2, brings the root mean square of the output's gradient to about 1.
+    The block error is a mean over a batch's pixels or tokens, so the gradient of each one may be too small for
+    float16. The factor, a power of 2, brings the root mean square of the output's gradient to about 1.
 
     Args:
         output: the unit's output.

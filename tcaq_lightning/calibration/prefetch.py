@@ -11,9 +11,9 @@ Value = TypeVar("Value")
 
 
 def read_ahead(read: Callable[[Key], Value], keys: Iterable[Key]) -> Generator[Value, None, None]:
-    """read(key) of each key in turn; while the caller works on one, a thread reads the next.
+    """Yield read(key) for each key in turn; while the caller works on one, a thread reads the next.
 
-    An error of `read` is raised in the caller, where its value would have come.
+    An error in `read` is raised in the caller, in place of the value.
 
     >>> list(read_ahead(abs, [-1, 2]))
     [1, 2]

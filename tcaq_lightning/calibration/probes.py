@@ -1,4 +1,4 @@
-"""Samples that searches look at: which ones, and what reaches a unit's quantizers on them."""
+"""Samples for searches: which ones, and the inputs of a unit's quantizers on them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def probe_indices(groups: Tensor, num_groups: int, total: int) -> Tensor:
     Args:
         groups: (N,) timestep group of each sample; none of them is empty.
         num_groups: G.
-        total: about as many samples are taken, at least one and at most the smallest group from each.
+        total: approximate number of samples; each group gives at least one and at most the size of the smallest group.
 
     Returns:
-        (G n,) numbers of samples, those of a group in sequence.
+        (G n,) indices of samples, those of a group in sequence.
 
     >>> probe_indices(torch.tensor([1, 0, 0, 1, 1]), num_groups=2, total=4)
     tensor([1, 2, 0, 3])

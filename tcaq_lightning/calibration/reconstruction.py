@@ -31,7 +31,9 @@ Phase = Literal["r", "v"]
 
 
 def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
-    """Samples of one step, with replacement, a function of `seeds` alone: a resumed fit draws the same ones.
+    """Draw the samples of one step, with replacement.
+
+    They depend on `seeds` alone, so a resumed fit draws the same ones.
 
     Args:
         count: number of samples to draw from.
@@ -47,13 +49,13 @@ def draw_indices(count: int, batch_size: int, seeds: Sequence[int]) -> Tensor:
 class BlockReconstruction(pl.LightningModule):
     """Learn one unit's quantization against its full-precision outputs.
 
-    Nothing is learned but rounding logits, log r, and the logarithms of steps and scales. What is learned becomes
-    part of the unit at the end of the fit, by `finish`.
+    Only rounding logits, log r, and the logarithms of steps and scales are learned. `finish` makes them part of the
+    unit at the end of the fit.
 
     Args:
         unit: quantized unit, initialized.
         data: its calibration samples.
-        train: numbers of the samples to learn from, among this rank's.
+        train: indices of the samples to learn from, among this rank's.
         timestep_groups: those of the denoiser.
         config: rates and weights.
         phase: "r" or "v".
@@ -121,7 +123,7 @@ class BlockReconstruction(pl.LightningModule):
         return DataLoader(range(self.iterations), batch_size=None)  # type: ignore[arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the number of ranks: a fit goes on with that one only."""
+        """Note the number of ranks: a fit resumes only with the same number."""
         checkpoint["ranks"] = world_size()
 
     @property
@@ -139,7 +141,7 @@ class BlockReconstruction(pl.LightningModule):
         return any(parameters and self._rates[kind] > 0 for kind, parameters in self.learned.items())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with a rate for each kind of parameter, annealed to 0 but for V's."""
+        """Adam with a rate for each kind of parameter; all but that of V are annealed to 0."""
         rates = self._rates
         for kind, parameters in self.learned.items():
             for parameter in parameters:
@@ -153,7 +155,7 @@ class BlockReconstruction(pl.LightningModule):
         return torch.optim.Adam(groups, fused=fused, foreach=not fused)
 
     def on_train_start(self) -> None:
-        """Read the batches of all steps that are left."""
+        """Start to read the batches of the remaining steps."""
         steps = range(self.global_step, self.iterations)
         self._batches = self.data.batches(map(self._draw, steps), self.device)
 
@@ -175,7 +177,7 @@ class BlockReconstruction(pl.LightningModule):
         return self.train_samples[draw_indices(len(self.train_samples), size, self._seeds(step))]
 
     def on_train_batch_start(self, batch: int, batch_idx: int) -> None:
-        """Cosine rates, a function of the step alone."""
+        """Set the cosine rates, which depend on the step alone."""
         decay = 0.5 * (1 + math.cos(math.pi * self.global_step / self.iterations))
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = group["initial"] * (1.0 if group["kind"] == "v" else decay)
@@ -229,6 +231,6 @@ class BlockReconstruction(pl.LightningModule):
             self.losses["rounding"] = settings[1] * torch.stack(penalties).sum()
 
     def undecided(self) -> float:
-        """Share of the unit's weights whose rounding is undecided yet."""
+        """Share of the unit's weights whose rounding is still undecided."""
         logits = [layer.learned_weight.logits.detach().flatten() for layer in quant_layers(self.unit).values()]
         return undecided_share(torch.cat(logits)) if logits else 0.0

@@ -41,8 +41,8 @@ def run_rounds(setup: Setup, trajectories: Trajectories, callbacks: Callbacks = 
     Args:
         setup: what the calibration works on; its quantized denoiser is set and learned.
         trajectories: of the full-precision sampler; those after the first `calibration.num_trajectories` are held out.
-        callbacks: Lightning callbacks of observations and fits; a `CalibrationCallback` is told about units and
-            rounds too.
+        callbacks: Lightning callbacks for observations and fits; a `CalibrationCallback` hears of units and rounds
+            too.
 
     Returns:
         What was done; None if `trainer.stop_after` ended it.
@@ -64,7 +64,7 @@ def run_rounds(setup: Setup, trajectories: Trajectories, callbacks: Callbacks = 
 
 @contextmanager
 def few_collected() -> Iterator[None]:
-    """Let the garbage collections between units look at what units leave behind, not at all that was there before."""
+    """Let the garbage collections between units look only at what units leave behind, not at older objects."""
     gc.freeze()
     try:
         yield
@@ -106,7 +106,7 @@ def _all_rounds(
 
 
 def _aligned_samples(setup: Setup, round_index: int, trajectories: Trajectories, sampled: Trajectories) -> Trajectories:
-    """A later round's samples: a share of the trajectories by the quantized sampler as it now is, from the same noise.
+    """A later round's samples: the quantized sampler in its present state draws a share of them, from the same noise.
 
     Args:
         setup: what the calibration works on.
@@ -125,7 +125,7 @@ def _aligned_samples(setup: Setup, round_index: int, trajectories: Trajectories,
 
 
 def _measure_round(setup: Setup, round_index: int, held_out: Trajectories) -> tuple[Record, Trajectories]:
-    """Measure the mismatch of the quantized sampler on held-out noise; gives its trajectories too."""
+    """Measure the mismatch of the quantized sampler on held-out noise; its trajectories are returned too."""
     started = time.perf_counter()
     path, calibration = setup.files.held_out(round_index), setup.config.calibration
     indices = calibration.indices[calibration.num_trajectories :]

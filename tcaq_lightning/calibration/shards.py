@@ -1,4 +1,4 @@
-"""A round's calibration samples dealt to the ranks: each holds all steps of some of the trajectories."""
+"""A round's calibration samples, dealt to the ranks: each rank holds all steps of some trajectories."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tcaq_lightning.runtime.distributed.collectives import gather, share
 class Shard:
     """This rank's part of the N = S * trajectories samples of a round, numbered with the steps outermost.
 
-    Samples to be looked at are chosen by their number among all N, so that the choice does not depend on the ranks.
+    Samples are chosen by their index among all N, so the choice does not depend on the number of ranks.
 
     Attributes:
-        trajectories: numbers of the trajectories that this rank holds.
-        owned: (n,) ascending numbers of the samples that it holds.
+        trajectories: indices of the trajectories that this rank holds.
+        owned: (n,) ascending indices of the samples that it holds.
         train: indices of all samples to learn from.
         held_out: indices of all samples held out.
         groups: (N,) timestep group of each sample.
@@ -58,14 +58,14 @@ class Shard:
         )
 
     def here(self, numbers: Tensor) -> Tensor:
-        """Where this rank holds the numbered samples: positions among its own of those that it has, in their order."""
+        """Positions, among this rank's samples, of those of the given indices that it holds, in their order."""
         positions = torch.full_like(self.groups, -1)
         positions[self.owned] = torch.arange(len(self.owned))
         found = positions[numbers]
         return found[found >= 0]
 
     def collected(self, data: UnitData, numbers: Tensor) -> UnitData:
-        """The numbered samples of a unit, from whichever rank holds them, in their order, on every rank."""
+        """A unit's samples with the given indices, from whichever ranks hold them, in that order and on every rank."""
         here = self.here(numbers)
         mine = data.select(here)
         parts = gather((self.owned[here], mine.inputs, output_tensors(mine.targets), mine.groups))

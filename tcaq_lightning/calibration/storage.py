@@ -31,7 +31,9 @@ class Ledger:
     """Bytes in use by tier: each array goes whole to the first tier that has room for it.
 
     Attributes:
-        limits: bytes by tier. used, peak: bytes by tier, now and at most so far.
+        limits: bytes that each tier may hold.
+        used: bytes in use by tier.
+        peak: most bytes in use so far, by tier.
 
     >>> ledger = Ledger({"device": 0, "host": 10, "disk": 10})
     >>> ledger.place(8), ledger.place(8)
@@ -70,13 +72,13 @@ class Ledger:
 def resolve_limits(
     budget: MemoryBudget, device: torch.device, directory: Path, processes: int = 1
 ) -> dict[Tier, float]:
-    """Bytes that each tier may take; what the budget leaves open depends on what is free now.
+    """Bytes that each tier may take; limits that the budget leaves open depend on the memory that is free now.
 
     Args:
-        budget: in GB, None for what the machine has.
-        device: of the calibration; a CPU's memory is the host's, so that there is no device tier.
-        directory: of the memory-mapped files, or one that is to be made.
-        processes: how many share what this machine has.
+        budget: in GB; None for all that the machine has.
+        device: of the calibration; on a CPU there is no device tier, since its memory is the host's.
+        directory: of the memory-mapped files; it may not exist yet.
+        processes: number of processes that share the machine.
     """
     limits: dict[Tier, float] = {
         "device": 0.0,
@@ -93,7 +95,7 @@ def resolve_limits(
 
 
 def free_disk(directory: Path) -> float:
-    """Bytes that are free where a directory is, or is to be made."""
+    """Free bytes on the file system of a directory, which may not exist yet."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     return float(shutil.disk_usage(existing).free)
 
@@ -101,8 +103,8 @@ def free_disk(directory: Path) -> float:
 class ActivationStorage:
     """Hands out uninitialized tensors from the tiers of a budget.
 
-    Tensors in host memory and in files are mappings of their own, which go back to the system as soon as they are
-    freed. Files have no name once they are mapped, so that nothing is left of them however the process ends.
+    Each tensor in host memory or in a file has its own mapping, which returns to the system as soon as it is freed.
+    Files are unlinked once they are mapped, so nothing is left of them, however the process ends.
 
     Args:
         limits: bytes by tier.
@@ -147,7 +149,7 @@ class ActivationStorage:
         return tensor
 
     def free(self, tensor: Tensor) -> None:
-        """Give a tensor's bytes back to the budget; its memory goes with the last reference to it."""
+        """Return a tensor's bytes to the budget; its memory is freed with the last reference to it."""
         self.ledger.free(self._tiers.pop(id(tensor)), tensor.nbytes)
 
     def in_file(self, tensor: Tensor) -> bool:
@@ -176,7 +178,7 @@ class ActivationStorage:
 
 
 def _reserve(descriptor: int, nbytes: int, name: str) -> None:
-    """Make a file's blocks exist: a write to a mapping could not say that the disk is full."""
+    """Allocate a file's blocks: a write to a mapping could not report that the disk is full."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, nbytes)

@@ -1,8 +1,8 @@
 """The activation store: both streams, propagated from unit to unit and never re-run.
 
-To get a unit's inputs, the denoiser's own forward is replayed with every finished unit replaced by a stub that hands
-out its stored output, and stopped at the unit: only glue (concatenation, addition, interpolation) is computed, that
-which the unit's inputs depend on, and no knowledge of the model is needed. Outputs that no later unit depends on are
+To get a unit's inputs, the denoiser's own forward is replayed and stopped at the unit, with every finished unit
+replaced by a stub that returns its stored output. Only the glue that the unit's inputs depend on (concatenation,
+addition, interpolation) is computed, and no knowledge of the model is needed. Outputs that no later unit depends on are
 freed.
 """
 
@@ -108,7 +108,7 @@ class Streams:
     def store(self, position: int, data: UnitData) -> None:
         """Run the finished quantized unit on its inputs, keep its outputs, and free what no later unit needs.
 
-        The unit's inputs are freed too: `data` is used up.
+        The unit's inputs are freed too, so `data` cannot be used afterwards.
         """
         name = self.graph.names[position]
         alive = self.graph.alive_after(position)
@@ -136,7 +136,7 @@ class Streams:
 
     @contextmanager
     def _echoes_kept(self, denoiser: nn.Module, name: str, stored: dict[str, Tensor], batch: slice) -> Iterator[None]:
-        """Within, keep what a unit's echoes return while it runs on a batch."""
+        """Inside the context, keep what a unit's echoes return while it runs on a batch."""
 
         def keep(echo: str) -> Callable[..., None]:
             return lambda _module, _args, output: stored[echo].__setitem__(batch, output)
@@ -211,7 +211,7 @@ class Streams:
         return lambda *_, **__: stored.to(self.device, self.dtype, copy=True)
 
     def _placeholder(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """For what the unit's inputs do not depend on; NaN where glue looks at values all the same."""
+        """Stands for what the unit's inputs do not depend on; NaN where glue reads values anyway."""
         if self._glue_reads_values:
             return torch.full((), torch.nan, dtype=dtype, device=self.device).expand(shape)
         return absent(shape, dtype, self.device)

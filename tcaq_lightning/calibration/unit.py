@@ -43,7 +43,7 @@ def reconstruct_unit(
     sensitivity: Tensor | None = None,
     callbacks: Sequence[pl.Callback] = (),
 ) -> Record:
-    """Observe, set, learn, gate; the unit is left in its final state of this round.
+    """Observe, set, learn and gate a unit; it is left in its final state of this round.
 
     Args:
         setup: what the calibration works on.
@@ -195,7 +195,7 @@ class StageClock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Count what is done within to a stage."""
+        """Add the time and the runs inside the context to a stage."""
         started, executed = time.perf_counter(), self.data.executed
         yield
         release_freed_memory()  # else what one stage has freed lies beside what the next one takes
