@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from tcaq_lightning.backends.export import SUFFIXES, export_artifact
 from tcaq_lightning.backends.writers.base import WRITERS
@@ -22,6 +23,7 @@ def export(
     latents: list[int] | None = None,
     allow_float: bool = False,
     strict: bool = False,
+    names: Literal["diffusers", "original"] = "diffusers",
     threads: int | None = None,
     extensions: list[str] | None = None,
 ) -> None:
@@ -41,6 +43,8 @@ def export(
         latents: height and width of the noisy sample, such as [64,96]; without it, the denoiser's own.
         allow_float: write the graph although products fell back to float.
         strict: refuse a file of weights that would hold a quantized layer in float.
+        names: of the tensors in a file of weights: diffusers' own, or those of the model's original repository, which
+            ComfyUI and stable-diffusion.cpp want (Flux, Stable Diffusion 3).
         threads: CPU threads; without it, the engines' choice.
         extensions: Python files or modules of your own that register parts, imported first.
 
@@ -56,7 +60,7 @@ def export(
         raise UserError(f"--format must be one of {', '.join((*SUFFIXES, *WRITERS))}, got {format!r}")
     size = None if latents is None else (latents[0], latents[1])
     if format in WRITERS:
-        exported = write_checkpoint(path, output, format, strict)
+        exported = write_checkpoint(path, output, format, strict, names == "original")
     else:
         exported = export_artifact(path, output, format, four_bit, tokens, size, allow_float, threads)
     sys.stdout.write("\n".join([*exported.lines, *(f"wrote {file}" for file in exported.files)]) + "\n")

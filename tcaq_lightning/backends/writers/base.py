@@ -20,15 +20,15 @@ from tcaq_lightning.runtime.registry import Registry
 
 @dataclass
 class Checkpoint:
-    """What of a frozen denoiser stands in a file, under the names that diffusers gives to its tensors.
+    """What of a frozen denoiser stands in a file, by default under the names that diffusers gives to it.
 
     Attributes:
-        held: layers whose codes the format holds.
+        held: weights of the layers whose codes the format holds.
         kept: layers whose weights are written in float, with the reason.
         plain: all other tensors, biases and the weights of kept layers among them.
     """
 
-    held: dict[str, QuantLayer] = field(default_factory=dict)
+    held: dict[str, CodedWeight] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     plain: dict[str, Tensor] = field(default_factory=dict)
 
@@ -108,7 +108,7 @@ def split(denoiser: nn.Module, writer: Writer) -> Checkpoint:
         elif reason := writer.cannot_hold(layer):
             found.kept[name] = reason
         else:
-            found.held[name] = layer
+            found.held[name] = coded(layer)
         if name in found.kept:
             found.plain[f"{name}.weight"] = layer.weight_quantizer(layer.input_quantizer.r)
         if (bias := _bias(layer)) is not None:

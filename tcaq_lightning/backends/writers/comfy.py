@@ -209,8 +209,7 @@ class Comfy(Writer):
     def write(self, denoiser: Any, checkpoint: Checkpoint, file: Path) -> None:
         """Tensors under their layers' names. Weights are dequantized for products, as our simulation does it."""
         tensors = dict(checkpoint.plain)
-        for name, layer in checkpoint.held.items():
-            weight = coded(layer)
+        for name, weight in checkpoint.held.items():
             kind = layout_name(weight)
             tensors |= {f"{name}.{end}": tensor for end, tensor in LAYOUTS[kind].tensors(weight).items()}
             settings = {"format": kind, "full_precision_matrix_mult": True, **LAYOUTS[kind].settings(weight)}

@@ -56,7 +56,7 @@ def packed_blocks(weight: CodedWeight) -> Tensor:
 
 @WRITERS.register("gguf")
 class GGUF(Writer):
-    """Codes of linear layers in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1; all other tensors in float32, under diffusers' names."""
+    """Codes of linear layers in Q8_0, Q5_0, Q5_1, Q4_0, Q4_1; all other tensors in float32."""
 
     suffix: ClassVar[str] = ".gguf"
     consumers: ClassVar[str] = "diffusers (GGUFQuantizationConfig)"
@@ -81,12 +81,11 @@ class GGUF(Writer):
         gguf = require("gguf", EXTRA)
         kind = type(denoiser).__name__
         writer = gguf.GGUFWriter(str(file), ARCHITECTURES.get(kind, kind))
-        names = [coded(layer).number_format.name for layer in checkpoint.held.values()]
+        names = [weight.number_format.name for weight in checkpoint.held.values()]
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(FILE_TYPES[max(sorted(set(names)), key=names.count)])
         tensors = {name: (tensor, None) for name, tensor in checkpoint.plain.items()}
-        for name, layer in checkpoint.held.items():
-            weight = coded(layer)
+        for name, weight in checkpoint.held.items():
             kind_of_block = gguf.GGMLQuantizationType[weight.number_format.name.upper()]
             tensors[f"{name}.weight"] = packed_blocks(weight), kind_of_block
         for name, (tensor, raw) in sorted(tensors.items()):

@@ -11,6 +11,7 @@ from tcaq_lightning.backends.export import NAME, SUFFIXES, Exported
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.backends.placement import put_in_place, target_file
 from tcaq_lightning.backends.writers.base import WRITERS, split
+from tcaq_lightning.backends.writers.original_names import with_original_names
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import find_denoiser
 
@@ -19,7 +20,9 @@ SHOWN = 8
 
 
 @torch.no_grad()
-def write_checkpoint(path: str, output: Path, file_format: str, strict: bool = False) -> Exported:
+def write_checkpoint(
+    path: str, output: Path, file_format: str, strict: bool = False, original: bool = False
+) -> Exported:
     """Write an artifact's denoiser as a file that another tool reads.
 
     Args:
@@ -27,6 +30,7 @@ def write_checkpoint(path: str, output: Path, file_format: str, strict: bool = F
         output: a file with the format's suffix, or a directory.
         file_format: one of `WRITERS`.
         strict: refuse to write layers in float that the format cannot hold.
+        original: name tensors as the model's original repository does, not as diffusers does.
 
     Raises:
         UserError: no artifact, a package that is not installed, something that no file of weights can hold, or no
@@ -39,6 +43,8 @@ def write_checkpoint(path: str, output: Path, file_format: str, strict: bool = F
     )
     _, denoiser = find_denoiser(load_quantized(path))
     checkpoint = split(denoiser, writer)
+    if original:
+        checkpoint = with_original_names(denoiser, checkpoint)
     kept = [f"{name}: {reason}" for name, reason in checkpoint.kept.items()]
     if not checkpoint.held or (strict and kept):
         raise UserError(
