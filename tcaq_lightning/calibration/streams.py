@@ -23,7 +23,7 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.forwards import Stop, dtype_at_hand, patched_forwards
 from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.shape_only import Absent, absent
-from tcaq_lightning.models.unit_outputs import Outputs, by_sample, output_tensors
+from tcaq_lightning.models.unit_outputs import Outputs, output_tensors
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 
 TensorKind = tuple[tuple[int, ...], torch.dtype]
@@ -149,11 +149,10 @@ class Streams:
             for handle in handles:
                 handle.remove()
 
-    @staticmethod
-    def _keep(stored: dict[str, Tensor], keys: list[str], batch: slice, outputs: Outputs) -> None:
+    def _keep(self, stored: dict[str, Tensor], keys: list[str], batch: slice, outputs: Outputs) -> None:
         for key, x in zip(keys, output_tensors(outputs), strict=True):
             if key in stored:
-                stored[key][batch] = by_sample(x, batch.stop - batch.start)
+                stored[key][batch] = self.graph.kept(key, x, batch.stop - batch.start)
 
     def _batches(self) -> Iterator[slice]:
         for start in range(0, len(self.samples), self.batch_size):
@@ -182,7 +181,9 @@ class Streams:
         """The arguments of the unit at `position` for a batch, in the stream whose outputs are given."""
         finished, name = self.graph.names[:position], self.graph.names[position]
         needed = self.graph.needs[name]
-        forwards: dict[str, Callable[..., Any]] = {n: self._stub(n, stored, batch, needed) for n in finished}
+        forwards: dict[str, Callable[..., Any]] = {
+            n: _once(self._stub(n, stored, batch, needed), denoiser.get_submodule(n).forward) for n in finished
+        }
         echoes = (echo for n in finished for echo in self.graph.echoes.get(n, ()))
         forwards |= {echo: self._stub_of_echo(stored[echo][batch]) for echo in echoes}
         forwards[name] = _stop
@@ -202,7 +203,7 @@ class Streams:
                 x = stored[key][batch].to(self.device, dtype, copy=True)
             else:
                 x = self._placeholder((batch.stop - batch.start, *self.graph.output_shapes[key]), dtype)
-            return x.flatten(0, 1) if key in self.graph.folded else x
+            return self.graph.returned(key, x)
 
         tree = self.graph.outputs.get(name)
         return lambda *_, **__: output(name) if tree is None else tree.build(output)
@@ -215,6 +216,16 @@ class Streams:
         if self._glue_reads_values:
             return torch.full((), torch.nan, dtype=dtype, device=self.device).expand(shape)
         return absent(shape, dtype, self.device)
+
+
+def _once(first: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
+    """A function for the first call, and one for those after it: what a unit computes again is glue."""
+    calls = iter((first,))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return next(calls, again)(*args, **kwargs)
+
+    return forward
 
 
 def _stop(*args: Any, **kwargs: Any) -> None:

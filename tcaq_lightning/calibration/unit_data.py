@@ -133,7 +133,8 @@ class UnitData:
         self.executed += len(batch.groups)
         with timestep_groups.using(batch.groups):
             output = unit(*batch.args, **batch.kwargs)
-        return tree_map_only(Tensor, lambda x: by_sample(x, len(batch.groups)), output)
+        targets = iter(output_tensors(batch.targets))
+        return tree_map_only(Tensor, lambda x: _like(x, next(targets)), output)
 
     def _input(self, number: int, index: Tensor | slice, device: torch.device) -> Tensor:
         loaded = self._load(
@@ -145,6 +146,11 @@ class UnitData:
     def _load(stored: Tensor, index: Tensor | slice, device: torch.device, dtype: torch.dtype) -> Tensor:
         chosen = stored.index_select(0, index) if isinstance(index, Tensor) else stored[index]  # twice as fast
         return chosen.to(device, dtype if stored.is_floating_point() else stored.dtype)
+
+
+def _like(output: Tensor, target: Tensor) -> Tensor:
+    """An output in the shape of its target."""
+    return output if output.shape == target.shape else output.reshape(target.shape)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.forwards import patched_forwards
 from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.trajectories import Trajectories
-from tcaq_lightning.models.unit_outputs import Outputs, by_sample, channel_count, mean_squares, output_tensors
+from tcaq_lightning.models.unit_outputs import Outputs, channel_count, mean_squares, output_tensors
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import is_mine, total
 
@@ -126,6 +126,8 @@ def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, sign
 
     def keep(name: str) -> Any:
         def receive(_module: nn.Module, _args: Any, output: Outputs) -> Outputs:
+            if graph.keys(name)[0] in outputs:  # it runs again, which is glue
+                return output
             found = output_tensors(output)
             outputs.update({key: x.requires_grad_() for key, x in zip(graph.keys(name), found, strict=True)})
             return tree_map_only(Tensor, lambda x: x * 1, output)  # glue may write in place
@@ -147,7 +149,8 @@ def _squared_jacobians(full: nn.Module, graph: UnitGraph, samples: Samples, sign
     finally:
         for handle in handles:
             handle.remove()
-    squares = {key: mean_squares(by_sample(g.float(), len(samples))) for key, g in zip(outputs, gradients, strict=True)}
+    found = zip(outputs, gradients, strict=True)
+    squares = {key: mean_squares(graph.kept(key, g.float(), len(samples))) for key, g in found}
     return {name: torch.cat([squares[key] for key in graph.keys(name)], dim=1) for name in graph.names}
 
 

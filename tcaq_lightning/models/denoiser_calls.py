@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten, treespec_dumps, treespec_loads
 
 from tcaq_lightning.errors import UserError
 
@@ -29,6 +29,17 @@ def timestep_name(names: Sequence[str]) -> str:
     ('t', 'noise_level')
     """
     return next((name for name in TIMESTEPS if name in names), list(names)[min(1, len(names) - 1)])
+
+
+def batch_of(samples: Any, timestep: Any) -> tuple[int, torch.device]:
+    """Number of samples and their device: of a tensor, of a list with one for each, or of what else there is."""
+    if isinstance(samples, Tensor) and samples.ndim > 1 and samples.is_floating_point():
+        return samples.shape[0], samples.device
+    if isinstance(timestep, Tensor) and timestep.ndim:
+        return timestep.shape[0], timestep.device
+    tensors = [x for x in tree_leaves(samples) if isinstance(x, Tensor)]
+    several = isinstance(samples, (list, tuple))
+    return (len(samples) if several else tensors[0].shape[0]), tensors[0].device
 
 
 @dataclass(frozen=True)

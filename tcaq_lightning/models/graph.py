@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.models.denoiser_calls import batch_of, timestep_name
 from tcaq_lightning.models.families import LAYERS_WITH_WEIGHTS
 from tcaq_lightning.models.forwards import patched_forwards
 from tcaq_lightning.models.repeated_calls import CalledAgain
@@ -53,7 +56,8 @@ class UnitGraph:
         outputs: per unit, how they form what it returns; left out of a unit that returns its only output.
         output_dtypes: per output.
         rows: per unit, for each of its flattened arguments, rows per sample; 0 of what is the same for all samples.
-        folded: outputs with several rows per sample.
+        own_shapes: of outputs that are kept in another shape than they are returned in, that shape of one sample, its
+            number of rows first.
         echoes: modules within a unit that the denoiser calls again outside of it, on the same arguments, with the shape
             of their output without the batch axis, by unit: what they return there is what they returned in the unit.
     """
@@ -66,12 +70,23 @@ class UnitGraph:
     outputs: dict[str, OutputTree] = field(default_factory=dict)
     output_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    folded: frozenset[str] = frozenset()
+    own_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     echoes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def keys(self, name: str) -> list[str]:
         """Names of a unit's outputs."""
         return [key for key in self.outputs[name].keys if key is not None] if name in self.outputs else [name]
+
+    def kept(self, key: str, output: Tensor, batch: int) -> Tensor:
+        """An output of B samples in the shape that it is kept in, (B, ...)."""
+        return output if key not in self.own_shapes else output.reshape(batch, *self.output_shapes[key])
+
+    def returned(self, key: str, kept: Tensor) -> Tensor:
+        """A kept output in the shape that the unit returns."""
+        if key not in self.own_shapes:
+            return kept
+        rows, *rest = self.own_shapes[key]
+        return kept.reshape(kept.shape[0] * rows, *rest)
 
     def alive_after(self, position: int) -> set[str]:
         """Outputs of the first `position + 1` units that a later unit needs, and echoes that it may need."""
@@ -98,7 +113,7 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
         sample: the noisy sample of that batch, if its readers are to be known.
 
     Raises:
-        UserError: a unit runs more than once, or returns something else than floating-point tensors.
+        UserError: a unit returns something else than floating-point tensors.
     """
     names = find_units(denoiser)
     trace = _Trace(denoiser, names, sample)
@@ -116,7 +131,7 @@ def trace_units(denoiser: nn.Module, run: Callable[[], Any], sample: Tensor | No
         trace.outputs,
         {key: leaf.dtype for key, leaf in trace.leaves.items()},
         rows,
-        frozenset(trace.folded),
+        trace.own_shapes,
         called.echoes(run, trace.batch),
     )
 
@@ -135,7 +150,7 @@ class _Trace:
         self.leaves: dict[str, Tensor] = {}  # kept: ids stay unique
         self.readers: set[str] = set()
         self.direct: set[str] = set()
-        self.folded: set[str] = set()
+        self.own_shapes: dict[str, tuple[int, ...]] = {}
         self._handed: list[Tensor] = []
         self._owner: dict[int, str] = {}
         self._layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, LAYERS_WITH_WEIGHTS)}
@@ -156,7 +171,7 @@ class _Trace:
                 handle.remove()
 
     def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.batch = batch_size((args, kwargs))
+        self.batch = batch_size(_module, args, kwargs)
         torch.set_grad_enabled(True)  # dependencies are read from the graph, even if `run` has switched it off
 
     def _watch(self, name: str) -> Callable[..., None]:
@@ -168,8 +183,8 @@ class _Trace:
 
     def _traced(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if name in self.needs:
-                raise UserError(f"unit {name} runs more than once in a forward pass; such a denoiser is not supported")
+            if name in self.needs:  # it runs again: what it computes then is glue
+                return original(*args, **kwargs)
             leaves = tree_leaves((args, kwargs))
             inputs = [x for x in leaves if isinstance(x, Tensor)]
             sources = {i for x in inputs for i in _leaf_ids(x)}
@@ -199,9 +214,9 @@ class _Trace:
         for i, key in keys.items():
             x = values[i]
             rows = self._rows(name, x)
-            self.shapes[key] = tuple(x.shape[1:]) if rows == 1 else (rows, *x.shape[1:])
-            if rows > 1:
-                self.folded.add(key)
+            self.shapes[key] = shape = kept_shape(self.denoiser.get_submodule(name), rows, tuple(x.shape[1:]))
+            if (rows, *shape) != (1, *x.shape[1:]):
+                self.own_shapes[key] = rows, *x.shape[1:]
             self.leaves[key] = leaf = x.detach().requires_grad_()
             self._owner[id(leaf)] = key
             values[i] = leaf * 1.0  # glue may write in place, which a leaf forbids
@@ -214,20 +229,44 @@ class _Trace:
         if not self.batch:  # `run` calls something else than the denoiser
             return 1
         rows, rest = divmod(output.shape[0], self.batch) if output.ndim else (0, 1)
-        if rest or (rows > 1 and output.ndim == 3):  # (k B, T, C) could not be told from an image (B, C, H, W) later
+        if rest:
             raise UserError(
                 f"unit {name} returns a tensor of shape {tuple(output.shape)} for {self.batch} samples, expected one "
-                f"row a sample, or several of (k B, C) and (k B, C, H, W); such a denoiser is not supported"
+                f"row a sample, or several; such a denoiser is not supported"
             )
         return rows
 
 
-def batch_size(arguments: Any) -> int:
-    """Number of samples that a denoiser is called on, (args, kwargs): rows of its first tensor with any."""
-    args, kwargs = arguments
-    named = [kwargs[key] for key in ("sample", "hidden_states") if key in kwargs]
-    tensors = [x for x in tree_leaves((args, named, kwargs)) if isinstance(x, Tensor) and x.ndim]
-    return tensors[0].shape[0] if tensors else 0
+def batch_size(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Number of samples that a denoiser is called on."""
+    names = list(inspect.signature(denoiser.forward).parameters)
+    named = dict(zip(names, args, strict=False)) | kwargs
+    samples, timestep = named.get(names[0]), named.get(timestep_name(names))
+    return 0 if samples is None else batch_of(samples, timestep)[0]
+
+
+def kept_shape(unit: nn.Module, rows: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What a sample's output is kept as: (C,), (T, C), (C, H, W) or (k, C, H, W), from which its channels are known.
+
+    Args:
+        unit: what returns it. Channels are last behind a linear layer, and first behind a convolution.
+        rows: number k of a sample's rows.
+        shape: of a row: (C,), (T, C), (C, H, W), (C, F, H, W), or (C, L) of a convolution.
+
+    >>> kept_shape(nn.Conv3d(1, 2, 1), 1, (2, 5, 4, 3)), kept_shape(nn.Identity(), 6, (7, 8))
+    ((2, 20, 3), (42, 8))
+    """
+    if isinstance(unit, nn.Linear) and len(shape) > 1:
+        return rows * math.prod(shape[:-1]), shape[-1]
+    if isinstance(unit, (nn.Conv1d, nn.ConvTranspose1d)) and len(shape) == 2:
+        shape = shape[0], 1, shape[1]
+    if len(shape) == 4:
+        shape = shape[0], shape[1] * shape[2], shape[3]
+    if len(shape) == 2 and rows > 1:
+        return rows * shape[0], shape[1]
+    if len(shape) > 4:
+        return rows * math.prod(shape[:-1]), shape[-1]
+    return (shape if rows == 1 else (rows, *shape)) or (1,)
 
 
 def _rows_per_sample(
@@ -238,17 +277,25 @@ def _rows_per_sample(
     rows: dict[str, tuple[int, ...]] = {}
 
     def cut(x: Any) -> Any:
-        return x[:fewer] if isinstance(x, Tensor) and x.ndim and x.shape[0] == trace.batch else x
+        rows = x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x) if isinstance(x, list) else 0
+        return x[:fewer] if rows == trace.batch else x
 
     def shorten(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tree_map(cut, args), tree_map(cut, kwargs)
+        def is_list(x: Any) -> bool:
+            return isinstance(x, list) and len(x) == trace.batch
+
+        return tree_map(cut, args, is_leaf=is_list), tree_map(cut, kwargs, is_leaf=is_list)
 
     def stub(name: str) -> Callable[..., Any]:
+        original = denoiser.get_submodule(name).forward
+
         def part(key: str) -> Tensor:
             leaf = trace.leaves[key].detach()
             return leaf[: leaf.shape[0] // trace.batch * fewer].clone()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if name in rows:
+                return original(*args, **kwargs)
             found = zip(trace.arguments[name], tree_leaves((args, kwargs)), strict=True)
             rows[name] = tuple(lost(before, x) for before, x in found)
             return trace.outputs[name].build(part) if name in trace.outputs else part(name)
@@ -256,9 +303,12 @@ def _rows_per_sample(
         return forward
 
     def lost(before: Any, x: Any) -> int:
-        """Rows that went with the sample, if all rows are so many a sample."""
+        """Rows that went with the sample, if all rows are so many a sample.
+
+        What is not there without it, as a mask of prompts that differ in length, is taken for a row of each.
+        """
         if not before or not isinstance(x, Tensor):
-            return 0
+            return before[0] // trace.batch if before and before[0] % trace.batch == 0 else 0
         difference: int = before[0] - x.shape[0]
         return difference if difference * trace.batch == before[0] else 0
 
@@ -266,9 +316,18 @@ def _rows_per_sample(
     try:
         with torch.no_grad(), patched_forwards(denoiser, {name: stub(name) for name in units}):
             run()
+    except (IndexError, RuntimeError, ValueError):  # an argument says of each sample where it is: none can be left out
+        rows = {
+            name: tuple(_by_size(shape, trace.batch) for shape in shapes) for name, shapes in trace.arguments.items()
+        }
     finally:
         handle.remove()
     return rows
+
+
+def _by_size(shape: Any, batch: int) -> int:
+    """Rows per sample of an argument of that shape, by its size alone."""
+    return int(shape[0] // batch) if shape and shape[0] % batch == 0 else 0
 
 
 def _leaf_ids(x: Tensor) -> set[int]:

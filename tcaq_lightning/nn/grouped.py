@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tcaq_lightning.models.denoiser_calls import timestep_name
+from tcaq_lightning.models.denoiser_calls import batch_of, timestep_name
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.provided import provide, withdraw
 
@@ -57,19 +55,8 @@ class Grouping:
         timestep = kwargs.get(self.timestep, args[self.position] if len(args) > self.position else None)
         if samples is None or timestep is None:
             return forward(*args, **kwargs)  # which says what is missing
-        with self.groups.using(*self.groups.of_batch(timestep, *_batch(samples, timestep))):
+        with self.groups.using(*self.groups.of_batch(timestep, *batch_of(samples, timestep))):
             return forward(*args, **kwargs)
-
-
-def _batch(samples: Any, timestep: Any) -> tuple[int, torch.device]:
-    """Number of samples and their device: of a tensor, of a list with one for each, or of what else there is."""
-    if isinstance(samples, Tensor) and samples.ndim > 1 and samples.is_floating_point():
-        return samples.shape[0], samples.device
-    if isinstance(timestep, Tensor) and timestep.ndim:
-        return timestep.shape[0], timestep.device
-    tensors = [x for x in tree_leaves(samples) if isinstance(x, Tensor)]
-    several = isinstance(samples, (list, tuple))
-    return (len(samples) if several else tensors[0].shape[0]), tensors[0].device
 
 
 class Checkpoint:

@@ -100,10 +100,10 @@ class Odd(nn.Module):
         return self.layer(y) if self.twice else y
 
 
-def test_a_unit_that_runs_twice_is_refused() -> None:
+def test_a_unit_that_runs_twice_is_glue_the_second_time() -> None:
     model = Odd(twice=True)
-    with pytest.raises(UserError, match="unit layer runs more than once"):
-        trace_units(model, lambda: model(torch.zeros(1, 2)))
+    graph = trace_units(model, lambda: model(torch.zeros(2, 2)))
+    assert graph.names == ["layer"]
     assert not any("forward" in vars(m) for m in model.modules())
 
 

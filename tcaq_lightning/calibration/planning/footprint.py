@@ -29,7 +29,7 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.models.pipelines import find_decoder, one_by_one
 from tcaq_lightning.models.trajectories import Trajectories
-from tcaq_lightning.models.unit_outputs import Outputs, by_sample
+from tcaq_lightning.models.unit_outputs import Outputs
 from tcaq_lightning.nn.layers import QuantLayer
 from tcaq_lightning.nn.parts import output_quantizers, quant_layers, quantizers, readers
 from tcaq_lightning.nn.prepare import quantize, shared_copy
@@ -80,6 +80,8 @@ def unit_samples(denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> dic
 
     def enter(name: str) -> Any:
         def receive(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name in arguments:  # it runs again
+                return
             arguments[name] = split = split_arguments((args, kwargs), len(samples), graph.rows.get(name))
             split.inputs = [v.clone() for v in split.inputs]
 
@@ -87,12 +89,14 @@ def unit_samples(denoiser: nn.Module, graph: UnitGraph, samples: Samples) -> dic
 
     def leave(name: str) -> Any:
         def receive(_module: nn.Module, _args: Any, output: Outputs) -> None:
-            split = arguments[name]
+            if name in found:
+                return
+            split, keys = arguments[name], iter(graph.keys(name))
             found[name] = UnitData(
                 split.inputs,
                 split.constants,
                 split.spec,
-                tree_map_only(Tensor, lambda v: by_sample(v, len(samples)).clone(), output),
+                tree_map_only(Tensor, lambda v: graph.kept(next(keys), v, len(samples)).clone(), output),
                 groups,
                 dtype=samples.x.dtype,
                 folded=split.folded,
