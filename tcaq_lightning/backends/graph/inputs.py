@@ -139,9 +139,10 @@ def _check_known(denoiser: Any) -> None:
     required = [
         name
         for name, parameter in list(inspect.signature(denoiser.forward).parameters.items())[1:]
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and (parameter.default is parameter.empty or name.startswith("encoder_hidden_states"))
     ]
-    if kind not in CONDITIONING and set(required) - {"timestep"}:
+    if kind not in CONDITIONING and (set(required) - {"timestep"} or config.get("sample_size") is None):
         raise UserError(
             f"cannot export a {kind}, which takes {', '.join(required)}: expected x_t and timestep alone, or one of "
             f"{', '.join(CONDITIONING)}"
