@@ -13,7 +13,6 @@ from tcaq_lightning.nn.coverage import UNKNOWN_ATTENTION
 CONFIGS = Path(__file__).parents[2] / "configs"
 BENCHMARKS = ("cifar10", "lsun_bedrooms", "lsun_churches", "imagenet", "coco")
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
-FAST = ("cifar10", "w4a8")
 
 
 def test_there_is_a_config_for_each_benchmark_with_the_figures_of_each_width() -> None:
@@ -23,14 +22,9 @@ def test_there_is_a_config_for_each_benchmark_with_the_figures_of_each_width() -
         assert all(f"#   {bits.upper()}  " in text for bits in BITS)
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"),
-    [
-        pytest.param(name, bits, marks=[] if (name, bits) == FAST else [pytest.mark.slow])
-        for name in BENCHMARKS
-        for bits in BITS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_dry_run(name: str, bits: str) -> None:
     files = CONFIGS / f"{bits}.yaml", CONFIGS / "paper" / f"{name}.yaml"
     config, _ = parse_config([argument for file in files for argument in ("--config", str(file))])

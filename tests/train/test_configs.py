@@ -14,6 +14,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 RUNNABLE = [path for path in CONFIGS if path.parent.name != "paper"]  # those need checkpoints
 BETWEEN = (
     "comfyui",
+    "default",
+    "1_nearest",
+    "brecq",
+    "smoothquant",
+    "ours",
     "w6a6",
     "w8a8",
     "w4a8",

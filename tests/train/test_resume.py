@@ -74,9 +74,12 @@ def assert_same(run_dir: Path, undisturbed: Path) -> None:
     assert not list(run_dir.rglob(".*"))
 
 
-def test_killed_everywhere(command: Command, config: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", [MOMENTS[2::3], pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_killed_everywhere(
+    command: Command, config: Path, undisturbed: Path, tmp_path: Path, moments: list[tuple[str, int]]
+) -> None:
     args = ("--config", config, "--run_dir", tmp_path / "run")
-    for target, number in MOMENTS:
+    for target, number in moments:
         assert command(*args, fault=(target, number, "SIGKILL")).code == -9, (target, number)
     ended = command(*args)
     assert (ended.code, ended.err) == (0, "")
@@ -136,13 +139,18 @@ def test_ctrl_c_twice_within_a_fit(command: Command, config: Path, tmp_path: Pat
     assert not list((tmp_path / "run").rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_stopped_politely(command: Command, config: Path, undisturbed: Path, tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "every"),
+    [(0, False), *(pytest.param(first, True, marks=pytest.mark.slow) for first in (0, 1))],
+)
+def test_stopped_politely(
+    command: Command, config: Path, undisturbed: Path, tmp_path: Path, first: int, every: bool
+) -> None:
     args = ("--config", config, "--run_dir", tmp_path / "run")
     codes = {"SIGTERM": 143, "SIGINT": 130}
     moments = [(SAMPLE, 2), (RENAME, 3), (OBSERVE, 1), (STEP, 3), (STEP, 9), (CHECKPOINT, 5), (STORE, 9)]
     moments += [(CHECKSUMS, 1), (BATCH, 1), (REPORT, 1)]
-    for i, (target, number) in enumerate(moments):
+    for i, (target, number) in list(enumerate(moments))[slice(None) if every else slice(0, None, 3)]:
         name, code = list(codes.items())[(i + first) % 2]
         ended = command(*args, fault=(target, number, name))
         assert (ended.code, ended.err) == (code, ""), (target, number)
