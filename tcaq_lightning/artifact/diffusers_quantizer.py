@@ -121,7 +121,7 @@ class TCAQQuantizer(DiffusersQuantizer):
         return None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """See that the file is the one that the config was written for.
+        """Check that the file is the one that the config was written for.
 
         Raises:
             UserError: it is not.
@@ -291,7 +291,7 @@ def _forget_checksums(folder: Path) -> None:
 
 
 def check_format(quantization: dict[str, Any], where: str) -> None:
-    """See that a `quantization_config` is of this format.
+    """Check that a `quantization_config` is of this format.
 
     Raises:
         UserError: it is not.
@@ -314,7 +314,7 @@ def config_text(denoiser: Any, quantization: dict[str, Any]) -> str:
 
 
 def check_config(file: Path) -> None:
-    """See that a denoiser's config.json is as it was written; the first release put no checksum in it.
+    """Check that a denoiser's config.json is as it was written; the first release put no checksum in it.
 
     Raises:
         UserError: it is not.

@@ -248,7 +248,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _verify_checksums(directory: Path, name: str) -> None:
-    """See that the files are as they were written; `save_pretrained` lists those of the denoiser alone."""
+    """Check that the files are as they were written; `save_pretrained` lists those of the denoiser alone."""
     if not (directory / CHECKSUMS_FILE).is_file() and (directory / name / CHECKSUMS_FILE).is_file():
         directory = directory / name
     own = directory / CHECKSUMS_FILE

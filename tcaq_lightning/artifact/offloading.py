@@ -39,7 +39,7 @@ def _separate_quantizers(denoiser: nn.Module) -> None:
 
 
 def check_at_hand(denoiser: nn.Module) -> None:
-    """See that a denoiser's tensors are in memory, to be saved.
+    """Check that a denoiser's tensors are in memory, to be saved.
 
     Raises:
         UserError: they are offloaded to a file, or to where nobody but their own layer finds them.

@@ -51,7 +51,7 @@ class Backend(ABC):
         self.name = name
 
     def check(self) -> None:
-        """See that all that it needs is installed; here that is nothing.
+        """Check that all that it needs is installed; here that is nothing.
 
         Raises:
             UserError: something is not; the message names the extra that installs it.

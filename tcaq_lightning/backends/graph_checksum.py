@@ -60,7 +60,7 @@ def is_sealed(content: bytes) -> bool:
 
 
 def check_graph(file: Path) -> None:
-    """See that an exported graph's files are as they were written.
+    """Check that an exported graph's files are as they were written.
 
     Args:
         file: .onnx, or .xml with a .bin beside it.

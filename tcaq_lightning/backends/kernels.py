@@ -67,7 +67,7 @@ def described(product: Product, kernel: str, precision: str, reason: str) -> Ker
 
 
 def check_kernels(kernels: Sequence[Kernel], engine: str) -> None:
-    """See that nothing runs in float that was meant to run on integers.
+    """Check that nothing runs in float that was meant to run on integers.
 
     Raises:
         UserError: something does.

@@ -26,7 +26,7 @@ class MemoryBudget(Section):
     """In memory-mapped files in RUN_DIR; null: what is free there, shared by a node's processes."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         for name in ("device", "host", "disk"):
             value = getattr(self, name)
             require(
@@ -73,7 +73,7 @@ class CalibrationConfig(Section):
     """Sampler of the trajectories; images are evaluated with it too, unless evaluation.sampler says otherwise."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_count(self.num_trajectories, "calibration.num_trajectories")
         require_count(self.held_out_trajectories, "calibration.held_out_trajectories")
         require(

@@ -29,7 +29,7 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """See that all values can be worked with, those too that were set after the section was made.
+        """Check that all values can be worked with, those too that were set after the section was made.
 
         Raises:
             UserError: one cannot; the message names its whole key.
@@ -37,7 +37,7 @@ class Section:
 
 
 def require(ok: bool, key: str, expected: str, got: object) -> None:
-    """See that a value is what is expected.
+    """Check that a value is what is expected.
 
     Args:
         ok: whether it is.
@@ -53,22 +53,22 @@ def require(ok: bool, key: str, expected: str, got: object) -> None:
 
 
 def require_bits(bits: int | None, key: str) -> None:
-    """See that a code width is in 2..8, or not given."""
+    """Check that a code width is in 2..8, or not given."""
     require(bits is None or 2 <= bits <= 8, key, "in 2..8", bits)
 
 
 def require_activation_bits(bits: int | None, key: str) -> None:
-    """See that a code width is in 2..8, or 16 for floating point, or not given."""
+    """Check that a code width is in 2..8, or 16 for floating point, or not given."""
     require(bits is None or 2 <= bits <= 8 or bits == FLOAT_BITS, key, "in 2..8, or 16 for floating point", bits)
 
 
 def require_share(value: float, key: str) -> None:
-    """See that a value is in [0, 1]."""
+    """Check that a value is in [0, 1]."""
     require(0 <= value <= 1, key, "in [0, 1]", value)
 
 
 def require_factor(value: float, key: str, most: float = 1e6) -> None:
-    """See that a value is finite and widens, or leaves what it multiplies.
+    """Check that a value is finite and widens, or leaves what it multiplies.
 
     Args:
         value: the value.
@@ -80,7 +80,7 @@ def require_factor(value: float, key: str, most: float = 1e6) -> None:
 
 
 def require_rate(value: float, key: str, most: float = 1e6) -> None:
-    """See that a value is finite, not negative and not absurd.
+    """Check that a value is finite, not negative and not absurd.
 
     Args:
         value: the value.
@@ -92,7 +92,7 @@ def require_rate(value: float, key: str, most: float = 1e6) -> None:
 
 
 def require_positive(value: float, key: str, most: float = 1e6) -> None:
-    """See that a value is finite, above 0 and not absurd.
+    """Check that a value is finite, above 0 and not absurd.
 
     Args:
         value: the value.
@@ -104,7 +104,7 @@ def require_positive(value: float, key: str, most: float = 1e6) -> None:
 
 
 def require_count(value: int | None, key: str, least: int = 1, most: int = 10**9) -> None:
-    """See that a number of things is neither too small nor absurd, or not given.
+    """Check that a number of things is neither too small nor absurd, or not given.
 
     Args:
         value: the value.
@@ -117,21 +117,21 @@ def require_count(value: int | None, key: str, least: int = 1, most: int = 10**9
 
 
 def require_threads(value: int | None, key: str) -> None:
-    """See that a number of CPU threads is one that this machine can work with, or not given."""
+    """Check that a number of CPU threads is one that this machine can work with, or not given."""
     most = max(LEAST_THREADS, 2 * (os.cpu_count() or 1))
     require(value is None or value >= 1, key, "at least 1 or null", value)
     require(value is None or value <= most, key, f"at most {most} on this machine", value)
 
 
 def require_text(value: str | Path | None, key: str) -> None:
-    """See that a name or path holds something, and no control characters, or is not given."""
+    """Check that a name or path holds something, and no control characters, or is not given."""
     text = value if value is None else str(value)
     require(text is None or text.strip() != "", key, "not empty", text)
     require(text is None or not _CONTROL.search(text), key, "without control characters", text)
 
 
 def require_plain(value: Any, key: str) -> None:
-    """See that a setting is made of numbers, texts, lists and mappings, as a file of settings can hold them."""
+    """Check that a setting is made of numbers, texts, lists and mappings, as a file of settings can hold them."""
     require(value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)), key, PLAIN, type(value))
     if isinstance(value, float):
         require(math.isfinite(value), key, "finite", value)

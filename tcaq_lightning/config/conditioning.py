@@ -26,7 +26,7 @@ class ConditioningConfig(Section):
     """Further arguments of the pipeline's call, such as height and width."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         self.prompts = None if self.prompts is None else Path(self.prompts)
         require(
             self.class_labels is None or len(self.class_labels) > 0,

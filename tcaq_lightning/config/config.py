@@ -71,7 +71,7 @@ class Config(Section):
     """TensorBoard and pictures."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_text(self.run_dir, "run_dir")
         require_text(self.cache_dir, "cache_dir")
         self.run_dir = self._named(self.run_dir)
@@ -110,7 +110,7 @@ class Config(Section):
         return Path(str(run_dir).replace("{model}", model).replace("{bits}", bits))
 
     def check_ranks(self) -> None:
-        """See that there is work for every rank.
+        """Check that there is work for every rank.
 
         Raises:
             UserError: fewer trajectories than ranks, or a batch that cannot be dealt evenly.

@@ -51,7 +51,7 @@ class EvaluationConfig(Section):
     """Directory for all images as PNG files (clipped to [0, 1], times 255, rounded); null writes none."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         if self.sampler is not None:
             self.sampler.check("evaluation.sampler")
         require_count(self.num_trajectories, "evaluation.num_trajectories", most=100_000)

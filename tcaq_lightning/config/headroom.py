@@ -27,7 +27,7 @@ class HeadroomConfig(Section):
     """Factor for the steps of layers that read the residual stream with no norm in between."""
 
     def check(self) -> None:
-        """See that every factor widens, or leaves the range as it is."""
+        """Check that every factor widens, or leaves the range as it is."""
         for name in ("sample", "coarse_sample", "stream"):
             require_factor(getattr(self, name), f"headroom.{name}")
         require(2 <= self.coarse_below <= 9, "headroom.coarse_below", "in 2..9", self.coarse_below)

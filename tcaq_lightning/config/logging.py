@@ -19,6 +19,6 @@ class LoggingConfig(Section):
     """Images in each full-precision-versus-quantized grid."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_count(self.every_n_steps, "logging.every_n_steps")
         require_count(self.grid_images, "logging.grid_images", most=4096)

@@ -23,6 +23,6 @@ class ModelConfig(Section):
     """What the model computes in; quantizers and rounding are always computed in float32."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         for name in ("path", "architecture", "variant"):
             require_text(getattr(self, name), f"model.{name}")

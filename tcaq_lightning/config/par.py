@@ -23,7 +23,7 @@ class PARConfig(Section):
     """Share of the calibration trajectories that a later round learns from, drawn anew for each round."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require(self.rounds >= 1, "par.rounds", "at least 1 (par.enabled switches them off)", self.rounds)
         require(self.rounds <= 1000, "par.rounds", "at most 1000", self.rounds)
         require(0 < self.share < 1, "par.share", "between 0 and 1", self.share)

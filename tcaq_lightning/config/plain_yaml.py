@@ -139,7 +139,7 @@ def _measure(node: yaml.Node, known: dict[int, int], levels: int) -> int:
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """See that no key hides another one."""
+    """Check that no key hides another one."""
     seen: set[str] = set()
     for key, _ in node.value:
         where = f"line {key.start_mark.line + 1}"

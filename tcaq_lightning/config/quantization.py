@@ -36,13 +36,13 @@ class WeightConfig(Section):
     channel; null: as the format has it, for int and floats channel. Blocks of a format are its own."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_bits(self.bits, "quantization.weight.bits")
         require_granularity(self.granularity, "quantization.weight.granularity")
 
 
 def require_granularity(value: Granularity | None, key: str) -> None:
-    """See that it is no absurd number of inputs."""
+    """Check that it is no absurd number of inputs."""
     require(not isinstance(value, int) or 2 <= value <= 2**20, key, "at least 2 and at most 2^20", value)
 
 
@@ -61,7 +61,7 @@ class ActivationConfig(Section):
     """Quantizer of the inputs of layers and of q, k, v: uniform, or one that a module in `extensions` registers."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_activation_bits(self.bits, "quantization.activation.bits")
         require_count(self.timestep_groups, "quantization.activation.timestep_groups", most=10_000)
 
@@ -74,7 +74,7 @@ class SoftmaxConfig(Section):
     """Code width, 2..8; null takes quantization.activation.bits."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_bits(self.bits, "quantization.softmax.bits")
 
 
@@ -110,7 +110,7 @@ class LayerRule(Section):
     """Which weights share a scale: channel, tensor or a number of inputs, null leaves it."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require(
             (self.pattern is None) != (self.role is None),
             "quantization.rules",
@@ -152,7 +152,7 @@ class QuantizationConfig(Section):
     give floats (ONNX Runtime). They are calibrated, learned and simulated."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         for section in (self.weight, self.activation, self.softmax, *self.rules):
             section.check()
         require(1 <= self.range_norm <= 16, "quantization.range_norm", "in [1, 16]", self.range_norm)

@@ -70,7 +70,7 @@ class ReconstructionConfig(Section):
     """Keep a unit's result only if its held-out error is no worse than before."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_count(self.iterations, "reconstruction.iterations")
         require_count(self.batch_size, "reconstruction.batch_size", most=2**20)
         for name in ("step_lr", "r_lr", "scale_lr", "rounding_weight"):

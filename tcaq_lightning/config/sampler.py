@@ -28,7 +28,7 @@ class SamplerConfig:
         self.check(place)
 
     def check(self, key: str) -> None:
-        """See that all values can be worked with, those too that were set after the sampler was made.
+        """Check that all values can be worked with, those too that were set after the sampler was made.
 
         Args:
             key: where it stands, such as `calibration.sampler`.

@@ -23,7 +23,7 @@ class SensitivityConfig(Section):
     """Samples of each denoiser call that the squared Jacobians are estimated from."""
 
     def check(self) -> None:
-        """See that there is variance, and something to estimate from."""
+        """Check that there is variance, and something to estimate from."""
         require(
             0 < self.data_variance < math.inf,
             "sensitivity.data_variance",

@@ -29,7 +29,7 @@ class TCRConfig(Section):
     """Share of round 0's iterations that the r phase takes."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         for i, exponent in enumerate(self.exponents):
             require(0 < exponent <= 1, f"tcr.exponents[{i}]", "above 0 and at most 1", exponent)
         require_share(self.alpha, "tcr.alpha")

@@ -36,7 +36,7 @@ class TrainerConfig(Section):
     command with null goes on from there."""
 
     def check(self) -> None:
-        """See that all values can be worked with."""
+        """Check that all values can be worked with."""
         require_count(self.devices, "trainer.devices", most=max(MOST_DEVICES, os.cpu_count() or 1))
         require_count(self.num_nodes, "trainer.num_nodes", most=100_000)
         require_positive(self.timeout, "trainer.timeout", MOST_MINUTES)

@@ -73,7 +73,7 @@ def typed(kind: Any, values: Any, key: str = "") -> dict[str, Any]:
 
 
 def check_types(made: Any, key: str) -> None:
-    """See that the fields of a dataclass that was made in Python have their types.
+    """Check that the fields of a dataclass that was made in Python have their types.
 
     Args:
         made: the dataclass; those within it are checked when they are made.

@@ -48,9 +48,8 @@ class NoiseError:
 class ImageError:
     """Distance of two sets of images from the same noise.
 
-    Errors are of the samples clipped to [-1, 1], which is what a picture shows of them, and ratios in dB of the same,
-    2 being their peak. Means and ratios over all images at once are ruled by the worst ones: the median and the worst
-    image stand beside them.
+    Errors are computed from samples clipped to [-1, 1], as a picture shows them; so are the ratios in dB, with a peak
+    of 2. The worst images dominate means and ratios over all images, so the median and the worst image are given too.
 
     Attributes:
         mse: mean squared difference of all images.
@@ -78,7 +77,7 @@ IMAGE_FIGURES = ("mse", "mse_median", "mse_worst", "psnr", "psnr_median", "psnr_
 
 
 def summed_up(timesteps: Tensor) -> Tensor:
-    """Which calls, (S,) bool, the summary is of: those with t > 0, or all of them where there is no other."""
+    """(S,) bool: the calls that the summary covers, those with t > 0, or all of them if there is no such call."""
     later = timesteps > 0
     return later if later.any() else torch.ones_like(later)
 

@@ -120,13 +120,13 @@ class ImageSampling:
 
     @property
     def wanted(self) -> Wanted:
-        """How many images there are to be."""
+        """Number of images to sample."""
         names = () if self.space is None else self.space.names
         return Wanted(self.kept, 0 if self.space is None else self.measured, names, self.batch_size)
 
 
 def open_features(config: EvaluationConfig, channels: int) -> FeatureSpace | None:
-    """Open the feature extractor and see that all can be measured, before anything is sampled.
+    """Open the feature extractor and check that everything can be measured, before anything is sampled.
 
     Args:
         config: which extractor, how many samples.
@@ -147,7 +147,7 @@ def open_features(config: EvaluationConfig, channels: int) -> FeatureSpace | Non
 
 
 def planned_samples(config: EvaluationConfig, models: int = 2) -> int:
-    """How many samples `evaluate` tells `advance` of, in all.
+    """Total number of samples that `evaluate` reports to `advance`.
 
     Args:
         config: numbers of trajectories and images.
@@ -226,7 +226,7 @@ def evaluate(
 def _open(
     models: Mapping[str, nn.Module], sampling: Sampling, calibration_sampler: SamplerConfig, config: EvaluationConfig
 ) -> FeatureSpace | None:
-    """Find mistakes before anything is sampled, and open what looks at the images."""
+    """Find mistakes before anything is sampled, and open the networks that look at the images."""
     if not models or (len(models) == 1 and config.fid_samples == 0):
         raise UserError(
             "evaluation.fid_samples is 0 and there is one model only, nothing to measure; "

@@ -56,7 +56,7 @@ class ImageSet(Protocol):
 
     @property
     def identity(self) -> list[Any]:
-        """JSON-ready; another one after the files were changed."""
+        """JSON-ready; it changes when the files change."""
 
     def __len__(self) -> int: ...
 
@@ -143,7 +143,7 @@ class ImageArray:
 
 
 def open_images(path: Path, key: str) -> ImageSet:
-    """Images of a folder or an .npz; the pictures' headers are looked at, their contents not yet.
+    """Images of a folder or an .npz; only the headers of the pictures are read yet.
 
     Args:
         path: directory with pictures, also in its subdirectories, or an .npz with uint8 `arr_0` (N, H, W, C).

@@ -1,7 +1,7 @@
 """Latency and memory of one denoiser call, full precision and quantized, by backend and batch size.
 
-Each model has a process of its own, so that its peak memory is its own; they take turns in short spells, so that
-whatever else the machine does slows all of them alike.
+Each model runs in a process of its own, so its peak memory is measured separately. The models take turns in short
+spells, so other load on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def measured_in_turns(workers: Sequence[Worker], batches: Sequence[int]) -> list
 
 @torch.no_grad()
 def timed_calls(denoiser: nn.Module, batch: int) -> list[float]:
-    """Seconds of each call of one spell, those to warm up left out."""
+    """Seconds of each call of one spell, without the warm-up calls."""
     samples = example_samples(denoiser, batch)
     for _ in range(WARM_UP):
         samples.predict(denoiser)

@@ -49,7 +49,7 @@ def measured_sensitivity(run_dir: Path) -> dict[str, Any] | None:
 def measure_sensitivity(
     run_dir: Path, config: Mapping[str, Any], num_trajectories: int, advance: Advance | None = None
 ) -> dict[str, Any]:
-    """Quantize each layer and each attention alone and measure the noise error; goes on where it was stopped.
+    """Quantize each layer and each attention alone and measure the noise error; it can be stopped and resumed.
 
     Full-precision trajectories are those of the run's own noise error, the first `num_trajectories` of them.
 

@@ -1,4 +1,4 @@
-"""Which class a generated image is of, as far as the features tell: linear discriminant analysis."""
+"""The class of a generated image, judged by its features: linear discriminant analysis."""
 
 from __future__ import annotations
 

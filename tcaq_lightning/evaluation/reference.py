@@ -48,7 +48,7 @@ class Reference:
     images: ImageSet | None = None
 
     def missing(self, parts: Iterable[str]) -> list[str]:
-        """Those of some parts that are not there, sorted."""
+        """Those of the given parts that are missing, sorted."""
         return sorted(part for part in set(parts) if getattr(self, part) is None)
 
     def completed(self, measured: Mapping[str, Tensor]) -> Reference:
@@ -90,7 +90,7 @@ class Reference:
 
 
 def open_reference(path: Path, needed: Mapping[str, Collection[str]], num_features: int, checksum: str) -> Reference:
-    """Find out what a reference offers, and that it is enough for the metrics.
+    """Find out what a reference offers, and check that it is enough for the metrics.
 
     Args:
         path: folder of images; .npz with images `arr_0`, or `mu`, `sigma`, `mu_s` and `sigma_s`, or both; .safetensors

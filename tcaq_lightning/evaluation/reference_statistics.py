@@ -78,7 +78,7 @@ class ReferenceStatistics:
 
 
 def check_gaussian(mean: Tensor, covariance: Tensor, where: str) -> None:
-    """See that statistics from a file are a mean and a covariance.
+    """Check that statistics from a file are a mean and a covariance.
 
     Args:
         mean: float64, of any shape.

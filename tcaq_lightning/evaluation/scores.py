@@ -1,4 +1,4 @@
-"""From features to the figures of every metric, each image's features being taken once."""
+"""From features to the figures of every metric; the features of each image are computed once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POOLED = "pooled"
 
 
 def check_metrics(config: EvaluationConfig) -> list[Metric]:
-    """See that the metrics are known and that their settings are given.
+    """Check that the metrics are known and that their settings are given.
 
     Args:
         config: which metrics, and their settings.

@@ -1,4 +1,4 @@
-"""Where images are compared: a feature extractor, what metrics look at images with, and real images."""
+"""Where images are compared: a feature extractor, the networks of metrics, and real images."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class FeatureSpace:
             return {name: look(pixels, start).cpu() for name, look in self.per_image.items()}
 
     def check(self, config: EvaluationConfig, channels: int, number: int, what: str) -> None:
-        """See that images can be measured here.
+        """Check that images can be measured here.
 
         Args:
             config: what is measured.

@@ -1,4 +1,4 @@
-"""What lets torchmetrics compute from features that are there already."""
+"""Let torchmetrics compute from existing features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class GivenFeatures(nn.Module):
-    """Stands in for torchmetrics' extractors: gives back what it gets.
+    """Stands in for torchmetrics' extractors: returns its input.
 
     Args:
         num_features: length of a feature vector, for metrics that ask.

@@ -9,7 +9,7 @@ from tcaq_lightning.quantizers import SOFTMAX_KINDS
 
 
 def check_methods(config: Config) -> None:
-    """See that everything that `tcr` and `daq` name is registered.
+    """Check that everything that `tcr` and `daq` name is registered.
 
     Raises:
         UserError: something is not; the message names the key and what there is.

@@ -10,7 +10,7 @@ from tcaq_lightning.errors import UserError
 
 
 def refuse_adapters(pipeline: Any) -> None:
-    """See that no network of a pipeline has adapters of peft, such as LoRA, beside its layers.
+    """Check that no network of a pipeline has adapters of peft, such as LoRA, beside its layers.
 
     Those of the denoiser would be left out. Those of another network would be all that transformers writes of it into
     the artifact.

@@ -203,7 +203,7 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
 
 @torch.no_grad()
 def check_denoiser(denoiser: nn.Module, scheduler: Any, arguments: dict[str, Any] | None = None) -> None:
-    """See that the scheduler can use the denoiser: it maps (x_t, t) to a finite prediction of x_t's shape.
+    """Check that the scheduler can use the denoiser: it maps (x_t, t) to a finite prediction of x_t's shape.
 
     A scheduler of learned variances takes twice the channels.
 

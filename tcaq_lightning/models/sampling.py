@@ -56,7 +56,7 @@ class Sampling(Protocol):
     scheduler: Any
 
     def check_sampler(self, sampler: SamplerConfig, key: str) -> None:
-        """See that there is such a scheduler.
+        """Check that there is such a scheduler.
 
         Args:
             sampler: sampler to use.
@@ -67,7 +67,7 @@ class Sampling(Protocol):
         """
 
     def check(self, denoiser: nn.Module, sampler: SamplerConfig, key: str) -> None:
-        """See that the denoiser can be sampled like this.
+        """Check that the denoiser can be sampled like this.
 
         Args:
             denoiser: full precision.

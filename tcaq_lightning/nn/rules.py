@@ -88,7 +88,7 @@ def bits_of(name: str, config: QuantizationConfig, role: Role = "block") -> Laye
 
 
 def check_rules(denoiser: nn.Module, config: QuantizationConfig) -> None:
-    """See that every rule has a layer or an attention to apply to.
+    """Check that every rule has a layer or an attention to apply to.
 
     Args:
         denoiser: full precision.

@@ -122,7 +122,7 @@ class AttentionSpec:
 
 
 def _require_types(spec: LayerSpec | AttentionSpec) -> None:
-    """See that values, which may come from a file, have the types of their fields."""
+    """Check that values, which may come from a file, have the types of their fields."""
     try:
         check_types(spec, type(spec).__name__)
     except UserError as error:  # of the file that they come from, which the reader names

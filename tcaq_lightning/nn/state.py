@@ -59,7 +59,7 @@ def _logits_names(module: nn.Module) -> dict[str, QuantLayer]:
 
 
 def check_quantization_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """See that a state from `quantization_state` is of this module.
+    """Check that a state from `quantization_state` is of this module.
 
     Raises:
         KeyError: it is the state of another module.

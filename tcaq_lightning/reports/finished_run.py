@@ -178,7 +178,7 @@ def _refuse(constant: str) -> float:
 
 
 def _check_lengths(metrics: Record) -> None:
-    """See that what belongs together has one length."""
+    """Check that what belongs together has one length."""
     if noise := metrics.get("noise_error"):
         _check_same("noise_error", [noise[key] for key in ("timesteps", "relative", "bias")])
     for record in metrics["rounds"]:

@@ -45,8 +45,8 @@ class AllocationTrace:
 class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record every tensor storage that operations of this thread make, until it is freed.
 
-    What was there before is not seen, nor what kernels allocate for themselves; convolutions on a CPU are taken to copy
-    their operands and results.
+    Earlier storages are not seen, nor the memory that kernels allocate internally; convolutions on a CPU are assumed
+    to copy their operands and results.
 
     Args:
         stood_for: type of the device that tensors on the meta device stand for.
@@ -81,7 +81,7 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._references[key] = weakref.ref(storage, lambda _: self._remove(key))
 
     def _pass_by(self, nbytes: int) -> None:
-        """Bytes that an operation took beside its operands and results, and has freed."""
+        """Bytes that an operation used beside its operands and results, and freed again."""
         number = len(self.trace.sizes)
         self.trace.sizes.append(nbytes)
         self.trace.events += [number, ~number]
@@ -92,7 +92,7 @@ class TracedAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(values: Sequence[Any]) -> Iterator[Any]:
-    """Storages of the tensors among nested sequences, as operators take and give them."""
+    """Storages of the tensors in nested sequences, as operators take and return them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value.untyped_storage()
@@ -101,7 +101,7 @@ def _storages(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def scaled_peak(work: Callable[[int], Any], samples: int, stood_for: str = "meta") -> int:
-    """Bytes that `work(samples)` would have alive at once, from traces of it on few samples.
+    """Bytes that `work(samples)` would hold at once, extrapolated from traces on few samples.
 
     Every storage grows linearly with the number of samples. Where the two traces do not match storage by storage,
     their peaks are scaled.

@@ -19,7 +19,7 @@ from tcaq_lightning.runtime.distributed.collectives import is_main
 
 
 def at_least(least: int, most: int = 10**9, /, **values: int | None) -> None:
-    """See that options are large enough and not absurd, or not given.
+    """Check that options are large enough and not absurd, or not given.
 
     Args:
         least: the smallest value.
@@ -34,7 +34,7 @@ def at_least(least: int, most: int = 10**9, /, **values: int | None) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """See that a seed is one whose noises no other seed has: of larger ones, torch takes the lower 32 bits.
+    """Check that a seed has noises of its own: of larger seeds, torch uses only the lower 32 bits.
 
     Raises:
         UserError: it is not.
@@ -43,7 +43,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Find out before the work, not after it, that its result cannot be written; makes the file's directory.
+    """Check before the work that its result can be written; the file's directory is created.
 
     Raises:
         UserError: it cannot.
@@ -54,10 +54,10 @@ def check_writable(file: Path) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let PyTorch use so many CPU threads; None leaves its choice.
+    """Set the number of PyTorch's CPU threads; None leaves PyTorch's choice.
 
     Raises:
-        UserError: this machine has not nearly so many.
+        UserError: this machine has far fewer.
     """
     require_threads(threads, "--threads")
     if threads is not None:
@@ -79,7 +79,7 @@ class Advance:
 
     Attributes:
         by: moves it by a number of samples.
-        to: moves it to a place in a total that is known only then.
+        to: moves it to a position, of a total that becomes known only then.
     """
 
     by: Callable[[int], None]
@@ -92,7 +92,7 @@ class Advance:
 
 @contextmanager
 def progress_bar(total: int, what: str = "samples") -> Iterator[Advance]:
-    """A bar on stderr, on a terminal and of the first process alone; gives what moves it.
+    """Show a bar on stderr, on a terminal and in the first process only; yields what moves it.
 
     Args:
         total: number of what is done.

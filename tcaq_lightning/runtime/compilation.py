@@ -23,7 +23,7 @@ def _call(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 
 @functools.cache
 def raise_limits() -> None:
-    """Let torch compile as many variants as there are, of any function of this process."""
+    """Let torch compile any number of variants of any function in this process."""
     config: Any = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     for name in (limit, f"accumulated_{limit}"):
@@ -32,7 +32,7 @@ def raise_limits() -> None:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """One function for all units: what is compiled for a unit serves every other that it fits."""
+    """One function for all units: code compiled for one unit serves every other unit that it fits."""
     raise_limits()
     return torch.compile(_call, dynamic=False)
 

@@ -1,4 +1,4 @@
-"""Exit codes of the commands: what a user gets to see when something goes wrong."""
+"""Exit codes of the commands, and the line that a user sees when something goes wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ENVIRONMENT_ERRORS = {
     errno.EMFILE,
     errno.ENFILE,
 }
-"""Failures of the file system that the user can mend; others are faults and keep their traceback."""
+"""Failures of the file system that the user can repair; others are bugs and keep their traceback."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
@@ -52,16 +52,15 @@ TOO_MANY = {errno.EMFILE, errno.ENFILE}
 def run_cli(function: Callable[[], int | None]) -> int:
     """Run a command and turn what ends it into an exit code.
 
-    Of several processes that torchrun, SLURM or the command itself started, only the first one complains.
+    If torchrun, SLURM or the command itself started several processes, only the first one prints the line.
 
     Args:
         function: the command; None stands for success.
 
     Returns:
-        0 or what the command returns; 2 after one line on stderr for a user's mistake, a wrong argument or a file
-        system that is full or closed, or memory that is used up; 75 after one line when another process of the run is
-        lost; 130 after Ctrl-C, 141 when nobody reads what is printed, 143 after SIGTERM. Faults of the program
-        propagate.
+        0 or what the command returns; 2 after one line on stderr for a user's mistake, a wrong argument, a full or
+        read-only file system, or exhausted memory; 75 after one line when another process of the run is lost; 130
+        after Ctrl-C, 141 when the reader of the output is gone, 143 after SIGTERM. Bugs of the program propagate.
 
     >>> run_cli(lambda: None)
     0
@@ -98,7 +97,7 @@ def printable(message: str) -> str:
 
 
 def ending(error: BaseException) -> tuple[int, str] | None:
-    """Exit code, and message or "", of a command that `error` ended; None for a fault of the program.
+    """Exit code, and message or "", of a command that `error` ended; None for a bug of the program.
 
     >>> ending(UserError("seed must be 0"))
     (2, 'seed must be 0')
@@ -126,7 +125,7 @@ def ending(error: BaseException) -> tuple[int, str] | None:
 
 
 def _advice(number: int | None) -> str:
-    """How to mend a failure of the file system."""
+    """How to repair a failure of the file system."""
     if number in FULL:
         return "free space, or choose a path where there is some"
     if number in IN_THE_WAY:
@@ -137,7 +136,7 @@ def _advice(number: int | None) -> str:
 
 
 def _drop_output() -> None:
-    """Send what is still to be printed nowhere, so that the interpreter does not complain at its end."""
+    """Discard what is still to be printed, so that the interpreter does not complain when it ends."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -13,7 +13,7 @@ from tcaq_lightning.errors import UserError
 
 
 def load_extensions(extensions: Sequence[str]) -> dict[str, str]:
-    """Import extensions: files whose name ends in .py, or dotted names of modules. One that is loaded stays.
+    """Import extensions: files whose name ends in .py, or dotted names of modules. Loaded extensions stay loaded.
 
     Args:
         extensions: in the order of import.

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and never trusted without their checksum."""
+"""Files of a run: written completely or not at all, and never trusted without their checksum."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TEMPORARY = ".*.tmp"
 
 
 class DamagedFileError(Exception):
-    """A file of a run is truncated or altered; what it held has to be made again."""
+    """A file of a run is truncated or altered; its content has to be computed again."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let a failed write, which knows no name (a full disk), say that it was about `path`."""
+    """Add `path` to the error of a failed write that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write to, moved into its place at the end and removed if writing fails."""
+    """Yield a temporary sibling of `path` to write to; it replaces `path` at the end, or goes if writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

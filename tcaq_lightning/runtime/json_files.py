@@ -1,4 +1,4 @@
-"""JSON files that others have written: bounded in size and depth, and every fault of theirs a ValueError."""
+"""JSON files from other sources: limited in size and depth; every defect raises a ValueError."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_json(path: Path, parse_constant: Callable[[str], Any] | None = None) ->
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON in UTF-8, or larger or deeper than any file of ours.
+        ValueError: it is not JSON in UTF-8, or larger or more deeply nested than any file of ours.
     """
     with path.open("rb") as stream:  # some files, such as devices, have no end
         content = stream.read(LARGEST + 1)
@@ -30,10 +30,10 @@ def read_json(path: Path, parse_constant: Callable[[str], Any] | None = None) ->
 
 
 def parse_json(content: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is none, or too deep.
+        ValueError: it is not JSON, or too deeply nested.
 
     >>> parse_json("[" * 100_000)
     Traceback (most recent call last):

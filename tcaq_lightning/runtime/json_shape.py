@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """A leaf: values of some JSON types, where True and False are no numbers."""
+    """A leaf: values of some JSON types, where True and False are not numbers."""
 
     name: str
     types: tuple[type, ...]
@@ -40,7 +40,7 @@ MEASURED = Optional(NUMBER)
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """See that a JSON value has a shape.
+    """Check that a JSON value has a shape.
 
     Args:
         value: as `json.loads` gives it.

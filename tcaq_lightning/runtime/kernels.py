@@ -88,7 +88,7 @@ class Kernel:
 
 @contextmanager
 def compiled_kernels(wanted: bool = True) -> Iterator[None]:
-    """Use compiled kernels within, if they are wanted and torch can compile here."""
+    """Use compiled kernels inside the context, if they are wanted and torch can compile here."""
     before, Kernel.wanted = Kernel.wanted, wanted
     try:
         yield
@@ -101,7 +101,7 @@ def _small(x: Tensor) -> bool:
 
 
 def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Operands with those last axes merged along which every smaller one has size 1: fewer shapes to compile for.
+    """Merge the last axes along which every smaller operand has size 1, so that fewer shapes are compiled.
 
     Args:
         x: any shape.
@@ -122,6 +122,6 @@ def collapsed(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def _uncollapsed(result: Tensor, shape: torch.Size) -> Tensor:
-    """What was computed of collapsed operands, in the shape of a whole one; no view, so that it may be written to."""
+    """The result for collapsed operands in the original shape; not a view, so it may be written to."""
     whole: Tensor = result if result.shape == shape else torch.ops.aten._unsafe_view(result, shape)
     return whole

@@ -20,7 +20,7 @@ from tcaq_lightning.runtime.files import CheckedCheckpointIO
 
 
 def quiet_lightning() -> None:
-    """Keep the lines that Lightning writes for every Trainer off the console; one progress bar shows the run."""
+    """Suppress the lines that Lightning prints for every Trainer; one progress bar shows the run."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in (
@@ -51,7 +51,7 @@ def choose_device(config: TrainerConfig) -> torch.device:
 
 
 class RankStrategy(SingleDeviceStrategy):
-    """One rank of a data-parallel run on one device, which exchanges by itself what it has to (see `distributed`).
+    """One rank of a data-parallel run on one device, which does its own communication (see `distributed`).
 
     Lightning's DDP strategy has no place in a loop that is to cost one all-reduce a step and to end cleanly: it
     broadcasts before each step whether rank 0 has got SIGTERM, waits for the device to read it, and calls a collective
@@ -67,7 +67,7 @@ class RankStrategy(SingleDeviceStrategy):
         self.global_rank = collectives.rank()
 
     def teardown(self) -> None:
-        """Leave the module where it is, not on the CPU: it goes on being used, and shares the denoiser's weights."""
+        """Leave the module on its device: it is still used, and shares the denoiser's weights."""
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

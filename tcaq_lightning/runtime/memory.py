@@ -1,4 +1,4 @@
-"""How this process asks the system for memory, and how much there is."""
+"""How this process gets memory from the system, and how much is available."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reuse_freed_memory() -> None:
 
 @contextmanager
 def freed_memory_reused(reuse: bool) -> Iterator[None]:
-    """Reuse freed memory within, or give it back to the system at once; afterwards all is as it was before.
+    """Inside the context, reuse freed memory or return it to the system at once; afterwards the former setting holds.
 
     A loop over blocks of equal sizes is faster when it reuses them. Work on blocks of many sizes leaves holes between
     those that are still in use, and takes up to twice the memory.
@@ -61,7 +61,7 @@ def _keep_blocks_up_to(nbytes: int) -> None:
 
 
 def release_freed_memory() -> None:
-    """Give what this process has freed back to the system, where its C library keeps it."""
+    """Return freed memory to the system, if the C library has kept it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -79,7 +79,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(error: BaseException, where: str = "") -> str:
-    """What to tell the user whose memory is used up, in one line.
+    """The line that tells the user that memory is exhausted.
 
     Args:
         error: as `is_out_of_memory` takes it.
@@ -112,7 +112,7 @@ def out_of_memory_in(where: str) -> Iterator[None]:
 
 
 def available_memory() -> float:
-    """Bytes that this process may still take: what the system has available, within the limit of its control group."""
+    """Bytes that this process may still allocate: what is available, within the limit of its control group."""
     available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):

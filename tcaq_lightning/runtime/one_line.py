@@ -1,4 +1,4 @@
-"""Errors of others in one line."""
+"""Errors of other libraries in one line."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Parts of one kind by name.
 
-    A part enters itself where it is defined; nothing else has to know its file.
+    A part registers itself where it is defined; no other code needs to know its file.
 
     Args:
         kind: what the parts are, in messages: `metric`, `backend`.
@@ -31,7 +31,7 @@ class Registry(Generic[T]):
         self._parts: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Enter what is decorated under a name.
+        """Register the decorated object under a name.
 
         Args:
             name: unique among the parts of this kind.

@@ -1,4 +1,4 @@
-"""Seeds of everything random, each a function of what it is for."""
+"""Seeds of everything random, each a function of its purpose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def derive(*parts: int) -> int:
     """The seed of one of many draws.
 
     A polynomial in `STRIDE` whose coefficients are the parts. Parts that differ in the last one alone never collide:
-    torch's CPU generator looks at the lower 32 bits of a seed, and the last part is added to them.
+    torch's CPU generator uses the lower 32 bits of a seed, and the last part is added to them.
 
     Args:
         parts: what the draw is for, from the general to the particular, such as the run's seed and a sample's number.

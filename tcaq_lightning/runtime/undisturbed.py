@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put back afterwards what work within changes for the whole process, also after an error.
+    """Restore, even after an error, what the work inside the context changes for the whole process.
 
     That is: warning filters, every logger's level, handlers and flags, torch's threads, random state, default type and
     gradient mode, and the environment.
@@ -41,7 +41,7 @@ def _numerics() -> tuple[int, torch.dtype, bool]:
 
 
 def _loggers() -> dict[logging.Logger, dict[str, Any]]:
-    """What can be set of every logger that there is."""
+    """The settings of every existing logger."""
     known = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
     return {
         logger: {

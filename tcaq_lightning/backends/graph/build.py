@@ -63,7 +63,7 @@ def build_graph(
 
 @torch.no_grad()
 def _try_latents(denoiser: nn.Module, inputs: dict[str, Tensor], latents: tuple[int, int]) -> None:
-    """See that a denoiser takes samples of that height and width; tracing would blame its operators."""
+    """Check that a denoiser takes samples of that height and width; tracing would blame its operators."""
     try:
         denoiser(**call_of(denoiser, inputs))
     except Exception as error:  # a model raises whatever it likes

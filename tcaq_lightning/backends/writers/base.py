@@ -53,7 +53,7 @@ class Writer(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """See that what it needs is installed.
+        """Check that what it needs is installed.
 
         Raises:
             UserError: it is not; the message names the extra.

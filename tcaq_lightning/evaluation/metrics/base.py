@@ -117,7 +117,7 @@ class Metric(ABC):
         return 1, "evaluation.metrics"
 
     def check_number(self, number: int, what: str, config: EvaluationConfig, width: int) -> None:
-        """See that there are enough images, here by `least_images`.
+        """Check that there are enough images, here by `least_images`.
 
         Args:
             number: of the images.

@@ -172,7 +172,7 @@ def frechet_distance(
 
 
 def _check_features(features: Tensor, width: int, least: int) -> None:
-    """See that a distance can be computed: at least `least` rows of `width` finite features."""
+    """Check that a distance can be computed: at least `least` rows of `width` finite features."""
     if features.ndim != 2 or features.shape[1] != width:
         raise UserError(
             f"expected features (N, {width}), as in the reference statistics, got {tuple(features.shape)}; "

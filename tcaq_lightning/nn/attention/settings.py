@@ -34,7 +34,7 @@ def replace_processor(attention: nn.Module, processor: QuantAttnProcessor) -> No
 
 
 def refuse_other(attention: Any, processor: Any) -> None:
-    """See that a processor computes what an attention's quantized one stands for.
+    """Check that a processor computes what an attention's quantized one stands for.
 
     Raises:
         UserError: it does not.

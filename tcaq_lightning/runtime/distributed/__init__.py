@@ -1,1 +1,1 @@
-"""The processes of a run: started, placed on cores, and what they tell each other."""
+"""The processes of a run: how they start, where they run, and how they communicate."""

@@ -60,10 +60,10 @@ def own_cores() -> list[int] | None:
 
 @contextmanager
 def held_to(cores: Sequence[int]) -> Iterator[None]:
-    """Keep all threads of this process, and those that begin meanwhile, on the given cores, where the system can.
+    """Keep all threads of this process, new ones included, on the given cores, where the system supports it.
 
-    Ranks wait for each other at each step: one that is moved to another's core, or has to fill another core's caches
-    again, holds up all.
+    Ranks wait for each other at each step: a rank that moves to another rank's core, or has to refill the caches of
+    another core, slows all of them down.
     """
     if not hasattr(os, "sched_setaffinity") or not THREADS.is_dir():
         yield

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other; one process alone gets back what it gave, without any communication.
+"""Communication between the ranks of a run; a single process gets its own values back without any communication.
 
 All ranks must call these functions in the same order. Everything but the gradients of a step is exchanged from the CPU;
 what is added up is added in rank order, so that the same number of ranks gives the same bits everywhere and each time.

@@ -237,7 +237,7 @@ def _await(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _part(store: Store, place: Place, children: Children, failed: bool) -> None:
-    """See that no process of this node stays behind, and that the others can read why a run has failed."""
+    """Check that no process of this node stays behind, and that the others can read why a run has failed."""
     _await(lambda: all(child.poll() is not None for child in children), NOTICE if failed else PATIENCE)
     for child in children:
         child.terminate()
