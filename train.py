@@ -32,6 +32,7 @@ from callbacks import (
 from tcaq_lightning.api import (
     OpenedModel,
     calibrate,
+    check_finished,
     collect_trajectories,
     measure,
     open_model,
@@ -69,6 +70,7 @@ def main() -> None:
 def train(config: Config, run: Run, console: Console, dry_run: bool) -> None:
     """The main job, as each rank runs it."""
     if run.finished and not dry_run:
+        check_finished(config, run)
         console.print(f"{run.directory} is finished; nothing to do. See {run.directory / 'report.md'}")
         return
 

@@ -34,14 +34,16 @@ from tcaq_lightning.calibration.planning.plan import Plan, check_stop, make_plan
 from tcaq_lightning.calibration.rounds import run_rounds
 from tcaq_lightning.calibration.run_dir import Run, settings_of_result
 from tcaq_lightning.calibration.state import Calibrated, Setup
-from tcaq_lightning.calibration.stored import stored_trajectories
+from tcaq_lightning.calibration.stored import shared_trajectories, stored_trajectories
 from tcaq_lightning.config import Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.evaluate import Evaluation, evaluate, open_features
 from tcaq_lightning.evaluation.grid import save_grid
+from tcaq_lightning.evaluation.spaces import FeatureSpace, evaluation_hashes
 from tcaq_lightning.methods.check import check_methods
 from tcaq_lightning.models.adapters import refuse_adapters
 from tcaq_lightning.models.borrowed import borrowed
+from tcaq_lightning.models.fingerprint import pipeline_hashes
 from tcaq_lightning.models.graph import UnitGraph, trace_units
 from tcaq_lightning.models.pipelines import (
     denoiser_bytes,
@@ -61,7 +63,6 @@ from tcaq_lightning.reports.markdown import write_report
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.distributed.launch import launched
 from tcaq_lightning.runtime.extensions import load_extensions
-from tcaq_lightning.runtime.files import save_tensors
 from tcaq_lightning.runtime.kernels import compiled_kernels
 from tcaq_lightning.runtime.lightning import choose_device, quiet_lightning
 from tcaq_lightning.runtime.memory import peak_memory
@@ -116,7 +117,9 @@ def quantize(
         quiet_lightning()
         load_extensions(config.extensions)
         with launched(config), Run(config) as run:
-            if not run.finished:
+            if run.finished:
+                check_finished(config, run, pipeline, inputs)
+            else:
                 all_steps(config, run, pipeline, callbacks, inputs)
         return load_quantized(run.files.artifact)
 
@@ -152,6 +155,37 @@ def all_steps(
     run.finish()
 
 
+def check_finished(config: Config, run: Run, pipeline: Any = None, inputs: Inputs | None = None) -> None:
+    """See that a finished run is of the model and the other inputs that are at hand now.
+
+    Args:
+        config: the run's configuration.
+        run: finished.
+        pipeline: the diffusers pipeline; None opens `config.model`.
+        inputs: as in `quantize`.
+
+    Raises:
+        UserError: an input has changed, or the artifact.
+    """
+    if pipeline is None:
+        pipeline = _open_pipeline(config)
+    sampling = make_sampling(pipeline, config.conditioning, inputs)
+    features = open_features(config.evaluation, sampling.channels(find_denoiser(pipeline)[1]))
+    run.check_finished(_input_hashes(config, pipeline, sampling, features))
+
+
+def _open_pipeline(config: Config) -> DiffusionPipeline:
+    return open_pipeline(config.model.path, config.model.variant, getattr(torch, config.model.dtype))
+
+
+def _input_hashes(config: Config, pipeline: Any, sampling: Sampling, features: FeatureSpace | None) -> dict[str, str]:
+    """Hash of everything that a result depends on beside the settings, by name."""
+    found = {f"model.{name}": value for name, value in pipeline_hashes(pipeline).items()}
+    found |= {f"conditioning.{name}": value for name, value in sampling.hashes().items()}
+    found |= {f"evaluation.{name}": value for name, value in evaluation_hashes(config.evaluation, features).items()}
+    return found | {f"extensions: {name}": value for name, value in load_extensions(config.extensions).items()}
+
+
 @dataclass(frozen=True)
 class OpenedModel:
     """A pretrained pipeline, ready for calibration.
@@ -167,6 +201,7 @@ class OpenedModel:
         graph: units in execution order.
         coverage: what became of every layer.
         plan: counts, memory and time of the run.
+        inputs: by name, hashes of what the result depends on beside the settings.
     """
 
     config: Config
@@ -179,11 +214,11 @@ class OpenedModel:
     graph: UnitGraph
     coverage: list[CoverageRow]
     plan: Plan
+    inputs: dict[str, str]
 
     def facts(self) -> dict[str, Any]:
         """What the run's manifest says about the model, JSON-ready."""
-        extensions = load_extensions(self.config.extensions)
-        return {"plan": self.plan.to_dict(), "units": self.graph.names, "extensions": extensions}
+        return {"inputs": self.inputs, "plan": self.plan.to_dict(), "units": self.graph.names}
 
 
 def open_model(
@@ -208,8 +243,7 @@ def open_model(
     check_methods(config)
     load_extensions(config.extensions)
     if pipeline is None:
-        settings = config.model
-        pipeline = open_pipeline(settings.path, settings.variant, getattr(torch, settings.dtype))
+        pipeline = _open_pipeline(config)
     name, full = find_denoiser(pipeline)
     refuse_adapters(pipeline)
     full.requires_grad_(False).eval()
@@ -218,7 +252,8 @@ def open_model(
     probed = probe(full, sampling, config.calibration.sampler)
     if config.evaluation.sampler is not None:
         probe(full, sampling, config.evaluation.sampler, "evaluation.sampler")
-    open_features(config.evaluation, sampling.channels(full))
+    features = open_features(config.evaluation, sampling.channels(full))
+    hashes = _input_hashes(config, pipeline, sampling, features)
 
     # the same module tree, layers replaced, every one accounted for
     boundaries = group_boundaries(probed.timesteps.tolist(), config.quantization.activation.timestep_groups)
@@ -232,7 +267,9 @@ def open_model(
     check_stop(config, graph.names)
     others = other_networks(pipeline, name)
     plan = make_plan(config, full, others, graph, coverage, first, probed.num_steps, earlier_plan)
-    return OpenedModel(config, pipeline, name, full, quantized, sampling, timestep_groups, graph, coverage, plan)
+    return OpenedModel(
+        config, pipeline, name, full, quantized, sampling, timestep_groups, graph, coverage, plan, hashes
+    )
 
 
 def collect_trajectories(model: OpenedModel, run: Run, advance: Advance | None = None) -> Trajectories:
@@ -244,6 +281,8 @@ def collect_trajectories(model: OpenedModel, run: Run, advance: Advance | None =
         advance: told the number of trajectories just done, `len(config.calibration.indices)` in all.
     """
     config, indices = model.config, model.config.calibration.indices
+    if config.cache_dir is not None:
+        return shared_trajectories(config.cache_dir, config, model.full, model.sampling, advance)
     return stored_trajectories(run.files.trajectories, config, model.full, model.sampling, indices, advance)
 
 
@@ -334,7 +373,7 @@ def report(model: OpenedModel, calibrated: Calibrated, metrics: Evaluation, run:
         pictures = [to_images(row[: model.config.logging.grid_images]) for row in rows]
         save_grid(pictures[0], pictures[1], run.directory / "samples" / "grid.png")
         kept = {name: x.mul(255).round().byte() for name, x in zip(("full", "quantized"), pictures, strict=True)}
-        save_tensors(run.files.images, kept)
+        run.files.images.save(kept)
         sizes = {"full": denoiser_bytes(model.full), "quantized": artifact_sizes(run.files.artifact)}
         content = metrics.to_dict() | {"bytes": sizes, "peak_memory": peak_memory()}
         seconds = calibrated.seconds() | metrics.seconds

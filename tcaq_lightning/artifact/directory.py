@@ -268,6 +268,19 @@ def _verify_checksums(directory: Path, name: str) -> None:
             )
 
 
+def artifact_digest(directory: Path) -> str:
+    """SHA-256 of an artifact, by its list of checksums.
+
+    Raises:
+        UserError: there is no artifact.
+    """
+    lists = [directory / CHECKSUMS_FILE, *sorted(directory.glob(f"*/{CHECKSUMS_FILE}"))]  # or its denoiser's alone
+    found = next((file for file in lists if file.is_file()), None)
+    if found is None:
+        raise UserError(f"{lists[0]} is missing: expected the artifact of the run; repeat the run in another run_dir")
+    return hashlib.sha256(found.read_bytes()).hexdigest()
+
+
 def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], packed: bool) -> nn.Module:
     """The frozen denoiser: its architecture from the config, its tensors from the safetensors file."""
     file = folder / CONFIG_FILE

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,16 +16,35 @@ from tcaq_lightning.calibration.bias_correction import ShiftedLayer
 from tcaq_lightning.calibration.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase
 from tcaq_lightning.calibration.restore import warn_of_damage
+from tcaq_lightning.calibration.run_files import RunFile
 from tcaq_lightning.calibration.state import Setup
 from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.calibration.unit_errors import unit_errors, weighted_sum
 from tcaq_lightning.calibration.visit import Visit
+from tcaq_lightning.errors import RankLostError, UserError
 from tcaq_lightning.nn.state import check_quantization_state, quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main, world_size
 from tcaq_lightning.runtime.files import DamagedFileError, read_checkpoint
+from tcaq_lightning.runtime.json_shape import NUMBER, TEXT, Kind, Named, check_shape
 from tcaq_lightning.runtime.lightning import UnitCheckpoint, make_trainer
+from tcaq_lightning.runtime.memory import is_out_of_memory
+from tcaq_lightning.runtime.one_line import one_line
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT = {
+    "place": {},
+    "ranks": NUMBER,
+    "global_step": NUMBER,
+    "epoch": NUMBER,
+    "pytorch-lightning_version": TEXT,
+    "state_dict": Named(Kind("a tensor", (Tensor,))),
+    "optimizer_states": [{"state": {}, "param_groups": [{}]}],
+    "lr_schedulers": [{}],
+    "loops": {"fit_loop": {}},
+    "callbacks": {},
+}
+"""What a checkpoint must hold for a fit to go on from it."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +88,10 @@ def fit_unit(
         The share of weights that were undecided at the end; 0 of an r phase.
     """
     config, unit = setup.config, prepared.unit
-    path = setup.files.checkpoint(visit, phase)
+    file = setup.files.checkpoint(visit, phase)
     if phase == "r" and _resume_point(setup.files.checkpoint(visit, "v"), unit):
         return 0.0  # the V phase has begun, and its checkpoint holds what this phase learned
-    resumed = _resume_point(path, unit)
+    resumed = _resume_point(file, unit)
     module = BlockReconstruction(
         unit,
         prepared.data,
@@ -89,18 +107,32 @@ def fit_unit(
     if not module.learns:
         module.finish()
         return 0.0
-    own: list[pl.Callback] = [UnitCheckpoint(path, config.trainer.checkpoint_every)]
+    own: list[pl.Callback] = [UnitCheckpoint(file.path, config.trainer.checkpoint_every, file.place)]
     if (patience := config.reconstruction.patience) is not None:
         stop = EarlyStop(lambda: held_out_error(setup, prepared), iterations, patience, config.reconstruction.looks)
         callbacks = [stop, *callbacks]  # first: a checkpoint holds what it has found
     trainer = make_trainer(
         config.trainer, [*callbacks, *own], None, iterations, config.logging.every_n_steps, setup.device
     )
-    with deterministic(setup.device):
-        trainer.fit(module, ckpt_path=str(path) if resumed else None, weights_only=True)
+    with deterministic(setup.device), _blaming(file, module if resumed else None):
+        trainer.fit(module, ckpt_path=str(file.path) if resumed else None, weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0
     module.finish()
     return undecided
+
+
+@contextmanager
+def _blaming(file: RunFile, module: BlockReconstruction | None) -> Iterator[None]:
+    """Say that a checkpoint is to blame for what fails before the first step of a fit that goes on from it."""
+    try:
+        yield
+    except Exception as error:  # Lightning and torch raise whatever the content makes them
+        if module is None or module.started or isinstance(error, (UserError, RankLostError)) or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{file.path} is damaged: expected a checkpoint of this fit, got {one_line(error)}; remove it, and the "
+            "same command begins the unit again"
+        ) from error
 
 
 def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
@@ -113,38 +145,42 @@ def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
     return weighted_sum(errors.squares, prepared.data.weights)
 
 
-def _resume_point(path: Path, unit: nn.Module) -> bool:
-    """Whether a fit can resume from `path`; if so, the unit gets the state in which that fit began."""
-    state = on_main(lambda: checkpointed_state(path, unit))
+def _resume_point(file: RunFile, unit: nn.Module) -> bool:
+    """Whether a fit can resume from a checkpoint; if so, the unit gets the state in which that fit began."""
+    state = on_main(lambda: checkpointed_state(file, unit))
     if state is None:
         return False
     restore_quantization_state(unit, state)
     return True
 
 
-def checkpointed_state(path: Path, unit: nn.Module) -> dict[str, Tensor] | None:
+def checkpointed_state(file: RunFile, unit: nn.Module) -> dict[str, Tensor] | None:
     """Read a unit's quantization state from a checkpoint; a checkpoint that no fit can resume from is removed.
 
     Args:
-        path: of the checkpoint.
+        file: the checkpoint.
         unit: quantized unit that the checkpoint must match.
 
     Returns:
         None if there is no checkpoint to resume from.
     """
+    path = file.path
     if not path.exists():
         return None
     try:
         checkpoint = read_checkpoint(path)
+        check_shape(checkpoint, CHECKPOINT, "it")
+        if checkpoint["place"] != file.place:
+            raise ValueError("written as the checkpoint of something else")
         state = {k.removeprefix("unit."): v for k, v in checkpoint["state_dict"].items()}
         if not all(torch.equal(p.cpu(), state[name]) for name, p in unit.named_parameters()):
-            raise KeyError("of another full-precision model")  # whose weights a resumed fit would write into this one's
+            raise ValueError("of another full-precision model")  # whose weights a resumed fit would write into this one
         state = {k: state[k] for k in quantization_state(unit)}
         check_quantization_state(unit, state)
         if (ranks := checkpoint["ranks"]) == world_size():
             return state
         log.warning("%s is of a run on %d processes, not on %d; the unit is begun again", path, ranks, world_size())
-    except (DamagedFileError, KeyError) as error:
+    except (DamagedFileError, KeyError, ValueError, TypeError, AttributeError) as error:
         warn_of_damage(path, error)
     path.unlink()
     return None

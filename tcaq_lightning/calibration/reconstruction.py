@@ -95,6 +95,7 @@ class BlockReconstruction(pl.LightningModule):
         self._entry = EntrySteps(unit, 1 if config.compile else config.input_steps_every)
         self._unit_forward = compiled(unit) if config.compile else unit.__call__
         self.losses: dict[str, Tensor] = {}
+        self.started = False
         self._gradient_scale: Tensor | None = None
         self._batches: Generator[Batch, None, None]
         self._coming: Batch | None = None
@@ -156,6 +157,7 @@ class BlockReconstruction(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Start to read the batches of the remaining steps."""
+        self.started = True
         steps = range(self.global_step, self.iterations)
         self._batches = self.data.batches(map(self._draw, steps), self.device)
 

@@ -7,15 +7,31 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tcaq_lightning.calibration.run_files import RunFiles
+from tcaq_lightning.calibration.run_files import RunFile, RunFiles
 from tcaq_lightning.calibration.state import Record
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.state import check_quantization_state, quantization_state, restore_quantization_state, settle
 from tcaq_lightning.runtime.distributed.collectives import broadcast, on_main
-from tcaq_lightning.runtime.files import DamagedFileError, load_tensors, save_tensors
+from tcaq_lightning.runtime.files import DamagedFileError
+from tcaq_lightning.runtime.json_shape import FLAG, NUMBER, TEXT, Named, check_shape
+from tcaq_lightning.runtime.one_line import one_line
 
 log = logging.getLogger(__name__)
+
+RECORD = {
+    "round": NUMBER,
+    "position": NUMBER,
+    "unit": TEXT,
+    "kept": FLAG,
+    "before": NUMBER,
+    "after": NUMBER,
+    "flipped": NUMBER,
+    "samples": NUMBER,
+    "seconds": Named(NUMBER),
+    "executions": Named(NUMBER),
+}
+"""What the record of a finished unit must hold."""
 
 
 def finish_unit(unit: nn.Module, visit: Visit, record: Record, files: RunFiles) -> Record:
@@ -34,9 +50,9 @@ def finish_unit(unit: nn.Module, visit: Visit, record: Record, files: RunFiles) 
     restore_quantization_state(unit, state)
 
     def write() -> None:
-        save_tensors(files.unit(visit), state, record)
+        files.unit(visit).save(state, record)
         for phase in ("r", "v"):
-            files.checkpoint(visit, phase).unlink(missing_ok=True)
+            files.checkpoint(visit, phase).path.unlink(missing_ok=True)
 
     on_main(write)
     settle(unit)
@@ -72,12 +88,14 @@ def reopen(unit: nn.Module, visit: Visit, files: RunFiles) -> None:
         UserError: the unit's file is damaged.
     """
     if _put_back(unit, visit, files) is None:
-        raise UserError(f"{files.unit(visit)} was damaged while the run went on; the same command does the unit again")
+        raise UserError(
+            f"{files.unit(visit).path} was damaged while the run went on; the same command does the unit again"
+        )
 
 
-def warn_of_damage(path: Path, error: DamagedFileError | KeyError) -> None:
+def warn_of_damage(path: Path, error: Exception) -> None:
     """Say that a file of the run is not used."""
-    reason = error if isinstance(error, DamagedFileError) else f"{path} does not fit the unit"
+    reason = error if isinstance(error, DamagedFileError) else f"{path} does not fit the unit: {one_line(error)}"
     log.warning("%s; the unit is done again", reason)
 
 
@@ -91,13 +109,14 @@ def _put_back(unit: nn.Module, visit: Visit, files: RunFiles) -> Record | None:
     return record
 
 
-def _stored_unit(path: Path, unit: nn.Module) -> tuple[dict[str, Tensor], Record] | None:
-    if not path.exists():
+def _stored_unit(file: RunFile, unit: nn.Module) -> tuple[dict[str, Tensor], Record] | None:
+    if not file.exists():
         return None
     try:
-        state, record = load_tensors(path)
+        state, record = file.load()
         check_quantization_state(unit, state)
-    except (DamagedFileError, KeyError) as error:
-        warn_of_damage(path, error)
+        check_shape(record, RECORD, "its record")
+    except (DamagedFileError, KeyError, ValueError) as error:
+        warn_of_damage(file.path, error)
         return None
     return state, dict(record)

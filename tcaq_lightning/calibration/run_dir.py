@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
@@ -16,14 +17,31 @@ from typing import Any
 
 import yaml
 
+from tcaq_lightning.artifact.directory import artifact_digest
 from tcaq_lightning.calibration.run_files import RunFiles, check_places
 from tcaq_lightning.config import UNRELATED_TO_RESULT, Config
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.files import TEMPORARY, write_bytes, write_json
 from tcaq_lightning.runtime.json_files import read_json
+from tcaq_lightning.runtime.json_shape import FLAG, TEXT, Named, Optional, check_shape
 from tcaq_lightning.runtime.one_line import one_line
 from tcaq_lightning.runtime.version import VERSION
+
+CHECKSUM = "sha256"
+"""Key of a manifest's checksum, which is of all its other keys."""
+MANIFEST = {
+    "config": {},
+    "version": TEXT,
+    "versions": Named(TEXT),
+    "run": Optional(TEXT),
+    "inputs": Optional(Named(TEXT)),
+    "plan": Optional({}),
+    "units": Optional([TEXT]),
+    "finished": Optional(FLAG),
+    "artifact": Optional(TEXT),
+}
+"""What is read of a manifest."""
 
 
 class Run:
@@ -39,13 +57,13 @@ class Run:
     Attributes:
         directory: RUN_DIR.
         files: paths in it.
-        manifest: hash, versions, model, plan, and what is finished.
+        manifest: settings, inputs, versions, plan, and what is finished; with a checksum of it all.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = config.run_dir
-        self.files = RunFiles(config.run_dir, config.cache_dir)
+        self.files = RunFiles(config.run_dir, shared=config.cache_dir)
         self.manifest: dict[str, Any] = {}
         self._lock: int | None = None
 
@@ -91,21 +109,51 @@ class Run:
             )
         return manifest
 
-    def start(self, **facts: Any) -> None:
+    def start(self, inputs: Mapping[str, str], **facts: Any) -> None:
         """Claim the directory, and write the manifest and the configuration.
 
+        Args:
+            inputs: by name, the hash of everything that the result depends on beside the settings.
+            facts: what else the manifest says, JSON-ready.
+
         Raises:
-            UserError: another command is at work in the directory.
+            UserError: another command is at work in the directory, or the run was begun with other inputs.
         """
-        on_main(lambda: self._start(facts))
+        self.check_inputs(inputs)
+        values = _without(self.config.to_dict(), UNRELATED_TO_RESULT)
+        self.files = replace(self.files, run=_digest([values, dict(inputs)])[:16])
+        on_main(lambda: self._start({"inputs": dict(inputs), "run": self.files.run, **facts}))
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """See that the run was begun with the same inputs, if it was.
+
+        Raises:
+            UserError: one has changed, is new or is gone.
+        """
+        earlier = self.manifest.get("inputs", inputs)
+        for name in [*earlier, *(name for name in inputs if name not in earlier)]:
+            was, now = (hashes.get(name) for hashes in (earlier, inputs))
+            if was != now:
+                expected, got = (f"hash {x[:8]}" if x else "none" for x in (was, now))
+                raise UserError(
+                    f"{name} is not what {self.directory} was made with: expected {expected}, got {got}; use another "
+                    "run_dir, or the same input"
+                )
+
+    def check_finished(self, inputs: Mapping[str, str]) -> None:
+        """See that a finished run is of these inputs, and that the artifact is the one that it wrote.
+
+        Raises:
+            UserError: it is not.
+        """
+        self.check_inputs(inputs)
+        if on_main(lambda: artifact_digest(self.files.artifact)) != self.manifest.get("artifact"):
+            raise UserError(
+                f"run_dir: {self.files.artifact} is not the artifact that the finished run wrote; put that back, or "
+                "use another run_dir"
+            )
 
     def _start(self, facts: dict[str, Any]) -> None:
-        for name, digest in self.manifest.get("extensions", {}).items():
-            if facts.get("extensions", {}).get(name) != digest:
-                raise UserError(
-                    f"extensions: {name} has changed since the run in {self.directory} was begun; use another run_dir, "
-                    "or the file as it was"
-                )
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.directory, os.O_RDONLY)  # held until the process ends, however it ends
         try:
@@ -116,8 +164,7 @@ class Run:
             ) from error
         self._remove_temporaries()
         content = self.config.to_dict()
-        self.manifest |= {"config": content, "config_sha256": _digest(content)}
-        self.manifest |= {"version": VERSION, "versions": versions(), **facts}
+        self.manifest |= {"config": content, "version": VERSION, "versions": versions(), **facts}
         self._write()
         write_bytes(self.directory / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
 
@@ -128,12 +175,13 @@ class Run:
             self._lock = None
 
     def finish(self, **facts: Any) -> None:
-        """Note that everything is done."""
-        self.manifest |= {"finished": True, **facts}
+        """Note that everything is done, and which artifact it gave."""
+        artifact = on_main(lambda: artifact_digest(self.files.artifact))
+        self.manifest |= {"finished": True, "artifact": artifact, **facts}
         on_main(self._write)
 
     def _write(self) -> None:
-        write_json(self.files.manifest, self.manifest)
+        write_json(self.files.manifest, sealed(self.manifest))
 
     def _is_fresh(self) -> bool:
         """Whether the directory is empty but for a manifest that a killed process was writing."""
@@ -145,22 +193,34 @@ class Run:
             path.unlink()
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of all that it says."""
+    content = {key: value for key, value in manifest.items() if key != CHECKSUM}
+    return {**content, CHECKSUM: _digest(content)}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest.json, checked against its own checksum.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, was edited, or is of an earlier version.
     """
     try:
         manifest = read_json(path)
-        if _digest(manifest["config"]) != manifest["config_sha256"]:
-            raise ValueError("its checksum does not fit its configuration")
-    except (ValueError, KeyError, TypeError) as error:
+        check_shape(manifest, MANIFEST, "it")
+        if CHECKSUM not in manifest:
+            raise UserError(
+                f"run_dir: {path} is of version {manifest['version']}, whose runs this version does not go on with; "
+                "use another run_dir"
+            )
+        if manifest != sealed(manifest):
+            raise ValueError("its checksum does not fit its content")
+    except ValueError as error:
         raise UserError(
             f"run_dir: {path} is damaged: expected what the run wrote, got {one_line(error)}; "
             "put a copy of it back, or use another run_dir"
         ) from error
-    return dict(manifest)
+    return {key: value for key, value in manifest.items() if key != CHECKSUM}
 
 
 def versions() -> dict[str, str]:
@@ -190,8 +250,8 @@ def settings_of_result(config: Config) -> dict[str, Any]:
     return values
 
 
-def _digest(config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

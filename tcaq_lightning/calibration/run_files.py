@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from tcaq_lightning.calibration.visit import Visit
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.files import load_tensors, save_tensors
 
 DIRECTORIES = (
     *("calibration", "evaluation", "plots", "quantized", "report", "rounds", "samples", "tensorboard"),
@@ -19,18 +24,49 @@ FILES = ("manifest.json", "config.yaml", "metrics.json", "report.md", "report.ht
 
 
 @dataclass(frozen=True)
+class RunFile:
+    """A file of a run, which says itself what it is of: it is of no use elsewhere.
+
+    Attributes:
+        path: of the file.
+        place: of which run, and which round, unit or phase, JSON-ready.
+    """
+
+    path: Path
+    place: Mapping[str, Any]
+
+    def save(self, tensors: dict[str, Tensor], record: Any = None) -> None:
+        """Write tensors and a JSON-ready record."""
+        save_tensors(self.path, tensors, record, self.place)
+
+    def load(self) -> tuple[dict[str, Tensor], Any]:
+        """Tensors and record.
+
+        Raises:
+            DamagedFileError: truncated, altered, or written as something else.
+        """
+        return load_tensors(self.path, self.place)
+
+    def exists(self) -> bool:
+        """Whether there is such a file, in whatever state."""
+        return self.path.exists()
+
+
+@dataclass(frozen=True)
 class RunFiles:
-    """Paths in RUN_DIR.
+    """Files in RUN_DIR.
 
     Attributes:
         directory: RUN_DIR.
+        run: identity of the run, by its settings and inputs; empty where nobody asks.
         shared: directory of what runs share; None keeps it in RUN_DIR.
 
-    >>> RunFiles(Path("runs/mine")).unit(Visit(0, 3, "conv_out")).as_posix()
+    >>> RunFiles(Path("runs/mine")).unit(Visit(0, 3, "conv_out")).path.as_posix()
     'runs/mine/rounds/00/units/003-conv_out.safetensors'
     """
 
     directory: Path
+    run: str = ""
     shared: Path | None = None
 
     @property
@@ -39,14 +75,14 @@ class RunFiles:
         return self.directory / "manifest.json"
 
     @property
-    def trajectories(self) -> Path:
+    def trajectories(self) -> RunFile:
         """Calibration data: trajectories of the full-precision sampler."""
-        return self.directory / "calibration" / "trajectories.safetensors"
+        return self._file("calibration/trajectories.safetensors", "trajectories")
 
     @property
-    def sensitivities(self) -> Path:
+    def sensitivities(self) -> RunFile:
         """Weights of the units' errors."""
-        return self.directory / "calibration" / "sensitivities.safetensors"
+        return self._file("calibration/sensitivities.safetensors", "sensitivities")
 
     @property
     def artifact(self) -> Path:
@@ -59,33 +95,45 @@ class RunFiles:
         return (self.shared or self.directory) / "evaluation"
 
     @property
-    def images(self) -> Path:
+    def images(self) -> RunFile:
         """The first images of the evaluation, uint8 (N, C, H, W) by `full` and `quantized`."""
-        return self.directory / "samples" / "images.safetensors"
+        return self._file("samples/images.safetensors", "images")
 
     def round_dir(self, round_index: int) -> Path:
         """Directory of a round."""
         return self.directory / "rounds" / f"{round_index:02d}"
 
-    def aligned_trajectories(self, round_index: int) -> Path:
+    def aligned_trajectories(self, round_index: int) -> RunFile:
         """Trajectories of the quantized sampler that a round learns from."""
-        return self.round_dir(round_index) / "trajectories.safetensors"
+        return self._of_round("trajectories.safetensors", "aligned trajectories", round_index)
 
-    def held_out(self, round_index: int) -> Path:
+    def held_out(self, round_index: int) -> RunFile:
         """Trajectories of the quantized sampler after a round, from held-out noise."""
-        return self.round_dir(round_index) / "held_out.safetensors"
+        return self._of_round("held_out.safetensors", "held-out trajectories", round_index)
 
-    def unit(self, visit: Visit) -> Path:
+    def unit(self, visit: Visit) -> RunFile:
         """Finished state of a unit."""
-        return self.round_dir(visit.round_index) / "units" / f"{visit.position:03d}-{visit.name}.safetensors"
+        return self._of_unit("units/{}.safetensors", "unit", visit)
 
-    def statistics(self, visit: Visit) -> Path:
+    def statistics(self, visit: Visit) -> RunFile:
         """What was observed of a unit before anything was set."""
-        return self.round_dir(visit.round_index) / "statistics" / f"{visit.position:03d}-{visit.name}.safetensors"
+        return self._of_unit("statistics/{}.safetensors", "statistics", visit)
 
-    def checkpoint(self, visit: Visit, phase: str) -> Path:
+    def checkpoint(self, visit: Visit, phase: str) -> RunFile:
         """Checkpoint of the fit that is running."""
-        return self.round_dir(visit.round_index) / f"unit-{visit.position:03d}-{phase}.ckpt"
+        place = {"position": visit.position, "unit": visit.name, "phase": phase}
+        name = f"unit-{visit.position:03d}-{phase}.ckpt"
+        return self._of_round(name, "checkpoint", visit.round_index, **place)
+
+    def _of_unit(self, name: str, kind: str, visit: Visit) -> RunFile:
+        name = name.format(f"{visit.position:03d}-{visit.name}")
+        return self._of_round(name, kind, visit.round_index, position=visit.position, unit=visit.name)
+
+    def _of_round(self, name: str, kind: str, round_index: int, **place: Any) -> RunFile:
+        return self._file(f"rounds/{round_index:02d}/{name}", kind, round=round_index, **place)
+
+    def _file(self, name: str, kind: str, **place: Any) -> RunFile:
+        return RunFile(self.directory / name, {"file": kind, "run": self.run, **place})
 
 
 def check_places(directory: Path) -> None:

@@ -28,7 +28,6 @@ from tcaq_lightning.methods.sensitivity import normalized_weights
 from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main
-from tcaq_lightning.runtime.files import save_tensors
 from tcaq_lightning.runtime.lightning import make_trainer
 from tcaq_lightning.runtime.memory import freed_memory_reused, release_freed_memory
 
@@ -100,8 +99,7 @@ def _initialize(
         queries = config.calibration.probe_queries
         choices = initialize(unit, probed, setup.timestep_groups, *settings, queries)
         data.executed += probed.executed
-    path = setup.files.statistics(visit)
-    on_main(lambda: save_tensors(path, observed.tensors(), observed.to_dict()))
+    on_main(lambda: setup.files.statistics(visit).save(observed.tensors(), observed.to_dict()))
     for listener in listeners(callbacks):
         listener.on_unit_initialized(visit, unit, observed, choices)
     if config.reconstruction.enabled:

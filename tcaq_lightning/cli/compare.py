@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcaq_lightning.api import open_model
+from tcaq_lightning.api import check_finished, open_model
 from tcaq_lightning.calibration.run_dir import Run
 from tcaq_lightning.cli.jobs import run_jobs
 from tcaq_lightning.cli.train import config_file
@@ -136,6 +136,8 @@ def _roots() -> tuple[Path, ...]:
 
 def _is_finished(config: Config) -> bool:
     with Run(config) as run:
+        if run.finished:
+            check_finished(config, run)
         return run.finished
 
 

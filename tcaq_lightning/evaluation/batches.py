@@ -21,6 +21,7 @@ from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
 from tcaq_lightning.runtime.distributed.collectives import gather, is_main, on_main, rank, world_size
 from tcaq_lightning.runtime.files import DamagedFileError, load_tensors, save_tensors
 from tcaq_lightning.runtime.hashing import add_weights
+from tcaq_lightning.runtime.one_line import one_line
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class _Files:
         """Fields of a finished batch; None if it is not there whole, or a picture of it is missing."""
         if self.directory is None or (self.writer is not None and not self.writer.has(self._numbers(start))):
             return None
-        return _read_batch(self._path(self.directory, start), start, self.wanted)
+        return _read_batch(self._path(self.directory, start), self._place(start), start, self.wanted)
 
     def write(self, start: int, batch: Batch) -> None:
         """Write the pictures of a batch, then the batch."""
@@ -135,7 +136,11 @@ class _Files:
             self.writer.write(self._numbers(start), batch.pixels)
         if self.directory is not None:
             tensors = {"samples": batch.samples, **batch.features}
-            save_tensors(self._path(self.directory, start), tensors, {"seconds": batch.seconds})
+            save_tensors(self._path(self.directory, start), tensors, {"seconds": batch.seconds}, self._place(start))
+
+    def _place(self, start: int) -> dict[str, Any]:
+        """What a batch is of, in its file; the directory is named by all that determines the images."""
+        return {"images": None if self.directory is None else self.directory.name, "start": start}
 
     def _path(self, directory: Path, start: int) -> Path:
         return directory / f"{start:06d}.safetensors"
@@ -176,21 +181,24 @@ def _lightened(batch: Batch) -> Batch:
     return Batch(batch.samples, batch.features if is_main() else {}, batch.seconds)
 
 
-def _read_batch(path: Path, start: int, wanted: Wanted) -> dict[str, Any] | None:
+def _read_batch(path: Path, place: Any, start: int, wanted: Wanted) -> dict[str, Any] | None:
     """Fields of a batch in the cache; None if it is missing, damaged, or holds other numbers of samples or features."""
     if not path.exists():
         return None
     keep, measure = wanted.size(start, wanted.kept), wanted.size(start, wanted.measured)
     try:
-        tensors, record = load_tensors(path)
+        tensors, record = load_tensors(path, place)
+        samples, seconds = tensors["samples"], float(record["seconds"])
     except DamagedFileError as error:
         log.warning("%s; making this batch again", error)
         return None
-    samples = tensors["samples"]
+    except (KeyError, TypeError, ValueError) as error:
+        log.warning("%s holds no batch of images (%s); making it again", path, one_line(error))
+        return None
     features = {name: tensors[name] for name in wanted.names if name in tensors} if measure else {}
     if len(samples) != keep or any(len(features.get(name, ())) != measure for name in wanted.names):
         return None
-    return {"samples": samples, "features": features, "seconds": float(record["seconds"])}
+    return {"samples": samples, "features": features, "seconds": seconds}
 
 
 def fingerprint(models: Sequence[nn.Module], key: Any) -> str:

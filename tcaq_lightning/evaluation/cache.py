@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
-from tcaq_lightning.artifact.directory import CHECKSUMS_FILE
-from tcaq_lightning.errors import UserError
 from tcaq_lightning.runtime.files import write_json
 from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.json_shape import check_shape
 
 log = logging.getLogger(__name__)
-
-
-def artifact_digest(directory: Path) -> str:
-    """SHA-256 of an artifact, by its list of checksums.
-
-    Raises:
-        UserError: there is no artifact.
-    """
-    lists = [directory / CHECKSUMS_FILE, *sorted(directory.glob(f"*/{CHECKSUMS_FILE}"))]  # or its denoiser's alone
-    found = next((file for file in lists if file.is_file()), None)
-    if found is None:
-        raise UserError(f"{lists[0]} is missing: expected the artifact of the run; repeat the run in another run_dir")
-    return hashlib.sha256(found.read_bytes()).hexdigest()
 
 
 def read_cached(path: Path, shape: Any, **key: Any) -> dict[str, Any] | None:

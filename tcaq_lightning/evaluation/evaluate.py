@@ -21,6 +21,7 @@ from tcaq_lightning.evaluation.images import ImageSet, ImageWriter, to_pixels
 from tcaq_lightning.evaluation.json_values import finite
 from tcaq_lightning.evaluation.scores import check_metrics, score
 from tcaq_lightning.evaluation.spaces import FeatureSpace, measure_images, open_space
+from tcaq_lightning.models.pipelines import public_config
 from tcaq_lightning.models.sampling import Sampling
 from tcaq_lightning.models.trajectories import collect
 from tcaq_lightning.runtime.distributed.collectives import on_main, share
@@ -114,9 +115,8 @@ class ImageSampling:
     def key(self) -> list[Any]:
         """JSON-ready: all that determines the samples, beside the model."""
         own = self.sampling.scheduler
-        schedule = {k: v for k, v in own.config.items() if not k.startswith("_")}  # paths and versions aside
         settings = dataclasses.asdict(self.sampler)
-        return [settings, type(own).__name__, schedule, self.seed, self.batch_size, self.sampling.manifest()]
+        return [settings, type(own).__name__, public_config(own), self.seed, self.batch_size, self.sampling.manifest()]
 
     @property
     def wanted(self) -> Wanted:

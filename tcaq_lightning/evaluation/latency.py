@@ -23,9 +23,10 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+from tcaq_lightning.artifact.directory import artifact_digest
 from tcaq_lightning.backends.base import BACKENDS
 from tcaq_lightning.backends.load import load_quantized
-from tcaq_lightning.evaluation.cache import artifact_digest, read_cached, write_cached
+from tcaq_lightning.evaluation.cache import read_cached, write_cached
 from tcaq_lightning.models.architectures import example_samples
 from tcaq_lightning.models.pipelines import find_denoiser, open_pipeline
 from tcaq_lightning.runtime.exit_codes import run_cli

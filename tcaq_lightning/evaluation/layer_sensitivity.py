@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tcaq_lightning.artifact.directory import artifact_digest
 from tcaq_lightning.backends.load import load_quantized
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.evaluation.cache import artifact_digest, read_cached, write_cached
+from tcaq_lightning.evaluation.cache import read_cached, write_cached
 from tcaq_lightning.evaluation.denoiser_errors import NoiseError
 from tcaq_lightning.evaluation.evaluate import HELD_OUT_START
 from tcaq_lightning.evaluation.json_values import finite

@@ -26,7 +26,7 @@ from tcaq_lightning.evaluation.reference import PARTS, Reference, open_reference
 from tcaq_lightning.evaluation.scores import check_metrics, feature_names
 from tcaq_lightning.models.pipelines import shipped
 from tcaq_lightning.runtime.distributed.collectives import on_main
-from tcaq_lightning.runtime.hashing import weights_hash
+from tcaq_lightning.runtime.hashing import path_hash, weights_hash
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +158,23 @@ class FeatureSpace:
         space = replace(self, features=names, per_image={})
         measured = measure_images(images, space, len(images), config.batch_size, cache_dir)
         return replace(self, reference=self.reference.completed(measured) if measured else Reference())
+
+
+def evaluation_hashes(config: EvaluationConfig, space: FeatureSpace | None) -> dict[str, str]:
+    """Hashes of what an evaluation reads, by the key that names it.
+
+    Args:
+        config: what is measured.
+        space: as `open_space` gives it; None where nothing is measured on images.
+    """
+    if space is None:
+        return {}
+    found = {"features": space.checksum[:20]} if space.checksum else {}
+    for key in ("reference", "clip_model", "clip_prompts"):
+        path = getattr(config, key)
+        if path is not None and Path(path).exists():
+            found[key] = path_hash(Path(path))
+    return found
 
 
 def measure_images(

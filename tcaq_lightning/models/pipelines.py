@@ -256,6 +256,11 @@ def one_by_one(decoder: Any) -> Iterator[None]:
         decoder.use_slicing = before
 
 
+def public_config(component: Any) -> dict[str, Any]:
+    """Settings of a component of diffusers, paths and versions left out."""
+    return {key: value for key, value in component.config.items() if not key.startswith("_")}
+
+
 def denoiser_dtype(denoiser: nn.Module) -> torch.dtype:
     """The type that a denoiser takes samples in, and computes in."""
     dtype: torch.dtype = getattr(denoiser, "dtype", torch.float32)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, LDMPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tcaq_lightning.config import ConditioningConfig, SamplerConfig
 from tcaq_lightning.errors import UserError
@@ -26,7 +27,7 @@ from tcaq_lightning.models.pipelines import (
     sample_shape,
 )
 from tcaq_lightning.models.prompts import read_prompts
-from tcaq_lightning.runtime.hashing import weights_hash
+from tcaq_lightning.runtime.hashing import values_hash, weights_hash
 from tcaq_lightning.runtime.seeds import derive
 
 UNCONDITIONAL = (DDPMPipeline, DDIMPipeline, LDMPipeline)
@@ -96,6 +97,9 @@ class Sampling(Protocol):
 
     def manifest(self) -> dict[str, Any]:
         """What decides the samples beside denoiser, sampler and noise, JSON-ready."""
+
+    def hashes(self) -> dict[str, str]:
+        """By name, hashes of what is read beside the pipeline's components, such as prompts."""
 
 
 def make_sampling(pipeline: Any, conditioning: ConditioningConfig, inputs: Inputs | None = None) -> Sampling:
@@ -168,7 +172,13 @@ class LoopSampling:
 
     def manifest(self) -> dict[str, Any]:
         """As in `Sampling`."""
-        return {"decoder": None if self.decoder is None else weights_hash(self.decoder)}
+        found = {"decoder": None if self.decoder is None else weights_hash(self.decoder)}
+        return found | {name: value for name, value in self.hashes().items() if value}
+
+    def hashes(self) -> dict[str, str]:
+        """As in `Sampling`; a function is known by what it gives the first two samples."""
+        leaves = tree_leaves(self.inputs([0, 1]))
+        return {"inputs": values_hash(leaves)} if leaves else {}
 
 
 class PipelineSampling:
@@ -270,6 +280,10 @@ class PipelineSampling:
             "class_labels": self._labels,
             "prompts": self._prompts,
         }
+
+    def hashes(self) -> dict[str, str]:
+        """As in `Sampling`."""
+        return {} if self._prompts is None else {"prompts": values_hash(self._prompts)}
 
     @contextmanager
     def _with(self, denoiser: nn.Module, scheduler: Any) -> Iterator[None]:

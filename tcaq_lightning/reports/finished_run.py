@@ -17,7 +17,7 @@ from tcaq_lightning.evaluation.denoiser_errors import IMAGE_FIGURES
 from tcaq_lightning.methods.daq import TailFit
 from tcaq_lightning.quantizers.observers import RangeStatistics
 from tcaq_lightning.reports.headline import headline
-from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
+from tcaq_lightning.runtime.files import DamagedFileError
 from tcaq_lightning.runtime.json_files import read_json
 from tcaq_lightning.runtime.json_shape import FLAG, MEASURED, NUMBER, TEXT, Named, Optional, check_shape
 from tcaq_lightning.runtime.one_line import one_line
@@ -109,6 +109,11 @@ class FinishedRun:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def files(self) -> RunFiles:
+        """Its files."""
+        return RunFiles(self.directory, self.manifest.get("run", ""))
+
+    @property
     def units(self) -> list[Record]:
         """Records of the units, one for each round."""
         units: list[Record] = self.metrics["units"]
@@ -142,7 +147,7 @@ def read_finished(directory: Path) -> FinishedRun:
     run = FinishedRun(directory, manifest, _read_metrics(directory / "metrics.json"))
     for unit in run.units:
         if unit["round"] == 0:
-            found = _noting(run, lambda unit=unit: _read_statistics(directory, unit))  # type: ignore[misc]
+            found = _noting(run, lambda unit=unit: _read_statistics(run.files, unit))  # type: ignore[misc]
             if found is not None:
                 run.statistics[unit["unit"]] = found
     return run
@@ -205,19 +210,18 @@ def _noting(run: FinishedRun, read: Callable[[], T]) -> T | None:
         return None
 
 
-def _read_statistics(directory: Path, unit: Record) -> UnitStatistics | None:
+def _read_statistics(files: RunFiles, unit: Record) -> UnitStatistics | None:
     """Statistics of a unit and its final r and shift; None if the run kept none."""
-    files, visit = RunFiles(directory), Visit(0, int(unit["position"]), unit["unit"])
-    path = files.statistics(visit)
-    if not path.is_file():
+    visit = Visit(0, int(unit["position"]), unit["unit"])
+    statistics, state_file = files.statistics(visit), files.unit(visit)
+    if not statistics.exists():
         return None
-    tensors, record = load_tensors(path)
-    state_path = files.unit(visit)
-    state, _ = load_tensors(state_path) if state_path.is_file() else ({}, None)
+    tensors, record = statistics.load()
+    state, _ = state_file.load() if state_file.exists() else ({}, None)
     try:
         return statistics_of(tensors, record, state)
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{path} does not fit its unit: {one_line(error)}") from error
+        raise DamagedFileError(f"{statistics.path} does not fit its unit: {one_line(error)}") from error
 
 
 def statistics_of(tensors: Mapping[str, Tensor], record: Any, state: Mapping[str, Tensor]) -> UnitStatistics:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tcaq_lightning.runtime.distributed.collectives import on_main
+from tcaq_lightning.runtime.distributed.collectives import is_main, on_main
+from tcaq_lightning.runtime.one_line import one_line
 
-DIGEST_BYTES = hashlib.sha256().digest_size
 TEMPORARY = ".*.tmp"
 """Pattern of the names that files have while they are written."""
+BLANK = b"0" * 64
+"""Stands in a file where its checksum will, while that is computed."""
+MARK = b'"sha256":"'
+"""What stands before the checksum in a safetensors header; texts within it have their quotes escaped."""
+MOST_HEADER = 100_000_000
+"""Bytes of a safetensors header, by the format's own limit."""
 
 
 class DamagedFileError(Exception):
@@ -61,8 +68,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
+    _write_pieces(path, [content])
+
+
+def _write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        stream.write(content)
+        stream.writelines(pieces)
         stream.flush()
         os.fsync(stream.fileno())  # else a power cut after the renaming could leave an empty file
 
@@ -70,6 +81,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Let one process at a time, of all that ask, do what is within; of several ranks the first one asks.
+
+    Args:
+        directory: that they work in; it is made. The lock ends with its process, however that ends.
+    """
+    if not is_main():
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def sha256(path: Path) -> str:
@@ -81,75 +111,105 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_checked(path: Path, content: bytes) -> None:
-    """Write a file that begins with the SHA-256 of the rest."""
-    write_bytes(path, hashlib.sha256(content).digest() + content)
-
-
-def read_checked(path: Path) -> bytes:
-    """Content of a file written by `write_checked`.
-
-    Raises:
-        DamagedFileError: the content is not what was written.
-    """
-    raw = path.read_bytes()
-    digest, content = raw[:DIGEST_BYTES], raw[DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content")
-    return content
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], record: Any = None) -> None:
-    """Write tensors, and a JSON-ready record beside them, as checked safetensors.
+def save_tensors(path: Path, tensors: dict[str, Tensor], record: Any = None, place: Any = None) -> None:
+    """Write tensors as a safetensors file, whose metadata has a record, its place, and the checksum of all the rest.
 
     Args:
         path: of the file.
         tensors: by name.
-        record: JSON-ready values, kept in the metadata.
+        record: JSON-ready, kept beside them.
+        place: JSON-ready, what the file is of; it is read again as that alone.
     """
-    metadata = {"record": json.dumps(record)}
-    write_checked(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    content = memoryview(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+    size = int.from_bytes(content[:8], "little")
+    metadata = {"place": json.dumps(place, sort_keys=True), "record": json.dumps(record), "sha256": BLANK.decode()}
+    header = {"__metadata__": metadata, **json.loads(bytes(content[8 : 8 + size]))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    before, after = text.split(MARK + BLANK, 1)
+    _write_sealed(path, len(text).to_bytes(8, "little") + before + MARK, memoryview(after), content[8 + size :])
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+def load_tensors(path: Path, place: Any = None) -> tuple[dict[str, Tensor], Any]:
     """Tensors and record of a file written by `save_tensors`.
 
+    Args:
+        path: of the file.
+        place: what the file has to be of; None takes any.
+
     Raises:
-        DamagedFileError: truncated or altered.
+        DamagedFileError: truncated or altered, or of another place.
     """
-    content = read_checked(path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    start = raw.find(MARK, 8, 8 + min(size, MOST_HEADER)) + len(MARK)
+    _check(path, raw, start)
     try:
-        tensors = load(content)
-        size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-        return tensors, json.loads(metadata.get("record", "null"))
-    except (SafetensorError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged: {error}") from error
+        tensors, metadata = load(raw), json.loads(raw[8 : 8 + size])["__metadata__"]
+        record, found = json.loads(metadata["record"]), json.loads(metadata["place"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged: {one_line(error)}") from error
+    if place is not None and found != json.loads(json.dumps(place)):
+        raise DamagedFileError(f"{path} is not of {_said(place)}: it was written as {_said(found)}")
+    return tensors, record
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint that `CheckedCheckpointIO` wrote.
 
     Raises:
-        DamagedFileError: truncated or altered.
+        DamagedFileError: truncated or altered, or no checkpoint.
     """
-    content: dict[str, Any] = torch.load(io.BytesIO(read_checked(path)), map_location=map_location, weights_only=True)
+    raw = path.read_bytes()
+    _check(path, raw, len(raw) - len(BLANK))
+    try:
+        content = torch.load(io.BytesIO(raw), map_location=map_location, weights_only=True)
+    except Exception as error:  # torch has many
+        raise DamagedFileError(f"{path} is no checkpoint: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
-    """Lightning checkpoints with a checksum, written atomically, read with `weights_only=True`."""
+    """Lightning checkpoints, written atomically and read without pickle; their archive's comment is a checksum."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_checked(Path(path), buffer.getvalue())
+        buffer.seek(-2, os.SEEK_END)  # the archive's last field
+        buffer.write(len(BLANK).to_bytes(2, "little"))
+        _write_sealed(Path(path), buffer.getvalue())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint, on rank 0 for all ranks.
 
         Raises:
-            DamagedFileError: truncated or altered.
+            DamagedFileError: truncated or altered, or no checkpoint.
         """
         return on_main(lambda: read_checkpoint(Path(path), map_location))
+
+
+def _write_sealed(path: Path, before: bytes, *after: memoryview) -> None:
+    """Write a file with its checksum between two parts; it is computed with a blank one there."""
+    digest = hashlib.sha256(before)
+    digest.update(BLANK)
+    for piece in after:
+        digest.update(piece)
+    _write_pieces(path, [before, digest.hexdigest().encode(), *after])
+
+
+def _check(path: Path, content: bytes, start: int) -> None:
+    """See that the checksum at `start` is that of the content with a blank one there."""
+    view, end = memoryview(content), start + len(BLANK)
+    digest = hashlib.sha256(view[:start])
+    digest.update(BLANK)
+    digest.update(view[end:])
+    if start < len(MARK) or content[start:end] != digest.hexdigest().encode():
+        raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content")
+
+
+def _said(place: Any) -> str:
+    """What a file is of, in words."""
+    return ", ".join(f"{key} {value}" for key, value in place.items()) if isinstance(place, dict) else repr(place)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -80,11 +81,22 @@ class RankStrategy(SingleDeviceStrategy):
 
 
 class UnitCheckpoint(pl.Callback):
-    """Write the running fit's checkpoint every `every` optimisation steps."""
+    """Write the running fit's checkpoint every `every` optimisation steps.
 
-    def __init__(self, path: Path, every: int) -> None:
+    Args:
+        path: of the file.
+        every: optimisation steps.
+        place: JSON-ready, what the checkpoint is of; it is kept in it.
+    """
+
+    def __init__(self, path: Path, every: int, place: Mapping[str, Any]) -> None:
         self.path = path
         self.every = every
+        self.place = place
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note what the checkpoint is of."""
+        checkpoint["place"] = dict(self.place)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         """Save after a step that completes a stretch, but not after the last one: the unit file follows at once."""

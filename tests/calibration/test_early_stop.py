@@ -59,7 +59,8 @@ def test_it_stops_after_so_many_looks_without_a_fall(errors: list[float], patien
 def test_what_it_has_seen_is_in_the_checkpoint_but_none_is_written_at_the_end(tmp_path: Any) -> None:
     path = tmp_path / "unit.ckpt"
     errors = [9.0, 8.0, 8.5, 7.5, 7.6, 7.7]
-    assert run(errors, 2, UnitCheckpoint(path, 12)) == 24
+    assert run(errors, 2, UnitCheckpoint(path, 12, {"unit": "conv_in"})) == 24
+    assert read_checkpoint(path)["place"] == {"unit": "conv_in"}
     assert read_checkpoint(path)["global_step"] == 12  # not the last one, at which it stopped
     assert run(errors[3:], 2, resume=path) == 24
     assert run([9.0], 2, resume=path) == 16  # the rise before the checkpoint counts

@@ -17,6 +17,18 @@ from tcaq_lightning.nn.state import quantization_state
 NAME = "mid_block.resnets.0"
 VISIT = Visit(0, 0, NAME)
 
+RECORD = {
+    "unit": NAME,
+    "round": 0,
+    "position": 0,
+    "kept": True,
+    "before": 1.0,
+    "after": 0.5,
+    "flipped": 0.0,
+    "samples": 4,
+    "seconds": {"learn": 0.1},
+    "executions": {"learn": 8},
+}
 Finished = tuple[nn.Module, RunFiles, dict[str, Tensor]]
 
 
@@ -27,8 +39,8 @@ def finished(make_twins: Any, initialized: Any, tmp_path: Path) -> Finished:
     state, files = quantization_state(unit), RunFiles(tmp_path)
     files.round_dir(0).mkdir(parents=True)
     for phase in ("r", "v"):
-        files.checkpoint(VISIT, phase).touch()
-    assert finish_unit(unit, VISIT, {"unit": NAME}, files) == {"unit": NAME}
+        files.checkpoint(VISIT, phase).path.touch()
+    assert finish_unit(unit, VISIT, RECORD, files) == RECORD
     assert not list(tmp_path.rglob("*.ckpt"))
     return unit, files, state
 
@@ -47,7 +59,7 @@ def test_a_restored_unit_is_settled(finished: Finished) -> None:
     codes = {n: layer.learned_weight.codes(torch.ones(1)) for n, layer in quant_layers(unit).items()}
     for layer in quant_layers(unit).values():
         layer.learned_weight.discard_logits()
-    assert restored(unit, VISIT, files) == {"unit": NAME}
+    assert restored(unit, VISIT, files) == RECORD
     for name, layer in quant_layers(unit).items():
         assert layer.learned_weight.v is None
         assert torch.equal(layer.learned_weight.codes(torch.ones(1)), codes[name])
@@ -57,7 +69,7 @@ def test_a_restored_unit_is_settled(finished: Finished) -> None:
 
 def test_a_file_that_is_damaged_under_way_ends_the_run(finished: Finished) -> None:
     unit, files, _ = finished
-    file = files.unit(VISIT)
+    file = files.unit(VISIT).path
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="was damaged while the run went on; the same command does the unit again"):
         reopen(unit, VISIT, files)

@@ -6,16 +6,34 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tcaq_lightning.artifact.directory import CHECKSUMS_FILE
 from tcaq_lightning.calibration.run_dir import Run, settings_of_result
 from tcaq_lightning.config import Config, LoggingConfig, ModelConfig, TrainerConfig
 from tcaq_lightning.errors import UserError
 
+INPUTS = {"model.unet": "a1b2c3d4e5", "model.scheduler": "f6a7b8c9d0"}
+PLAN = {"processes": 1, "model_bytes": 8, "workspace_bytes": {"learn": 4.0}}
 
-def started(directory: Path, **facts: object) -> Run:
+
+def started(directory: Path, inputs: dict[str, str] | None = None, **facts: object) -> Run:
     run = Run(Config(run_dir=directory))
     run.read()
-    run.start(**facts)
+    run.start(INPUTS if inputs is None else inputs, **facts)
     return run
+
+
+def finished(directory: Path) -> Run:
+    run = started(directory)
+    (directory / "quantized").mkdir()
+    (directory / "quantized" / CHECKSUMS_FILE).write_text("{}")
+    run.finish()
+    return run
+
+
+def edited(directory: Path, **changes: object) -> None:
+    """Edit a manifest by hand."""
+    file = directory / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_reading_writes_nothing(tmp_path: Path) -> None:
@@ -26,11 +44,11 @@ def test_reading_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_manifest_and_config_come_back(tmp_path: Path) -> None:
-    started(tmp_path / "run", plan={"units": 3}).finish()
+    started(tmp_path / "run", plan=PLAN).release()
     again = Run(Config(run_dir=tmp_path / "run"))
     again.read()
-    assert again.finished
-    assert again.manifest["plan"] == {"units": 3}
+    assert not again.finished
+    assert again.manifest["plan"] == PLAN
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == again.config.to_dict()
 
 
@@ -64,6 +82,72 @@ def test_only_settings_without_influence_may_change(tmp_path: Path) -> None:
         Run(Config(run_dir=tmp_path, seed=5)).read()
 
 
+def test_a_finished_run_is_of_its_artifact(tmp_path: Path) -> None:
+    finished(tmp_path).release()
+    with Run(Config(run_dir=tmp_path)) as run:
+        assert run.finished
+        run.check_finished(INPUTS)
+        (tmp_path / "quantized" / CHECKSUMS_FILE).write_text('{"a": 1}')
+        with pytest.raises(UserError, match="is not the artifact that the finished run wrote"):
+            run.check_finished(INPUTS)
+
+
+@pytest.mark.parametrize("name", ["model.unet", "model.scheduler", "conditioning.prompts"])
+def test_another_input_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    finished(tmp_path).release()
+    other = INPUTS | {name: "0123456789abcdef"}
+    with Run(Config(run_dir=tmp_path)) as run:
+        for refusing in (run.check_finished, run.start):
+            with pytest.raises(UserError, match=rf"^{name} is not what .* expected .*, got hash 01234567; use another"):
+                refusing(other)
+
+
+def test_an_input_that_is_gone_is_refused(tmp_path: Path) -> None:
+    started(tmp_path).release()
+    with pytest.raises(UserError, match=r"model\.scheduler is not what .* expected hash f6a7b8c9, got none"):
+        started(tmp_path, {"model.unet": INPUTS["model.unet"]})
+
+
+def test_files_are_of_a_run_by_its_settings_and_inputs(tmp_path: Path) -> None:
+    runs = [started(tmp_path / str(i), inputs) for i, inputs in enumerate([INPUTS, INPUTS, {"model.unet": "x"}])]
+    names = [run.files.trajectories.place["run"] for run in runs]
+    assert names[0] == names[1] != names[2]
+    other = Run(Config(run_dir=tmp_path / "seed", seed=1))
+    other.start(INPUTS)
+    assert other.files.trajectories.place["run"] not in names
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"finished": True}, {"plan": {**PLAN, "model_bytes": 9}}, {"inputs": {"model.unet": "x"}}, {"sha256": "0"}],
+)
+def test_a_manifest_edited_by_hand_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    started(tmp_path, plan=PLAN).release()
+    edited(tmp_path, **changes)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: .* its checksum does not fit its content"):
+        Run(Config(run_dir=tmp_path)).read()
+
+
+@pytest.mark.parametrize("changes", [{"plan": []}, {"units": 3}, {"versions": None}, {"finished": "yes"}])
+def test_a_manifest_of_wrong_content_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    run = started(tmp_path)
+    run.manifest |= changes
+    run._write()
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Run(Config(run_dir=tmp_path)).read()
+
+
+def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    started(tmp_path).release()
+    file = tmp_path / "manifest.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: content[key] for key in ("config", "versions")} | {"version": "0.0.9"}))
+    with pytest.raises(
+        UserError, match=r"manifest\.json is of version 0\.0\.9, whose runs this version does not go on"
+    ):
+        Run(Config(run_dir=tmp_path)).read()
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"config": {}, "config_sha256": "0"}'])
 def test_damaged_manifest(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
@@ -86,7 +170,7 @@ def test_second_command_is_refused(tmp_path: Path) -> None:
     first = started(tmp_path)
     with pytest.raises(UserError, match="another command"):
         started(tmp_path)
-    first.finish()
+    first.release()
 
 
 def test_settings_of_result_tell_no_place(tmp_path: Path) -> None:
@@ -96,13 +180,6 @@ def test_settings_of_result_tell_no_place(tmp_path: Path) -> None:
     assert settings_of_result(Config(model=ModelConfig("google/ddpm-cifar10-32")))["model"]["path"].startswith(
         "google/"
     )
-
-
-def test_an_extension_that_has_changed_is_refused(tmp_path: Path) -> None:
-    started(tmp_path, extensions={"mine.py": "a1"}).release()
-    with pytest.raises(UserError, match=r"extensions: mine\.py has changed since"):
-        started(tmp_path, extensions={"mine.py": "b2"})
-    started(tmp_path, extensions={"mine.py": "a1"})
 
 
 def test_settings_of_result_name_extensions_without_their_directories() -> None:

@@ -73,7 +73,7 @@ def test_trajectories_are_collected_once_in_a_run(setup: Setup, monkeypatch: pyt
     assert len(made) == 1
     assert torch.equal(again.inputs, first.inputs)
     assert torch.equal(again.finals, first.finals)
-    damage(setup.files.trajectories)
+    damage(setup.files.trajectories.path)
     assert torch.equal(trajectories_of(setup).inputs, first.inputs)
     assert len(made) == 2
 
@@ -88,7 +88,7 @@ def test_errors_are_weighed_once_in_a_run(setup: Setup, monkeypatch: pytest.Monk
     assert first.shape == (2, 16)
     assert torch.equal(weighed(), first)
     assert len(made) == 1
-    damage(setup.files.sensitivities)
+    damage(setup.files.sensitivities.path)
     assert torch.equal(weighed(), made[1][NAME])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tcaq_lightning.calibration.run_dir import sealed
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.reports.finished_run import read_finished
 from tcaq_lightning.reports.html.calibration_sections import channel_spread, magnitudes
@@ -47,7 +48,9 @@ def test_a_finished_run_is_read_with_its_statistics(run_dir: Path) -> None:
 def test_no_run_and_an_unfinished_one_are_refused(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere holds no run: expected the run_dir of train\.py"):
         read_finished(tmp_path / "nowhere")
-    change(run_dir / "manifest.json", lambda m: m.pop("finished"))
+    file = run_dir / "manifest.json"
+    change(file, lambda m: m.pop("finished"))
+    file.write_text(json.dumps(sealed(json.loads(file.read_text()))))
     with pytest.raises(UserError, match=r"run is not finished: .*train\.py --config"):
         read_finished(run_dir)
 
@@ -63,7 +66,7 @@ def test_damaged_files_are_named(name: str, content: bytes, run_dir: Path) -> No
 
 def test_a_changed_configuration_is_noticed(run_dir: Path) -> None:
     change(run_dir / "manifest.json", lambda m: m["config"].update(seed=7))
-    with pytest.raises(UserError, match="checksum does not fit its configuration"):
+    with pytest.raises(UserError, match="checksum does not fit its content"):
         read_finished(run_dir)
 
 

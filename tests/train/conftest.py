@@ -19,6 +19,7 @@ import pytest
 import yaml
 from diffusers import DDIMPipeline, DDIMScheduler
 
+from tcaq_lightning.calibration.run_dir import sealed
 from tcaq_lightning.runtime.distributed.environment import Place
 from tests.shared import shared
 from tests.tiny_models import seven_units
@@ -179,8 +180,8 @@ def almost_done(undisturbed: Path, tmp_path: Path) -> Path:
     shutil.rmtree(run_dir / "quantized")
     manifest = run_dir / "manifest.json"
     content = json.loads(manifest.read_text())
-    del content["finished"]
-    manifest.write_text(json.dumps(content))
+    del content["finished"], content["artifact"]
+    manifest.write_text(json.dumps(sealed(content)))
     return run_dir
 
 

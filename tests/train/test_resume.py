@@ -19,7 +19,7 @@ OBSERVE = "tcaq_lightning.calibration.observation:UnitObservation.predict_step"
 SAMPLE = "diffusers:DDIMScheduler.step"
 RENAME = "os:replace"
 STORE = "tcaq_lightning.calibration.streams:Streams.store"
-SAVE = "tcaq_lightning.calibration.restore:save_tensors"
+SAVE = "tcaq_lightning.calibration.rounds:finish_unit"
 CHECKPOINT = "tcaq_lightning.runtime.files:CheckedCheckpointIO.save_checkpoint"
 CHECKSUMS = "tcaq_lightning.artifact.directory:write_checksums"
 PLACE = "pathlib:Path.rename"
@@ -57,8 +57,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     for record in [metrics, *metrics["units"], *metrics["rounds"]]:
         del record["seconds"]
         record.pop("executions", None)  # of the command that finished the unit
-    del metrics["stages"]
-    del metrics["peak_memory"]
+    del metrics["stages"], metrics["peak_memory"]
     values["metrics.json"] = metrics
     for file in sorted([*run_dir.glob("rounds/**/*.safetensors"), *run_dir.glob("calibration/*")]):
         name = file.relative_to(run_dir).as_posix()

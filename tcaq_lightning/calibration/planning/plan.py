@@ -33,6 +33,7 @@ from tcaq_lightning.models.denoiser_calls import Samples
 from tcaq_lightning.models.graph import UnitGraph
 from tcaq_lightning.nn.coverage import KEPT_BY_RULE, UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.runtime.distributed.collectives import world_size
+from tcaq_lightning.runtime.json_shape import NUMBER, Named, check_shape
 from tcaq_lightning.runtime.memory import available_memory
 
 LONGEST = 90 * 86400
@@ -197,12 +198,21 @@ def make_plan(
         forward = (time.perf_counter() - started) / len(batch)  # of one sample
     device = next(denoiser.parameters()).device
     limits = resolve_limits(config.calibration.memory_budget, device, config.run_dir, config.trainer.devices)
-    if earlier is not None and earlier.get("processes") == world_size():
-        footprint = Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
-    else:
-        footprint = measure_footprint(config, denoiser, others, graph, probe, calls)
+    footprint = _measured_before(earlier) or measure_footprint(config, denoiser, others, graph, probe, calls)
     kinds = _Kinds(graph, inputs, probe.x[0])
     return _plan(config, coverage, kinds, calls, world_size(), limits, footprint, lambda n: forward * n / world_size())
+
+
+def _measured_before(earlier: Mapping[str, Any] | None) -> Footprint | None:
+    """The memory that an earlier command measured, if that was with as many processes."""
+    try:
+        check_shape(earlier, {"processes": NUMBER, "model_bytes": NUMBER, "workspace_bytes": Named(NUMBER)}, "plan")
+    except ValueError:
+        return None
+    assert earlier is not None
+    if earlier["processes"] != world_size():
+        return None
+    return Footprint(earlier["model_bytes"], dict(earlier["workspace_bytes"]))
 
 
 def sketch_plan(

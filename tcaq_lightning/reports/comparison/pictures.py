@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from tcaq_lightning.calibration.run_files import RunFiles
 from tcaq_lightning.evaluation.grid import LABELS, save_rows
 from tcaq_lightning.reports.comparison.rows import Compared
 from tcaq_lightning.reports.figures import points
-from tcaq_lightning.runtime.files import DamagedFileError, load_tensors
+from tcaq_lightning.runtime.files import DamagedFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +33,7 @@ def save_pictures(compared: Sequence[Compared], path: Path) -> bool:
     rows: dict[str, Tensor] = {}
     for c in compared:
         try:
-            tensors, _ = load_tensors(RunFiles(c.row.run.directory).images)
+            tensors, _ = c.row.run.files.images.load()
         except (DamagedFileError, FileNotFoundError):
             continue
         full, quantized = (tensors[key].float() / 255 for key in ("full", "quantized"))

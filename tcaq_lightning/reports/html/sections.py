@@ -370,7 +370,12 @@ def manifest(run: FinishedRun) -> Section:
         "manifest",
         "Manifest",
         [
-            Text(f"Configuration SHA-256 {content['config_sha256']}"),
+            Table(
+                f"Hashes of the inputs; they and the settings make the run {content.get('run', '')}.",
+                [Column("input", "code"), Column("SHA-256, its beginning", "code")],
+                list((content.get("inputs") or {}).items()),
+                folded=True,
+            ),
             Table(
                 "Versions that the run was made with.", [Column("package"), Column("version")], list(versions.items())
             ),

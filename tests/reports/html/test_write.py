@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tcaq_lightning.__main__ import main
-from tcaq_lightning.calibration.run_dir import _digest
+from tcaq_lightning.calibration.run_dir import sealed
 from tcaq_lightning.evaluation.layer_sensitivity import FILE as SENSITIVITY
 from tcaq_lightning.evaluation.layer_sensitivity import measure_sensitivity
 from tcaq_lightning.reports.finished_run import read_finished
@@ -282,8 +282,8 @@ def test_hostile_names_in_files_stay_text(bare: Path, page_of: Callable[[Path], 
     edit(bare, rename)
     manifest = json.loads((bare / "manifest.json").read_text())
     manifest["config"]["model"]["path"] = hostile
-    manifest |= {"config_sha256": _digest(manifest["config"]), "version": hostile, "plan": {hostile: [hostile]}}
-    (bare / "manifest.json").write_text(json.dumps(manifest))
+    manifest |= {"version": hostile, "plan": {hostile: [hostile]}, "inputs": {hostile: hostile}}
+    (bare / "manifest.json").write_text(json.dumps(sealed(manifest)))
     page = page_of(bare)
     assert len(page.all("script")) == 1
     assert "alert" not in page.all("script")[0].text
