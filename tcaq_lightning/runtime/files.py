@@ -212,4 +212,6 @@ def _check(path: Path, content: bytes, start: int) -> None:
 
 def _said(place: Any) -> str:
     """What a file is of, in words."""
-    return ", ".join(f"{key} {value}" for key, value in place.items()) if isinstance(place, dict) else repr(place)
+    return (
+        ", ".join(f"{key} {value}" for key, value in sorted(place.items())) if isinstance(place, dict) else repr(place)
+    )

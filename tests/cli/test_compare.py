@@ -90,6 +90,7 @@ def test_recipes_of_a_tiny_model(trained: Path, tmp_path: Path) -> None:
     assert main(command) == 0
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "runs").rglob("*") if p.is_file()}
     full = [p for p in (tmp_path / "out" / "shared" / "evaluation").iterdir() if p.is_dir()]
+    assert len(list((tmp_path / "out" / "shared" / "trajectories").iterdir())) == 1
     assert len(full) == 5  # the full-precision images once, and those of each row
 
 
