@@ -15,24 +15,24 @@ from tcaq_lightning.quantizers import Rounding
 
 
 class EarlyStop(pl.Callback):
-    """Stop a fit when the held-out error has not fallen for several looks at it.
+    """Stop a fit when the held-out error has not fallen for several checks of it.
 
     Args:
         error: the unit's present held-out error, the same on every rank.
         iterations: optimisation steps of the whole phase.
-        patience: looks without a lower error after which the fit stops.
-        looks: number of them in a whole phase.
+        patience: checks without a lower error after which the fit stops.
+        checks: number of checks in a whole phase.
     """
 
-    def __init__(self, error: Callable[[], float], iterations: int, patience: int, looks: int) -> None:
+    def __init__(self, error: Callable[[], float], iterations: int, patience: int, checks: int) -> None:
         self.error = error
-        self.every = max(1, iterations // looks)
+        self.every = max(1, iterations // checks)
         self.patience = patience
         self.best = math.inf
         self.waited = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Look, where it is time."""
+        """Check the error, when it is time."""
         if trainer.global_step % self.every:
             return
         error = self.error()

@@ -109,7 +109,9 @@ def fit_unit(
         return 0.0
     own: list[pl.Callback] = [UnitCheckpoint(file.path, config.trainer.checkpoint_every, file.place)]
     if (patience := config.reconstruction.patience) is not None:
-        stop = EarlyStop(lambda: held_out_error(setup, prepared), iterations, patience, config.reconstruction.looks)
+        stop = EarlyStop(
+            lambda: held_out_error(setup, prepared), iterations, patience, config.reconstruction.held_out_checks
+        )
         callbacks = [stop, *callbacks]  # first: a checkpoint holds what it has found
     trainer = make_trainer(
         config.trainer, [*callbacks, *own], None, iterations, config.logging.every_n_steps, setup.device

@@ -52,25 +52,25 @@ class CalibrationConfig(Section):
     held_out_trajectories: int = 8
     """Further trajectories, for the held-out losses and the gate."""
     mismatch_trajectories: int = 32
-    """Trajectories after the first num_trajectories that the two samplers' mismatch is measured on."""
+    """Trajectories, after the first num_trajectories, on which the mismatch of the two samplers is measured."""
     batch_size: int = 64
     """Samples per forward pass outside of the optimisation."""
     observed_samples: int = 640
-    """About so many samples of a unit give its ranges and distributions; each has many pixels."""
+    """Approximate number of samples that a unit's ranges and distributions are taken from; each has many pixels."""
     probe_samples: int = 40
-    """Samples that the searches of ranges, r and quantizers look at, spread evenly over the timestep groups."""
+    """Samples that the searches of ranges, r and quantizers use, spread evenly over the timestep groups."""
     probe_queries: int = 256
-    """Queries of each attention head whose probabilities those searches look at; all of them may fill the memory."""
+    """Queries of each attention head whose probabilities these searches use; all queries could fill the memory."""
     bias_samples: int = 320
-    """About so many samples give the mean errors of a unit's output channels."""
+    """Approximate number of samples that the mean errors of a unit's output channels are taken from."""
     judged_samples: int = 320
-    """About so many held-out samples tell how good a unit is."""
+    """Approximate number of held-out samples that a unit is judged on."""
     storage: Literal["float32", "bfloat16"] = "float32"
-    """What stored activations are kept as; bfloat16 takes half the memory and rounds them to 8 bits."""
+    """Type of stored activations; bfloat16 takes half the memory and rounds them to 8 significant bits."""
     memory_budget: MemoryBudget = field(default_factory=MemoryBudget)
     """Memory for stored activations."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """Sampler of the trajectories; images are evaluated with it too, unless evaluation.sampler says otherwise."""
+    """Sampler of the trajectories; it also samples the images of the evaluation, unless evaluation.sampler is set."""
 
     def check(self) -> None:
         """Check that all values can be worked with."""

@@ -15,11 +15,11 @@ class ConditioningConfig(Section):
     """What the samples are of; nothing of it concerns an unconditional model."""
 
     prompts: Path | None = None
-    """Text file with one prompt a line; sample i takes line i, from the start again after the last one."""
+    """Text file with one prompt a line; sample i takes line i, starting over after the last line."""
     negative_prompt: str | None = None
-    """What guidance leads away from, for all samples."""
+    """Negative prompt for all samples: what guidance leads away from."""
     class_labels: list[int] | None = None
-    """Classes that the samples take in turn; null: all of a class-conditional model's."""
+    """Classes that the samples use in turn; null: all classes of a class-conditional model."""
     guidance_scale: float | None = None
     """Classifier-free guidance, in calibration, sampling and evaluation; null: the pipeline's own."""
     options: dict[str, Any] = field(default_factory=dict)

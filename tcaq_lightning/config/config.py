@@ -36,7 +36,7 @@ class Config(Section):
     """Directory of everything the run writes; the same command resumes there. {model} stands for the last part of
     model.path, {bits} for the width, such as w4a8."""
     cache_dir: Path | None = None
-    """Directory of what runs with the same model and samples can share: trajectories, images, statistics; null keeps
+    """Directory for what runs with the same model and samples can share: trajectories, images, statistics; null keeps
     them in run_dir."""
     seed: int = 0
     """Seed of noises, sample draws and searches."""

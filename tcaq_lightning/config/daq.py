@@ -16,4 +16,4 @@ class DAQConfig(Section):
     rule: str = "error"
     """likelihood: the better fitting tail; error: the smaller error of the attention's output. Both are recorded."""
     family: str = "log2"
-    """Which logarithmic quantizer stands against the uniform one: log2, log_sqrt2 or adalog."""
+    """The logarithmic quantizer that is compared with the uniform one: log2, log_sqrt2 or adalog."""

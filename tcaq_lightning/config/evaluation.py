@@ -20,7 +20,7 @@ class EvaluationConfig(Section):
     num_images: int = 64
     """Images sampled from the same noise by both models, for MSE and PSNR, clipped."""
     fid_samples: int = 0
-    """Images for FID and the other metrics; 0 leaves them out. Needs a model that evaluation.features fits."""
+    """Images for FID and the other metrics; 0 leaves them out. evaluation.features must suit the model's images."""
     features: str = "fashion-mnist-features"
     """Feature extractor: inception, the one of published figures; a directory, or the name of a shipped one."""
     batch_size: int = 64

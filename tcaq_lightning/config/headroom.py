@@ -22,7 +22,7 @@ class HeadroomConfig(Section):
     coarse_sample: float = 2.0
     """The same where activations have fewer than coarse_below bits: the quantized sampler drifts farther there."""
     coarse_below: int = 6
-    """Bits of activations from which on `sample` holds; below them coarse_sample does."""
+    """From this many activation bits on, `sample` applies; below, `coarse_sample` does."""
     stream: float = 1.35
     """Factor for the steps of layers that read the residual stream with no norm in between."""
 

@@ -20,7 +20,7 @@ class PARConfig(Section):
     share: float = 0.3
     """Share of all iterations that the later rounds take together."""
     trajectories: float = 0.5
-    """Share of the calibration trajectories that a later round learns from, drawn anew for each round."""
+    """Share of the calibration trajectories that a later round learns from; they are drawn again for each round."""
 
     def check(self) -> None:
         """Check that all values can be worked with."""

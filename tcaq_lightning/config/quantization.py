@@ -33,7 +33,7 @@ class WeightConfig(Section):
     q5_0, q5_1, q4_0, q4_1 of GGUF; or one that a module in `extensions` registers."""
     granularity: Granularity | None = None
     """Which weights share a scale: channel (of the output), tensor, or a number of neighbouring inputs of an output
-    channel; null: as the format has it, for int and floats channel. Blocks of a format are its own."""
+    channel; null: the format's own, which is channel for int and floats. Formats with blocks take null only."""
 
     def check(self) -> None:
         """Check that all values can be worked with."""
@@ -55,8 +55,8 @@ class ActivationConfig(Section):
     timestep_groups: int = 20
     """Number of timestep intervals G with their own parameters; 1 is static."""
     dynamic_per_token: bool = False
-    """Give the inputs of linear layers a step and zero point for every token, from its values at run time, in place of
-    those of its timestep group: for transformers. Convolutions, and q, k, v, keep theirs."""
+    """Give the inputs of linear layers a step and zero point for every token, from its values at run time, instead of
+    those of its timestep group; for transformers. Convolutions, and q, k, v, keep theirs."""
     quantizer: str = "uniform"
     """Quantizer of the inputs of layers and of q, k, v: uniform, or one that a module in `extensions` registers."""
 
@@ -145,11 +145,11 @@ class QuantizationConfig(Section):
     (each null or left out: unchanged), keep: true, or float_output: true or false (with integer_ready). A later rule
     overrides an earlier one."""
     range_norm: float = 2.4
-    """p of the error, the sum of |x - x^|^p, that searches of the ranges of weights, inputs and outputs minimise; 2.4
-    as in AdaRound's and BRECQ's code, 2 is the squared error."""
+    """p in the error sum |x - x^|^p that the range searches of weights, inputs and outputs minimise; 2.4 as in
+    AdaRound's and BRECQ's code, 2 is the squared error."""
     integer_ready: bool = False
     """Quantize the outputs of convolutions too, to 8 bits by channel, for engines without integer convolutions that
-    give floats (ONNX Runtime). They are calibrated, learned and simulated."""
+    give floats (ONNX Runtime). These quantizers are calibrated, learned and simulated like all others."""
 
     def check(self) -> None:
         """Check that all values can be worked with."""

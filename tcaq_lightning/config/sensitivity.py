@@ -17,8 +17,8 @@ class SensitivityConfig(Section):
 
     data_variance: float = 4.0
     """Variance of the data along the smooth directions that a denoiser's errors have, in units of the noisy sample.
-    The shipped model's sampler carries single-step errors of a quantized denoiser to its images as the formula says
-    with 4, to a factor of three."""
+    With 4, the formula predicts to a factor of three how the shipped model's sampler carries single-step errors to its
+    images."""
     probes: int = 4
     """Samples of each denoiser call that the squared Jacobians are estimated from."""
 

@@ -15,7 +15,7 @@ class TCRConfig(Section):
     """Off: r = 1 everywhere."""
     formula: str | list[str] = "searched"
     """searched: the candidate of least output error; profile: the published timestep-weighted formula alone;
-    smoothquant: SmoothQuant's; or the name of another reparameterization. Of a list the candidates are pooled."""
+    smoothquant: SmoothQuant's; or the name of another reparameterization. Given a list, the candidates are pooled."""
     exponents: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
     """Exponents a of the searched candidates p^a and p^a / max|W|^(1 - a), where p is the profile of the channels'
     ranges."""

@@ -20,20 +20,20 @@ class TrainerConfig(Section):
     accelerator: str = "auto"
     """Lightning accelerator: auto, cpu, gpu, mps."""
     devices: int = 1
-    """Processes on each node, one device each; torchrun and SLURM set it themselves. A run may go on with another
-    number: finished units are kept, the one that was being learned is begun again."""
+    """Processes on each node, one device each; torchrun and SLURM set it themselves. A run can be resumed with another
+    number: finished units are kept, and the unfinished one starts again."""
     num_nodes: int = 1
     """Nodes; torchrun and SLURM set it themselves. Only the first process reads and writes run_dir."""
     timeout: float = 30.0
     """Minutes that a process waits for another one, for example while rank 0 writes, before the run ends."""
     threads: int | None = None
-    """CPU threads of each process; null leaves torch's choice, or with several processes shares the cores among them.
+    """CPU threads of each process; null leaves torch's choice, or divides the cores among several processes.
     Bit-identical repeats need the same number."""
     checkpoint_every: int = 100
     """Optimisation steps between two checkpoints inside a unit."""
     stop_after: str | None = None
-    """Name of a unit with which the command ends, in its first round: a trial of what a large model takes. The same
-    command with null goes on from there."""
+    """Name of a unit after which the command ends, in its first round, to try what a large model takes. The same
+    command with null continues from there."""
 
     def check(self) -> None:
         """Check that all values can be worked with."""

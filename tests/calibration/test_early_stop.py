@@ -37,7 +37,7 @@ class Line(pl.LightningModule):
 def run(errors: list[float], patience: int, *callbacks: pl.Callback, resume: Any = None) -> int:
     """Steps that a phase of 40 takes when the looks at steps 4, 8, … find these errors."""
     found: Iterator[float] = iter(errors)
-    stop = EarlyStop(lambda: next(found), 40, patience, looks=10)
+    stop = EarlyStop(lambda: next(found), 40, patience, checks=10)
     trainer = make_trainer(TrainerConfig(accelerator="cpu"), [stop, *callbacks], None, 40)
     trainer.fit(Line(), ckpt_path=resume, weights_only=True)
     return trainer.global_step

@@ -16,10 +16,10 @@ DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 
 def keys(kind: Any, prefix: str = "") -> list[str]:
     """Dotted names of all fields; a field that may be null counts as one key."""
-    found = []
-    for name, hint in typing.get_type_hints(kind).items():
-        nested = dataclasses.is_dataclass(hint)
-        found += [f"{prefix}{name}", *(keys(hint, f"{prefix}{name}.") if nested else [])]
+    found, hints = [], typing.get_type_hints(kind)
+    for name in (field.name for field in dataclasses.fields(kind)):
+        nested = dataclasses.is_dataclass(hints[name])
+        found += [f"{prefix}{name}", *(keys(hints[name], f"{prefix}{name}.") if nested else [])]
     return found
 
 
