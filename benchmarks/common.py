@@ -49,12 +49,13 @@ SMALLEST_EVALUATION: Settings = {
 """What a run cannot do without after its calibration."""
 
 
-def run(benchmark: Callable[..., dict[str, Any]]) -> None:
-    """Run a benchmark with the command line's options and print what it returns as one JSON line."""
+def run(benchmark: Callable[..., dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
+    """Run a benchmark with the command line's options and print what it returns as a JSON line, or each of several."""
 
     def command() -> None:
-        result = auto_cli(benchmark, as_positional=False)
-        print(json.dumps({"benchmark": benchmark.__name__, **result, "machine": machine()}))
+        found = auto_cli(benchmark, as_positional=False)
+        for result in [found] if isinstance(found, dict) else found:
+            print(json.dumps({"benchmark": benchmark.__name__, **result, "machine": machine()}), flush=True)
 
     sys.exit(run_cli(command))
 

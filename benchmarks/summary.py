@@ -62,7 +62,7 @@ def _parse(line: str, place: str) -> Result:
 
 def _label(result: Result) -> str:
     """Benchmark, model, threads and what else tells two results apart."""
-    parts = [result["benchmark"], result.get("model")]
+    parts = [result["benchmark"], result.get("backend"), result.get("model")]
     parts += [f"{result['threads']} thread{'s' * (result['threads'] > 1)}"] if result.get("threads") else []
     parts += [f"products in {result['products']}"] if "products" in result else []
     parts += ["compiled"] if result.get("compiled") else []
@@ -111,6 +111,10 @@ def _ranks(result: Result) -> Iterable[Row]:
         yield label, ">= 0.85" if part == "loop" else "", f"{efficiency:.2f}"
 
 
+def _concurrency(result: Result) -> Iterable[Row]:
+    yield "calls at once with other bits than alone", f"0 of {result['calls']}", str(result["wrong"])
+
+
 def _kills(result: Result) -> Iterable[Row]:
     runs = result["runs"]
     yield f"bit-identical artifacts after {result['kills']} SIGKILLs", f"{runs}/{runs}", f"{result['identical']}/{runs}"
@@ -145,6 +149,7 @@ ROWS: dict[str, Callable[[Result], Iterable[Row]]] = {
     "range_search": _range_search,
     "ranks": _ranks,
     "kills": _kills,
+    "concurrency": _concurrency,
     "cost": _cost,
     "true_size": _true_size,
 }

@@ -240,7 +240,7 @@ class TCAQQuantizer(DiffusersQuantizer):
         text = config_text(model, self._values)
         write_bytes(directory / "config.json", text.encode())  # as the artifact has it: no path of this machine
         write_checksums(directory, ["config.json", SAFETENSORS_WEIGHTS_NAME])
-        _forget_checksums(directory)
+        forget_checksums(directory)
 
 
 def finish(denoiser: Any, quantizer: TCAQQuantizer) -> None:
@@ -282,7 +282,7 @@ def checksums_text(files: dict[str, str]) -> str:
     return json.dumps({"files": files, "sha256": hashlib.sha256(listed.encode()).hexdigest()}, indent=1) + "\n"
 
 
-def _forget_checksums(folder: Path) -> None:
+def forget_checksums(folder: Path) -> None:
     """Remove the checksums of an artifact whose denoiser has been saved over: they are those of the old one."""
     file = folder.parent / CHECKSUMS_FILE
     with suppress(OSError, ValueError):

@@ -160,12 +160,14 @@ class OpenedArtifact:
         denoiser_name: component name of the denoiser, such as `unet`.
         denoiser: without gradients and in evaluation mode.
         digest: SHA-256 of the denoiser's weights.
+        directory: where it lies.
     """
 
     pipeline: DiffusionPipeline
     denoiser_name: str
     denoiser: nn.Module
     digest: str
+    directory: Path
 
 
 def open_artifact(path: str | Path, device: torch.device | str | None = None, packed: bool = True) -> OpenedArtifact:
@@ -200,7 +202,7 @@ def open_artifact(path: str | Path, device: torch.device | str | None = None, pa
         raise UserError(f"{directory}: cannot open the pipeline: {one_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     loaded: DiffusionPipeline = pipeline if device is None else pipeline.to(device)
-    return OpenedArtifact(loaded, name, denoiser, str(quantization.get("sha256")))
+    return OpenedArtifact(loaded, name, denoiser, str(quantization.get("sha256")), directory.resolve())
 
 
 def weights_digest(directory: str | Path) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
 from tcaq_lightning.artifact.directory import OpenedArtifact
+from tcaq_lightning.artifact.saved import SavedDenoiser
 from tcaq_lightning.backends.base import BACKENDS, LEARNS, Backend, find_backend
 from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.backends.graph.inputs import pipeline_sizes
@@ -28,18 +29,32 @@ ONNX = "onnx"
 """The format of a graph that every engine opens."""
 
 
-class Engine(Protocol):
-    """A graph that was opened.
+class Engine(ABC):
+    """A graph that was opened. Copies and stored ones open it again.
 
     Attributes:
+        backend: name of the backend that opened it.
         info: what the graph says about itself.
+        source: an ONNX file's content, or the file of a graph.
+        settings: with which it was opened.
     """
 
+    backend: ClassVar[str]
     info: GraphInfo
+    source: bytes | Path
+    settings: dict[str, Any]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is opened again; a file must then be there still, and of the same artifact."""
+        source = self.source if isinstance(self.source, bytes) else self.source.resolve()
+        info = self.info if isinstance(source, bytes) else None
+        return open_engine, (self.backend, source, info, self.settings, self.info.artifact)
+
+    @abstractmethod
     def __call__(self, inputs: dict[str, Any]) -> Any:
         """The prediction, for numpy inputs by name; of any number of threads at once."""
 
+    @abstractmethod
     def kernels(self) -> list[Kernel]:
         """What runs the quantized products."""
 
@@ -107,7 +122,13 @@ class EngineBackend(Backend):
             sizes = pipeline_sizes(opened.pipeline, options.get("tokens"), options.get("latents"))
             content, info = build_graph(denoiser, opened.digest, sizes)
             engine = open_engine(self.name, content, info, settings)
-        stand_in: nn.Module = EngineDenoiser(engine, type(denoiser), denoiser.config).eval()
+        pipeline: Any = opened.pipeline
+        pipeline._exclude_from_cpu_offload = [
+            *pipeline._exclude_from_cpu_offload,
+            opened.denoiser_name,
+        ]  # has no weights
+        saved = SavedDenoiser(opened.directory / opened.denoiser_name, opened.digest)
+        stand_in: nn.Module = EngineDenoiser(engine, type(denoiser), denoiser.config, saved).eval()
         return stand_in
 
 

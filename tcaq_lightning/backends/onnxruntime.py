@@ -48,12 +48,14 @@ class ONNXRuntime(EngineBackend):
         return ONNXRuntimeEngine(source, info, **settings)
 
 
-class ONNXRuntimeEngine:
+class ONNXRuntimeEngine(Engine):
     """ONNX Runtime on an ONNX graph. Convolutions whose outputs stay in float run in float, other products on integers.
 
     Attributes:
         in_float: whether all products were kept off integer kernels, since 16-bit sums could saturate here.
     """
+
+    backend = "onnxruntime"
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class ONNXRuntimeEngine:
         except Exception as error:  # its exceptions share no base but this
             where = "the exported graph" if isinstance(source, bytes) else source
             raise UserError(f"ONNX Runtime cannot open {where}: {one_line(error)}; export it again") from error
-        self.source, self.options, self.provider = source, {"threads": threads, "saturates": saturates}, chosen
+        self.source, self.settings = source, {"threads": threads, "provider": provider, "saturates": saturates}
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
         """The prediction."""
@@ -115,8 +117,7 @@ class ONNXRuntimeEngine:
 
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "optimised.onnx"
-            again: Any = {**self.options, "provider": self.provider, "optimised": file}
-            ONNXRuntimeEngine(self.source, self.info, **again)
+            ONNXRuntimeEngine(self.source, self.info, **self.settings, optimised=file)
             return onnxruntime_kernels(
                 onnx.load(str(file), load_external_data=False), self.info.products, self.in_float
             )

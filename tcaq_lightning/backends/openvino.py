@@ -46,12 +46,14 @@ class OpenVINO(EngineBackend):
         return OpenVINOEngine(source, info, **settings)
 
 
-class OpenVINOEngine:
+class OpenVINOEngine(Engine):
     """OpenVINO on an ONNX graph or an IR.
 
     Attributes:
         in_float: names of products that were kept off integer kernels, whose 16-bit sums could saturate here.
     """
+
+    backend = "openvino"
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class OpenVINOEngine:
         except RuntimeError as error:
             where = "the exported graph" if isinstance(source, bytes) else source
             raise UserError(f"OpenVINO cannot open {where}: {one_line(error)}; export it again") from error
+        self.source, self.settings = source, {"threads": threads, "provider": provider, "saturates": saturates}
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests that no call has now
 
     def _avoid_saturation(self, openvino: Any, model: Any, saturates: bool | None) -> list[str]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
+from tcaq_lightning.artifact.saved import SavedDenoiser
+from tcaq_lightning.backends.description import Description
 from tcaq_lightning.backends.graph.inputs import first_name, flatten
+from tcaq_lightning.backends.refusals import refuse, stand_in_methods
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.models.architectures import Sizes, on_meta
+from tcaq_lightning.models.architectures import Sizes
+from tcaq_lightning.quantizers.uniform import keeping_type
+from tcaq_lightning.runtime.provided import class_passing_for, original_class, with_signature
 
 
 @dataclass
@@ -25,30 +33,60 @@ class EnginePrediction(BaseOutput):
 class EngineDenoiser(nn.Module):
     """A denoiser that runs on an engine, to be used as the one that it stands for.
 
-    What pipelines ask of a denoiser beside its predictions, such as the width of an embedding, is answered by a copy of
-    it without weights.
+    Its class is derived from that one's and has its name, so that pipelines take, show and save it as such. What they
+    ask of a denoiser beside its predictions, such as the width of an embedding, is answered by a description of it
+    without weights. Settings that are about memory or speed do nothing; what would change what is computed is refused.
+    Any number of threads may call it.
+
+    Args:
+        engine: runs the graph.
+        denoiser_class: that it stands for.
+        config: of the denoiser.
+        saved: where its files are; None for one that is not saved.
 
     Attributes:
-        engine: runs the graph.
-        config: of the denoiser.
+        engine: as given.
+        saved: likewise.
     """
 
-    def __init__(self, engine: Any, denoiser_class: type[nn.Module], config: Any) -> None:
-        super().__init__()
-        self.engine, self.config, self.denoiser_class = engine, config, denoiser_class
-        self.signature = inspect.signature(denoiser_class.forward)
+    stands_for: ClassVar[type]
+    """Class of the denoiser."""
+    signature: ClassVar[inspect.Signature]
+    """Of its forward."""
+
+    def __new__(cls, _engine: Any, denoiser_class: type[nn.Module], *_: Any) -> Any:
+        """An instance of the derived class."""
+        return _blank(original_class(denoiser_class))
+
+    def __init__(
+        self, engine: Any, denoiser_class: type[nn.Module], config: Any, saved: SavedDenoiser | None = None
+    ) -> None:
+        nn.Module.__init__(self)  # not the denoiser's own, which makes its weights
+        self.engine, self.saved, self._internal_dict = engine, saved, config
+        self._description = Description(original_class(denoiser_class).__name__, config)
         # Pipelines ask a denoiser's parameters for device and dtype.
-        self.placement = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._parameters["placement"] = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and stored ones open the graph again, see `Engine`."""
+        return _blank, (self.stands_for,), dict(vars(self))
+
+    @property
+    def config(self) -> Any:
+        """Of the denoiser."""
+        return self._internal_dict
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the graph computes in."""
+        """That the graph computes in, whatever the denoiser was converted to."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
         """Of predictions."""
-        return self.placement.device
+        placement = self._parameters["placement"]
+        assert placement is not None
+        return placement.device
 
     @property
     def sizes(self) -> Sizes:
@@ -60,17 +98,73 @@ class EngineDenoiser(nn.Module):
         return Sizes(None if context is None else context.shape[0], latents)
 
     def __getattr__(self, name: str) -> Any:
-        """Of the denoiser that it stands for."""
+        """Of the denoiser that it stands for: what is no method, since these would act on nothing."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "denoiser_class" not in self.__dict__:
+            if name.startswith("_") or "_description" not in self.__dict__:
                 raise
-        if "skeleton" not in self.__dict__:
-            settings = {"_class_name": self.denoiser_class.__name__, **self.config}
-            self.__dict__["skeleton"] = on_meta(settings)  # past nn.Module: it is no part of this one
-        return getattr(self.__dict__["skeleton"], name)
+        return self._description.attribute(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Parts and tensors are refused: the graph would not have them."""
+        if isinstance(value, (nn.Module, Tensor)):
+            refuse(name)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where `to` ends up: predictions change their device; the graph's type is its own."""
+        return super()._apply(keeping_type(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """One without elements, whose device and type pipelines look at.
+
+        Raises:
+            UserError: more are asked for; they are constants of the graph.
+        """
+        yield self._parameters["placement"]  # type: ignore[misc]
+        refuse("parameters")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Nothing; UserError if gradients are wanted."""
+        if requires_grad:
+            refuse("requires_grad_")
+        return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the engine has compiled the graph."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the artifact's denoiser again; arguments are those of diffusers.
+
+        Raises:
+            UserError: its files are not there anymore or have changed, or a variant, pickle or an upload is asked for.
+        """
+        for name, given, wanted in (
+            ("variant", variant, None),
+            ("safe_serialization", safe_serialization, True),
+            ("push_to_hub", push_to_hub, False),
+        ):
+            if given != wanted:
+                raise UserError(
+                    f"{name}: expected {wanted}, got {given!r}; an artifact is one safetensors file on disk"
+                )
+        if self.saved is None:
+            raise UserError("save_pretrained: expected a denoiser of load_quantized, got one that is nowhere on disk")
+        if is_main_process:
+            self.saved.copy_to(Path(save_directory))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Predict, with the arguments of the denoiser's own `forward`.
 
@@ -109,3 +203,21 @@ class EngineDenoiser(nn.Module):
                 f"with tokens (length of the context) and latents (height and width)"
             )
         return tensor.contiguous().numpy()
+
+
+@functools.cache
+def _derived(kind: type) -> Any:
+    """The class of what stands for denoisers of a class."""
+    own: Any = kind
+    space = {
+        **stand_in_methods(kind, EngineDenoiser),
+        "stands_for": kind,
+        "signature": inspect.signature(own.forward),
+        "forward": with_signature(own.forward, EngineDenoiser.forward),
+    }
+    return class_passing_for(kind, (EngineDenoiser, kind), space)
+
+
+def _blank(kind: type) -> Any:
+    """One without state, which copies and unpickled ones get afterwards."""
+    return object.__new__(_derived(kind))

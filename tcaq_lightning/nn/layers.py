@@ -20,7 +20,7 @@ from tcaq_lightning.quantizers import (
     StoredTensor,
     WeightQuantizer,
 )
-from tcaq_lightning.quantizers.activation import along, per_sample
+from tcaq_lightning.quantizers.activation import along, of_groups, per_sample
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.quantizers.uniform import keeping_type
 from tcaq_lightning.runtime.offloading import reading
@@ -264,8 +264,7 @@ class QuantLayer(nn.Module):
             if bias is not None:
                 y = y + along(bias, y.ndim, self.channel_dim)
         if self.bias_shift is not None:
-            groups = self.input_quantizer.groups.of_rows(y.shape[0])
-            shift = self.bias_shift.index_select(0, groups.to(y.device))  # (B, O)
+            shift = of_groups(self.bias_shift, self.input_quantizer.groups.of_rows(y.shape[0]))  # (B, O)
             shape = [shift.shape[0]] + [1] * (y.ndim - 1)
             shape[self.channel_dim] = -1
             shift = shift.view(shape)

@@ -20,6 +20,17 @@ VALUES = 4096
 """Values per timestep group in a range search."""
 
 
+def of_groups(table: Tensor, groups: Tensor) -> Tensor:
+    """Rows of a (G, ...) table for a batch, (B, ...).
+
+    Args:
+        table: (G, ...).
+        groups: (B,) timestep groups, on any device.
+    """
+    here = groups.get_device() == table.get_device()  # asked so, it takes a fifth of the time
+    return table.index_select(0, groups if here else groups.to(table.device))
+
+
 def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
     """Rows of a (G,) table for a batch: (B, 1, ..., 1) with `dims` axes.
 
@@ -28,7 +39,7 @@ def per_sample(table: Tensor, groups: Tensor, dims: int) -> Tensor:
         groups: (B,) timestep groups.
         dims: axes of the result.
     """
-    return table.index_select(0, groups.to(table.device)).view(-1, *[1] * (dims - 1))
+    return of_groups(table, groups).view(-1, *[1] * (dims - 1))
 
 
 def for_all_samples(x: Tensor, rows: int) -> Tensor:

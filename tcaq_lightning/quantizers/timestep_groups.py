@@ -149,7 +149,8 @@ class TimestepGroups:
             UserError: as `running`.
             ValueError: a number of rows that is no multiple of B.
         """
-        current = self.running.current
+        running = self._thread.running
+        current = self.running.current if running is None else running.current
         batch = current.shape[0]
         if rows == batch or rows == 1 or batch == 1:
             return current

@@ -8,29 +8,62 @@ so that what is saved, shown or compared by name stays as it was, and `isinstanc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
 
 from torch import nn
 
 
+class _Passing(type):
+    """Classes that equal the one that they pass for: diffusers' `from_pipe` compares a component's type."""
+
+    def __eq__(cls, other: object) -> bool:
+        return _passes_for(cls) is _passes_for(other)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(_passes_for(cls))
+
+
+def _passes_for(kind: Any) -> Any:
+    return vars(kind).get("_original", kind) if isinstance(kind, type) else kind
+
+
+def class_passing_for(original: type, bases: tuple[type, ...], space: Mapping[str, Any]) -> Any:
+    """A class of the name of another one, which it equals and derives from.
+
+    Args:
+        original: the other class.
+        bases: `original` or what derives from it among them.
+        space: the attributes.
+    """
+    kind: type = type(original)
+    meta = kind if issubclass(kind, _Passing) else type("_Passing", (_Passing, *([] if kind is type else [kind])), {})
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return meta(original.__name__, bases, {**names, "_original": original, **space})
+
+
+def original_class(kind: type) -> type:
+    """The class that one passes for, or that one derives from that passes for it; of others, themselves."""
+    return next((vars(base)["_original"] for base in kind.__mro__ if "_original" in vars(base)), kind)
+
+
 class _Provided:
-    """What all classes made here derive from.
+    """What all classes of modules with provided methods derive from.
 
     Attributes:
-        _provided_to: the class that methods were given to.
-        _provided_with: classes of the methods, the last one that was given first.
+        _original: the class that methods were given to.
+        _given: classes of the methods, the last one that was given first.
     """
 
-    _provided_to: ClassVar[type]
-    _provided_with: ClassVar[tuple[type, ...]]
+    _original: ClassVar[type]
+    _given: ClassVar[tuple[type, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and stored by the original class, which can be found by its name, and what it was given."""
         made: tuple[Any, ...] = super().__reduce_ex__(max(2, protocol))  # type: ignore[assignment]
         _, (_, *arguments), *state = made
-        return _new, (self._provided_to, self._provided_with, *arguments), *state
+        return _new, (self._original, self._given, *arguments), *state
 
 
 def provide(module: nn.Module, methods: type) -> None:
@@ -51,44 +84,18 @@ def provide(module: nn.Module, methods: type) -> None:
     kind = type(module)
     given = _given(kind)
     if methods not in given:
-        module.__class__ = _joined(_origin(kind), (methods, *given))
+        module.__class__ = _joined(_passes_for(kind), (methods, *given))
 
 
 def withdraw(module: nn.Module, methods: type) -> None:
     """Take the methods of a class from a module again; nothing happens where it does not have them."""
     kind = type(module)
     given = tuple(one for one in _given(kind) if one is not methods)
-    module.__class__ = _joined(_origin(kind), given) if given else _origin(kind)
+    module.__class__ = _joined(_passes_for(kind), given) if given else _passes_for(kind)
 
 
-def _origin(kind: type) -> type:
-    return kind.__dict__.get("_provided_to", kind) if issubclass(kind, _Provided) else kind
-
-
-def _given(kind: type) -> tuple[type, ...]:
-    return kind.__dict__.get("_provided_with", ()) if issubclass(kind, _Provided) else ()
-
-
-@functools.cache
-def _joined(origin: type, given: tuple[type, ...]) -> type:
-    """The class of modules that have been given the same: there is one."""
-    space: dict[str, Any] = {
-        "__module__": origin.__module__,
-        "__qualname__": origin.__qualname__,
-        "__doc__": origin.__doc__,
-        "_provided_to": origin,
-        "_provided_with": given,
-    }
-    for methods in reversed(given):
-        for name, method in vars(methods).items():
-            if isinstance(method, FunctionType) and hasattr(origin, name):
-                space[name] = _described_as(getattr(origin, name), method)
-    own = () if issubclass(origin, _Provided) else (_Provided,)
-    return type(origin.__name__, (*given, *own, origin), space)
-
-
-def _described_as(original: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    """A method with the signature of the one that it stands before: diffusers and callers look at it."""
+def with_signature(original: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that is described as another one, in whose place it stands: diffusers and callers look at that."""
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +104,25 @@ def _described_as(original: Callable[..., Any], own: Callable[..., Any]) -> Call
     return method
 
 
-def _new(origin: type, given: tuple[type, ...], *arguments: Any) -> Any:
+def _given(kind: type) -> tuple[type, ...]:
+    given: tuple[type, ...] = vars(kind).get("_given", ())
+    return given
+
+
+@functools.cache
+def _joined(original: type, given: tuple[type, ...]) -> type:
+    """The class of modules that have been given the same: there is one."""
+    space: dict[str, Any] = {"_given": given}
+    for methods in reversed(given):
+        for name, method in vars(methods).items():
+            if isinstance(method, FunctionType) and hasattr(original, name):
+                space[name] = with_signature(getattr(original, name), method)
+    own = () if issubclass(original, _Provided) else (_Provided,)
+    joined: type = class_passing_for(original, (*given, *own, original), space)
+    return joined
+
+
+def _new(original: type, given: tuple[type, ...], *arguments: Any) -> Any:
     """An instance without state, which copies and unpickled ones get afterwards."""
-    kind = _joined(origin, given)
+    kind = _joined(original, given)
     return kind.__new__(kind, *arguments)
