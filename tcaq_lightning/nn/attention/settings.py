@@ -26,6 +26,8 @@ def keep_quantized(denoiser: nn.Module) -> None:
         provide(attention, KeptAttention)
     if attentions and hasattr(denoiser, "set_attn_processor"):
         provide(denoiser, KeptAttentions)
+    if hasattr(denoiser, "enable_forward_chunking"):
+        provide(denoiser, ChunkedForward)
 
 
 def replace_processor(attention: nn.Module, processor: QuantAttnProcessor) -> None:
@@ -102,3 +104,20 @@ class KeptAttentions:
             "load_ip_adapter: an artifact's attentions are quantized as they were calibrated and take no image "
             "prompts; use the full-precision model for it"
         )
+
+
+class ChunkedForward:
+    """Methods of a denoiser whose feed-forward layers can run on parts of their input."""
+
+    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
+        """As diffusers does it, for parts of a sequence.
+
+        Raises:
+            UserError: for parts of a batch, whose samples' timesteps the layers would not know.
+        """
+        if dim == 0:
+            raise UserError(
+                "enable_forward_chunking: expected dim=1, parts of a sequence, got dim=0: an artifact's layers must "
+                "see the whole batch, whose samples have timesteps of their own"
+            )
+        super().enable_forward_chunking(chunk_size, dim)  # type: ignore[misc]
