@@ -52,7 +52,7 @@ config = Config(
     trainer=TrainerConfig(accelerator="cpu"),
 )
 quantized = quantize(DDPMPipeline(unet, DDIMScheduler()), config, "run")
-assert quantized.unet.conv_in.learned_weight is not None
+assert quantized.unet.conv_in.weight_quantizer.codes.shape == (8, 1, 3, 3)
 """
 
 
