@@ -56,8 +56,8 @@ from tcaq_lightning.models.pipelines import (
 from tcaq_lightning.models.sampling import Inputs, Sampling, make_sampling
 from tcaq_lightning.models.trajectories import Trajectories, probe
 from tcaq_lightning.nn.coverage import CoverageRow
+from tcaq_lightning.nn.prepare import foresee_calls, shared_copy
 from tcaq_lightning.nn.prepare import quantize as quantize_denoiser
-from tcaq_lightning.nn.prepare import shared_copy
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups, group_boundaries
 from tcaq_lightning.reports.markdown import write_report
 from tcaq_lightning.runtime.distributed.collectives import on_main
@@ -264,6 +264,7 @@ def open_model(
     first = probed.flat()[: 2 * probed.halves]
     traced = first.to(next(full.parameters()).device)
     graph = trace_units(full, lambda: traced.predict(full), traced.x)
+    coverage = foresee_calls(quantized, lambda: traced.predict(quantized), coverage)
     check_stop(config, graph.names)
     others = other_networks(pipeline, name)
     plan = make_plan(config, full, others, graph, coverage, first, probed.num_steps, earlier_plan)

@@ -36,20 +36,23 @@ class Example:
             return {**self.inputs(), self.timestep: torch.tensor([0.9, 0.2]) * self.unit, "return_dict": False}
 
 
-def _n(*shape: int) -> Tensor:
+def normal(*shape: int) -> Tensor:
+    """(B, ...) normal values."""
     return torch.randn(B, *shape)
 
 
-def _mask(tokens: int, masked: int = 2) -> Tensor:
-    mask = torch.ones(B, tokens, dtype=torch.bool)
-    mask[1, tokens - masked :] = False
-    return mask
+def mask(tokens: int, masked: int = 2) -> Tensor:
+    """(B, tokens), the second sample shorter by `masked`."""
+    seen = torch.ones(B, tokens, dtype=torch.bool)
+    seen[1, tokens - masked :] = False
+    return seen
 
 
-def _ids(tokens: int, axes: int = 3) -> Tensor:
-    ids = torch.zeros(tokens, axes)
-    ids[:, axes - 1] = torch.arange(tokens)
-    return ids
+def ids(tokens: int, axes: int = 3) -> Tensor:
+    """(tokens, axes) positions along the last axis."""
+    positions = torch.zeros(tokens, axes)
+    positions[:, axes - 1] = torch.arange(tokens)
+    return positions
 
 
 WAN: dict[str, Any] = {
@@ -108,18 +111,20 @@ HUNYUAN: dict[str, Any] = {
 }
 
 
-def _packed(**further: Any) -> Callable[[], dict[str, Any]]:
+def packed(**further: Any) -> Callable[[], dict[str, Any]]:
+    """What Flux takes: packed latents and a prompt, with their positions."""
     return lambda: {
-        "hidden_states": _n(9, 4),
-        "encoder_hidden_states": _n(5, 12),
-        "img_ids": _ids(9),
+        "hidden_states": normal(9, 4),
+        "encoder_hidden_states": normal(5, 12),
+        "img_ids": ids(9),
         "txt_ids": torch.zeros(5, 3),
         **further,
     }
 
 
-def _video(channels: int = 4, text: int = 10, **further: Any) -> Callable[[], dict[str, Any]]:
-    return lambda: {"hidden_states": _n(channels, 3, 4, 4), "encoder_hidden_states": _n(6, text), **further}
+def video(channels: int = 4, text: int = 10, **further: Any) -> Callable[[], dict[str, Any]]:
+    """Three frames and a prompt."""
+    return lambda: {"hidden_states": normal(channels, 3, 4, 4), "encoder_hidden_states": normal(6, text), **further}
 
 
 IMAGES: dict[str, Example] = {
@@ -130,7 +135,7 @@ IMAGES: dict[str, Example] = {
             "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
             "attention_head_dim": 8,
         },
-        lambda: {"sample": _n(4, 8, 8)},
+        lambda: {"sample": normal(4, 8, 8)},
     ),
     "UNet2DConditionModel": Example(
         UNET
@@ -140,7 +145,7 @@ IMAGES: dict[str, Example] = {
             "cross_attention_dim": 12,
             "attention_head_dim": 4,
         },
-        lambda: {"sample": _n(4, 8, 8), "encoder_hidden_states": _n(5, 12)},
+        lambda: {"sample": normal(4, 8, 8), "encoder_hidden_states": normal(5, 12)},
     ),
     "DiTTransformer2DModel": Example(
         {
@@ -150,7 +155,7 @@ IMAGES: dict[str, Example] = {
             "sample_size": 8,
             "num_embeds_ada_norm": 6,
         },
-        lambda: {"hidden_states": _n(4, 8, 8), "class_labels": torch.tensor([1, 4])},
+        lambda: {"hidden_states": normal(4, 8, 8), "class_labels": torch.tensor([1, 4])},
     ),
     "PixArtTransformer2DModel": Example(
         {
@@ -163,9 +168,9 @@ IMAGES: dict[str, Example] = {
             "use_additional_conditions": False,
         },
         lambda: {
-            "hidden_states": _n(4, 8, 8),
-            "encoder_hidden_states": _n(6, 10),
-            "encoder_attention_mask": _mask(6).float(),
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(6, 10),
+            "encoder_attention_mask": mask(6).float(),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         },
     ),
@@ -182,17 +187,21 @@ IMAGES: dict[str, Example] = {
             "pooled_projection_dim": 6,
             "pos_embed_max_size": 8,
         },
-        lambda: {"hidden_states": _n(4, 8, 8), "encoder_hidden_states": _n(5, 12), "pooled_projections": _n(6)},
+        lambda: {
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(5, 12),
+            "pooled_projections": normal(6),
+        },
     ),
     "FluxTransformer2DModel": Example(
-        FLUX | {"pooled_projection_dim": 6}, lambda: {**_packed()(), "pooled_projections": _n(6)}, unit=1.0
+        FLUX | {"pooled_projection_dim": 6}, lambda: {**packed()(), "pooled_projections": normal(6)}, unit=1.0
     ),
     "Flux2Transformer2DModel": Example(
         FLUX | {"axes_dims_rope": (2, 2, 2, 2), "timestep_guidance_channels": 8},
         lambda: {
-            "hidden_states": _n(9, 4),
-            "encoder_hidden_states": _n(5, 12),
-            "img_ids": _ids(9, 4).expand(B, 9, 4),
+            "hidden_states": normal(9, 4),
+            "encoder_hidden_states": normal(5, 12),
+            "img_ids": ids(9, 4).expand(B, 9, 4),
             "txt_ids": torch.zeros(B, 5, 4),
             "guidance": torch.full((B,), 3.5),
         },
@@ -200,12 +209,12 @@ IMAGES: dict[str, Example] = {
     ),
     "ChromaTransformer2DModel": Example(
         FLUX | {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
-        _packed(),
+        packed(),
         unit=1.0,
     ),
-    "BriaTransformer2DModel": Example(FLUX | {"axes_dims_rope": [0, 4, 4], "pooled_projection_dim": None}, _packed()),
-    "LongCatImageTransformer2DModel": Example(FLUX | {"axes_dims_rope": [2, 2, 4]}, _packed(), unit=1.0),
-    "OvisImageTransformer2DModel": Example(FLUX | {"out_channels": 4}, _packed(), unit=1.0),
+    "BriaTransformer2DModel": Example(FLUX | {"axes_dims_rope": [0, 4, 4], "pooled_projection_dim": None}, packed()),
+    "LongCatImageTransformer2DModel": Example(FLUX | {"axes_dims_rope": [2, 2, 4]}, packed(), unit=1.0),
+    "OvisImageTransformer2DModel": Example(FLUX | {"out_channels": 4}, packed(), unit=1.0),
     "AuraFlowTransformer2DModel": Example(
         {
             "sample_size": 8,
@@ -217,7 +226,7 @@ IMAGES: dict[str, Example] = {
             "caption_projection_dim": 16,
             "pos_embed_max_size": 16,
         },
-        lambda: {"hidden_states": _n(4, 8, 8), "encoder_hidden_states": _n(5, 12)},
+        lambda: {"hidden_states": normal(4, 8, 8), "encoder_hidden_states": normal(5, 12)},
         unit=1.0,
     ),
     "QwenImageTransformer2DModel": Example(
@@ -231,9 +240,9 @@ IMAGES: dict[str, Example] = {
             "axes_dims_rope": (8, 4, 4),
         },
         lambda: {
-            "hidden_states": _n(9, 8),
-            "encoder_hidden_states": _n(5, 12),
-            "encoder_hidden_states_mask": _mask(5).long(),
+            "hidden_states": normal(9, 8),
+            "encoder_hidden_states": normal(5, 12),
+            "encoder_hidden_states_mask": mask(5).long(),
             "img_shapes": [(1, 3, 3)] * B,
         },
         unit=1.0,
@@ -271,7 +280,11 @@ IMAGES: dict[str, Example] = {
             "axes_lens": (32, 16, 16),
             "cap_feat_dim": 10,
         },
-        lambda: {"hidden_states": _n(4, 8, 8), "encoder_hidden_states": _n(6, 10), "encoder_attention_mask": _mask(6)},
+        lambda: {
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(6, 10),
+            "encoder_attention_mask": mask(6),
+        },
         unit=1.0,
     ),
     "SanaTransformer2DModel": Example(
@@ -289,9 +302,9 @@ IMAGES: dict[str, Example] = {
             "patch_size": 1,
         },
         lambda: {
-            "hidden_states": _n(4, 8, 8),
-            "encoder_hidden_states": _n(6, 10),
-            "encoder_attention_mask": _mask(6).float(),
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(6, 10),
+            "encoder_attention_mask": mask(6).float(),
         },
     ),
     "HunyuanDiT2DModel": Example(
@@ -310,11 +323,11 @@ IMAGES: dict[str, Example] = {
             "text_len_t5": 4,
         },
         lambda: {
-            "hidden_states": _n(4, 8, 8),
-            "encoder_hidden_states": _n(4, 8),
-            "text_embedding_mask": _mask(4).float(),
-            "encoder_hidden_states_t5": _n(4, 8),
-            "text_embedding_mask_t5": _mask(4).float(),
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(4, 8),
+            "text_embedding_mask": mask(4).float(),
+            "encoder_hidden_states_t5": normal(4, 8),
+            "text_embedding_mask_t5": mask(4).float(),
             "image_meta_size": torch.full((B, 6), 64.0),
             "style": torch.zeros(B, dtype=torch.long),
             "image_rotary_emb": (torch.ones(1, 8), torch.zeros(1, 8)),
@@ -339,10 +352,10 @@ IMAGES: dict[str, Example] = {
             "force_inference_output": True,
         },
         lambda: {
-            "hidden_states": _n(4, 8, 8),
-            "encoder_hidden_states_t5": _n(5, 10),
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states_t5": normal(5, 10),
             "encoder_hidden_states_llama3": torch.randn(2, B, 5, 6),
-            "pooled_embeds": _n(12),
+            "pooled_embeds": normal(12),
         },
         timestep="timesteps",
     ),
@@ -360,8 +373,8 @@ IMAGES: dict[str, Example] = {
             "sample_size": 8,
         },
         lambda: {
-            "hidden_states": _n(4, 8, 8),
-            "encoder_hidden_states": _n(6, 10),
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(6, 10),
             **{name: torch.full((B, 2), 64.0) for name in ("original_size", "target_size", "crop_coords")},
         },
     ),
@@ -377,8 +390,8 @@ IMAGES: dict[str, Example] = {
             "condition_dim": 4,
         },
         lambda: {
-            "hidden_states": _n(4, 8, 8),
-            "encoder_hidden_states": _n(6, 10),
+            "hidden_states": normal(4, 8, 8),
+            "encoder_hidden_states": normal(6, 10),
             **{name: torch.full((B, 2), 64.0) for name in ("original_size", "target_size", "crop_coords")},
         },
     ),
@@ -392,19 +405,19 @@ IMAGES: dict[str, Example] = {
             "depth": 1,
             "axes_dim": [4, 4],
         },
-        lambda: {"hidden_states": _n(4, 8, 8), "encoder_hidden_states": _n(6, 10)},
+        lambda: {"hidden_states": normal(4, 8, 8), "encoder_hidden_states": normal(6, 10)},
         unit=1.0,
     ),
 }
 """Denoisers of images."""
 
 VIDEO: dict[str, Example] = {
-    "WanTransformer3DModel": Example(WAN, _video()),
-    "SkyReelsV2Transformer3DModel": Example(WAN, _video()),
-    "ChronoEditTransformer3DModel": Example(WAN, _video()),
+    "WanTransformer3DModel": Example(WAN, video()),
+    "SkyReelsV2Transformer3DModel": Example(WAN, video()),
+    "ChronoEditTransformer3DModel": Example(WAN, video()),
     "WanVACETransformer3DModel": Example(
         WAN | {"num_layers": 2, "vace_layers": [0], "vace_in_channels": 6},
-        lambda: {**_video()(), "control_hidden_states": _n(6, 3, 4, 4)},
+        lambda: {**video()(), "control_hidden_states": normal(6, 3, 4, 4)},
     ),
     "LTXVideoTransformer3DModel": Example(
         {
@@ -417,16 +430,16 @@ VIDEO: dict[str, Example] = {
             "caption_channels": 10,
         },
         lambda: {
-            "hidden_states": _n(18, 4),
-            "encoder_hidden_states": _n(6, 10),
-            "encoder_attention_mask": _mask(6),
+            "hidden_states": normal(18, 4),
+            "encoder_hidden_states": normal(6, 10),
+            "encoder_attention_mask": mask(6),
             "num_frames": 2,
             "height": 3,
             "width": 3,
         },
     ),
     "CogVideoXTransformer3DModel": Example(
-        COGVIDEO, lambda: {"hidden_states": _n(2, 4, 8, 8), "encoder_hidden_states": _n(6, 10)}
+        COGVIDEO, lambda: {"hidden_states": normal(2, 4, 8, 8), "encoder_hidden_states": normal(6, 10)}
     ),
     "MochiTransformer3DModel": Example(
         {
@@ -440,9 +453,9 @@ VIDEO: dict[str, Example] = {
             "max_sequence_length": 6,
         },
         lambda: {
-            "hidden_states": _n(4, 2, 4, 4),
-            "encoder_hidden_states": _n(6, 10),
-            "encoder_attention_mask": _mask(6),
+            "hidden_states": normal(4, 2, 4, 4),
+            "encoder_hidden_states": normal(6, 10),
+            "encoder_attention_mask": mask(6),
         },
     ),
     "AllegroTransformer3DModel": Example(
@@ -458,14 +471,14 @@ VIDEO: dict[str, Example] = {
             "sample_frames": 2,
             "caption_channels": 10,
         },
-        lambda: {"hidden_states": _n(4, 2, 4, 4), "encoder_hidden_states": _n(6, 10)},
+        lambda: {"hidden_states": normal(4, 2, 4, 4), "encoder_hidden_states": normal(6, 10)},
     ),
     "HunyuanVideoTransformer3DModel": Example(
         HUNYUAN,
         lambda: {
-            **_video(pooled_projections=None)(),
-            "pooled_projections": _n(6),
-            "encoder_attention_mask": _mask(6).float(),
+            **video(pooled_projections=None)(),
+            "pooled_projections": normal(6),
+            "encoder_attention_mask": mask(6).float(),
             "guidance": torch.full((B,), 6000.0),
         },
     ),
@@ -484,7 +497,7 @@ VIDEO: dict[str, Example] = {
             "patch_size": 2,
             "video_length": 3,
         },
-        lambda: {"hidden_states": _n(4, 3, 8, 8), "encoder_hidden_states": _n(6, 10)},
+        lambda: {"hidden_states": normal(4, 3, 8, 8), "encoder_hidden_states": normal(6, 10)},
     ),
     "SanaVideoTransformer3DModel": Example(
         {
@@ -500,7 +513,7 @@ VIDEO: dict[str, Example] = {
             "sample_size": 4,
             "rope_max_seq_len": 16,
         },
-        _video(),
+        video(),
     ),
     "UNet3DConditionModel": Example(
         UNET
@@ -510,7 +523,7 @@ VIDEO: dict[str, Example] = {
             "cross_attention_dim": 12,
             "attention_head_dim": 4,
         },
-        lambda: {"sample": _n(4, 3, 8, 8), "encoder_hidden_states": _n(5, 12)},
+        lambda: {"sample": normal(4, 3, 8, 8), "encoder_hidden_states": normal(5, 12)},
     ),
     "UNetMotionModel": Example(
         UNET
@@ -522,7 +535,7 @@ VIDEO: dict[str, Example] = {
             "motion_num_attention_heads": 2,
             "motion_max_seq_length": 4,
         },
-        lambda: {"sample": _n(4, 3, 8, 8), "encoder_hidden_states": torch.randn(3 * B, 5, 12)},
+        lambda: {"sample": normal(4, 3, 8, 8), "encoder_hidden_states": torch.randn(3 * B, 5, 12)},
     ),
 }
 """Denoisers of video."""
@@ -538,7 +551,7 @@ SOUND: dict[str, Example] = {
             "down_block_types": ("DownBlock1DNoSkip", "AttnDownBlock1D"),
             "up_block_types": ("AttnUpBlock1D", "UpBlock1DNoSkip"),
         },
-        lambda: {"sample": _n(2, 16)},
+        lambda: {"sample": normal(2, 16)},
         unit=1.0,
     ),
     "AceStepTransformer1DModel": Example(
@@ -554,9 +567,9 @@ SOUND: dict[str, Example] = {
             "sliding_window": 4,
         },
         lambda: {
-            "hidden_states": _n(8, 4),
-            "encoder_hidden_states": _n(6, 16),
-            "context_latents": _n(8, 8),
+            "hidden_states": normal(8, 4),
+            "encoder_hidden_states": normal(6, 16),
+            "context_latents": normal(8, 8),
             "timestep_r": torch.tensor([0.8, 0.1]),
         },
         unit=1.0,
@@ -564,15 +577,15 @@ SOUND: dict[str, Example] = {
     "LongCatAudioDiTTransformer": Example(
         {"dit_dim": 16, "dit_depth": 1, "dit_heads": 2, "dit_text_dim": 10, "latent_dim": 4, "text_conv": False},
         lambda: {
-            "hidden_states": _n(8, 4),
-            "encoder_hidden_states": _n(6, 10),
-            "encoder_attention_mask": _mask(6),
-            "attention_mask": _mask(8),
+            "hidden_states": normal(8, 4),
+            "encoder_hidden_states": normal(6, 10),
+            "encoder_attention_mask": mask(6),
+            "attention_mask": mask(8),
         },
         unit=1.0,
     ),
 }
 """Denoisers of sound."""
 
-EXAMPLES: dict[str, Example] = {**IMAGES, **VIDEO, **SOUND}
-"""A tiny model of each class that has one here."""
+USUAL: dict[str, Example] = {**IMAGES, **VIDEO, **SOUND}
+"""By class name."""

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.denoisers.catalogue import denoiser_classes
+from benchmarks.denoisers.examples import USUAL
+from benchmarks.denoisers.others import OTHERS
 from tcaq_lightning.artifact.blobs import fuse, restore, stored_tensors
 from tcaq_lightning.artifact.freeze import freeze
 from tcaq_lightning.artifact.structure import Structure, describe, rebuild
@@ -20,9 +23,9 @@ from tcaq_lightning.backends.graph.build import build_graph
 from tcaq_lightning.config import ActivationConfig, QuantizationConfig, WeightConfig
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.graph import trace_units
-from tcaq_lightning.nn.coverage import CoverageRow
+from tcaq_lightning.nn.coverage import UNKNOWN_ATTENTION, CoverageRow
 from tcaq_lightning.nn.parts import quant_layers, quantizers
-from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.nn.prepare import foresee_calls, quantize
 from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import SoftmaxQuantizer
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
@@ -32,6 +35,10 @@ TOLERANCE = 2e-6
 """Largest squared error, relative to the prediction's squares, of a denoiser whose quantizers are off."""
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers whose weights are to be quantized."""
+
+
+EXAMPLES = {**USUAL, **OTHERS}
+"""A tiny model of each class that has one."""
 
 
 @dataclass
@@ -148,6 +155,14 @@ def measure(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], exp
     rows: list[CoverageRow] | None = attempt("quantize", lambda: quantize(twin, config, groups))
     if rows is None:
         return found
+    if (rows := attempt("calls", lambda: foresee_calls(twin, lambda: call(twin), rows or []))) is None:
+        return found
+    listed = sum(row.parameters for row in rows)
+    parameters = sum(p.numel() for p in full.parameters())
+    if listed != parameters:
+        found.failures["coverage"] = f"{listed} of {parameters} parameters are listed"
+    if kept := [row.name for row in rows if row.note.startswith(UNKNOWN_ATTENTION)]:
+        found.failures["attention"] = f"unknown: {kept[0]}"
     done = quant_layers(twin)
     found.layers = len(layers), len(set(done) & set(layers))
     found.weights = numel, sum(layers[n].weight.numel() for n in done if n in layers)
@@ -190,3 +205,18 @@ def measure(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], exp
     if export and "reload" not in found.failures and attempt("export", lambda: build_graph(twin, "")) is not None:
         found.export = "yes"
     return found
+
+
+def measure_example(name: str, export: bool = True) -> Measured:
+    """Measure the example of a denoiser class, its parameters drawn so that none is trivial."""
+    example = EXAMPLES[name]
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            denoiser: nn.Module = denoiser_classes()[name](**example.settings)
+            for parameter in denoiser.parameters():
+                parameter.data += 0.02 * torch.randn_like(parameter)
+        return denoiser
+
+    return measure(make, lambda denoiser: denoiser(**example.arguments()), export)

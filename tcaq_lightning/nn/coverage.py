@@ -83,10 +83,12 @@ def attention_rows(name: str, spec: AttentionSpec, note: str) -> list[CoverageRo
         note: why it stays in full precision; empty if it does not.
     """
     products = ("q k^T", f"A{spec.activation_bits}"), ("P v", f"P{spec.softmax_bits}")
+    calls = [name, *(f"{name}, call {number}" for number in range(2, spec.calls + 1))]
     return [
         CoverageRow(
-            f"{name} ({product})", "matmul", "float" if spec.kept else f"{first} A{spec.activation_bits}", note, 0
+            f"{call} ({product})", "matmul", "float" if spec.kept else f"{first} A{spec.activation_bits}", note, 0
         )
+        for call in calls
         for product, first in products
     ]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import nn
 
 from tcaq_lightning.config import QuantizationConfig, Role
@@ -13,7 +15,14 @@ from tcaq_lightning.config.checks import FLOAT_BITS
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.families import family_of, is_attention
 from tcaq_lightning.models.units import find_units
-from tcaq_lightning.nn.attention import PROCESSORS, interception, processor_name, separate_all_projections
+from tcaq_lightning.nn.attention import (
+    PROCESSORS,
+    interception,
+    processor_name,
+    quantized_processor,
+    separate_all_projections,
+)
+from tcaq_lightning.nn.attention.calls import QuantCalls
 from tcaq_lightning.nn.build import build
 from tcaq_lightning.nn.coverage import (
     KEPT_BY_RULE,
@@ -31,6 +40,7 @@ from tcaq_lightning.nn.output_layers import output_layer
 from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.rules import LayerBits, bits_of, check_rules
 from tcaq_lightning.nn.spec import DYNAMIC, AttentionSpec, LayerSpec
+from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers import make_format
 from tcaq_lightning.quantizers.output import OUTPUT_BITS
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
@@ -88,6 +98,32 @@ def quantize(denoiser: nn.Module, config: QuantizationConfig, groups: TimestepGr
             f"name; expected every layer once: give it a copy of its own"
         )
     return rows
+
+
+@torch.no_grad()
+def foresee_calls(denoiser: nn.Module, run: Callable[[], Any], rows: list[CoverageRow]) -> list[CoverageRow]:
+    """Run a quantized denoiser once, in full precision, so that every call of its attentions has quantizers.
+
+    Args:
+        denoiser: after `quantize`.
+        run: calls it; it is not called where all attentions are written anew.
+        rows: its coverage table.
+
+    Returns:
+        The coverage table with the rows of all calls.
+    """
+    calls = {n: q for n, m in denoiser.named_modules() if isinstance(q := quantized_processor(m), QuantCalls)}
+    if not calls:
+        return rows
+    with full_precision(denoiser):
+        run()
+    last = {f"{name} (P v)": name for name in calls}
+    found = []
+    for row in rows:
+        found.append(row)
+        if (name := last.get(row.name)) is not None:
+            found += attention_rows(name, calls[name].describe(), row.note)[2:]
+    return found
 
 
 def describe(denoiser: nn.Module, config: QuantizationConfig) -> Preparation:

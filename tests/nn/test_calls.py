@@ -17,7 +17,7 @@ from tcaq_lightning.errors import UserError
 from tcaq_lightning.nn.attention import quantized_processor
 from tcaq_lightning.nn.attention.calls import LinearCalls, OpenCalls, QuantCalls, interception
 from tcaq_lightning.nn.parts import quantizers
-from tcaq_lightning.nn.prepare import quantize
+from tcaq_lightning.nn.prepare import foresee_calls, quantize
 from tcaq_lightning.nn.spec import AttentionSpec
 from tcaq_lightning.nn.state import full_precision
 from tcaq_lightning.quantizers.timestep_groups import TimestepGroups
@@ -169,6 +169,20 @@ def test_every_call_has_quantizers_of_its_own_and_samples_are_told_apart() -> No
     before = holder(x, t)
     operands.further[0].value.delta[1] = 0.01
     assert [torch.equal(a, b) for a, b in zip(holder(x, t), before, strict=True)] == [True, False, True]
+
+
+def test_calls_are_foreseen_and_listed() -> None:
+    holder, rows = quantized(TwiceAttention())
+    x, t = normal(3, 5, 8), torch.tensor([0, 900, 0])
+    names = [row.name for row in foresee_calls(holder, lambda: holder(x, t), rows) if row.kind == "matmul"]
+    assert names == [
+        "layer (q k^T)",
+        "layer (P v)",
+        "layer, call 2 (q k^T)",
+        "layer, call 2 (P v)",
+    ]
+    assert all(quantizer.enabled for quantizer in quantizers(holder).values())
+    assert len(quantizers(holder)) == 9  # a layer's input and four operands of each call
 
 
 def test_a_finished_attention_refuses_calls_that_were_not_calibrated() -> None:

@@ -126,9 +126,12 @@ class QuantCalls(QuantAttnProcessor):
             scores = scores + attn_mask.to(scores.dtype)
         if hidden is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
-        p = self.quantize_probabilities(scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
-        if hidden is not None:  # of what sees nothing
-            p = p.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+        p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        if hidden is not None:  # what sees nothing has no probabilities, and gets nothing
+            blind = hidden.all(-1, keepdim=True)
+            p = self.quantize_probabilities(p.masked_fill(blind, 0.0)).masked_fill(blind, 0.0)
+        else:
+            p = self.quantize_probabilities(p)
         return torch.matmul(p, v).to(query.dtype)
 
 
