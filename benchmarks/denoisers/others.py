@@ -75,30 +75,6 @@ OTHERS: dict[str, Example] = {
             "indices_latents_history_4x": torch.arange(8),
         },
     ),
-    "HunyuanVideo15Transformer3DModel": Example(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_layers": 1,
-            "num_refiner_layers": 1,
-            "mlp_ratio": 2.0,
-            "text_embed_dim": 10,
-            "text_embed_2_dim": 6,
-            "image_embed_dim": 8,
-            "rope_axes_dim": (2, 2, 4),
-            "target_size": 16,
-            "task_type": "t2v",
-        },
-        lambda: {
-            **video()(),
-            "encoder_attention_mask": mask(6).float(),
-            "encoder_hidden_states_2": normal(4, 6),
-            "encoder_attention_mask_2": mask(4).float(),
-            "image_embeds": normal(3, 8),
-        },
-    ),
     "JoyImageEditTransformer3DModel": Example(
         {
             "patch_size": [1, 2, 2],

@@ -127,8 +127,8 @@ class QuantCalls(QuantAttnProcessor):
         if hidden is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
         p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        if hidden is not None:  # what sees nothing has no probabilities, and gets nothing
-            blind = hidden.all(-1, keepdim=True)
+        if hidden is not None or attn_mask is not None:  # what sees nothing has no probabilities, and gets nothing
+            blind = scores.isneginf().all(-1, keepdim=True)
             p = self.quantize_probabilities(p.masked_fill(blind, 0.0)).masked_fill(blind, 0.0)
         else:
             p = self.quantize_probabilities(p)
