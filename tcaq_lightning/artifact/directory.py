@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from tcaq_lightning.artifact.blobs import fuse, restore, stored_tensors
+from tcaq_lightning.artifact.bounded import check_size
 from tcaq_lightning.artifact.diffusers_quantizer import (
     CHECKSUMS_FILE,
     PLAIN,
@@ -59,6 +60,8 @@ __all__ = [
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = "model_index.json"
+LARGEST_PACKING = 8
+"""Weights in a byte, at most."""
 
 
 def save_artifact(
@@ -288,14 +291,16 @@ def _build(folder: Path, config: dict[str, Any], quantization: dict[str, Any], p
     file = folder / CONFIG_FILE
     class_name = str(config.get("_class_name"))
     known = denoiser_class(class_name, str(file))
+    weights = folder / WEIGHTS_FILE
     try:
+        structure = Structure.from_dict(quantization)
+        size = weights.stat().st_size if weights.is_file() else 0
+        check_size(known, config, len(structure.layers) + len(structure.attentions), size * LARGEST_PACKING)
         with torch.random.fork_rng(devices=[]):  # the random weights are thrown away
             denoiser: nn.Module = known.from_config(config)
-        structure = Structure.from_dict(quantization)
         rebuild(denoiser, structure, packed)
     except Exception as error:  # diffusers' configs and the tables raise each in its own way
         raise UserError(f"{file}: its tables do not fit a {class_name}: {one_line(error)}") from error
-    weights = folder / WEIGHTS_FILE
     try:
         restore(stored_tensors(denoiser), load_file(weights))
     except (OSError, SafetensorError, ValueError) as error:

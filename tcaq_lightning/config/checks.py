@@ -128,6 +128,16 @@ def require_text(value: str | Path | None, key: str) -> None:
     text = value if value is None else str(value)
     require(text is None or text.strip() != "", key, "not empty", text)
     require(text is None or not _CONTROL.search(text), key, "without control characters", text)
+    require(text is None or _is_encodable(text), key, "a text that files can be named after", text)
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a text has bytes: not with half a character, unless it stands for a byte of a path."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_plain(value: Any, key: str) -> None:
