@@ -38,6 +38,7 @@ from tcaq_lightning.evaluation.metrics.base import METRICS
 from tcaq_lightning.evaluation.reference import open_reference
 from tcaq_lightning.models.pipelines import open_pipeline
 from tcaq_lightning.models.prompts import read_prompts
+from tcaq_lightning.runtime.exit_codes import ending
 
 BATCH = 100
 """Cases that one process works on."""
@@ -319,6 +320,8 @@ def outcome(case: Case, seed: str, subject: Subject) -> str:
         except UserError as error:
             return "refused" if "\n" not in str(error) else f"fault: several lines: {str(error)!r}"
         except BaseException as error:  # noqa: BLE001 - this is what is looked for
+            if isinstance(error, OSError) and ending(error) is not None:
+                return "refused"
             where = traceback.extract_tb(error.__traceback__)[-1]
             return f"fault: {type(error).__name__}: {str(error)[:200]!r} in {where.filename}:{where.lineno}"
 

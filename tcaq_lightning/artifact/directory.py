@@ -38,7 +38,7 @@ from tcaq_lightning.artifact.diffusers_quantizer import (
     write_checksums,
 )
 from tcaq_lightning.artifact.freeze import freeze
-from tcaq_lightning.artifact.structure import Structure, describe, rebuild
+from tcaq_lightning.artifact.structure import Structure, describe, dtype_of, rebuild
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.models.pipelines import denoiser_name, pipeline_class, quiet_diffusers
 from tcaq_lightning.models.unets import denoiser_class, found_in
@@ -196,7 +196,7 @@ def open_artifact(path: str | Path, device: torch.device | str | None = None, pa
     loading: dict[str, Any] = {name: denoiser}
     try:
         if dtypes := quantization.get("component_dtypes"):
-            loading["torch_dtype"] = {part: getattr(torch, dtype) for part, dtype in dtypes.items()}
+            loading["torch_dtype"] = {part: dtype_of(dtype) for part, dtype in dtypes.items()}
         with found_in(index[name][0], denoiser):
             pipeline = opener.from_pretrained(
                 str(directory), use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True, **loading

@@ -49,10 +49,10 @@ class Structure:
     def from_dict(cls, values: dict[str, Any]) -> Structure:
         """Undo `to_dict`, ignoring other keys; KeyError, TypeError, AttributeError or ValueError if they do not fit."""
         return cls(
-            {name: LayerSpec.from_dict(row) for name, row in values["layers"].items()},
+            _checked_sharing({name: LayerSpec.from_dict(row) for name, row in values["layers"].items()}),
             {name: AttentionSpec.from_dict(row) for name, row in values["attentions"].items()},
             _checked_boundaries(values["timestep_boundaries"]),
-            {str(name): _dtype_name(_dtype_of(dtype)) for name, dtype in values.get("dtypes", {}).items()},
+            {str(name): _dtype_name(dtype_of(dtype)) for name, dtype in values.get("dtypes", {}).items()},
         )
 
     def difference(self, other: Structure) -> str | None:
@@ -115,11 +115,20 @@ def _checked_boundaries(values: Any) -> list[float]:
     return [float(value) for value in values]
 
 
+def _checked_sharing(layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """Layers that share input quantizers with others, which have their own."""
+    for name, row in layers.items():
+        if row.input_of is not None and (row.input_of not in layers or layers[row.input_of].input_of is not None):
+            raise ValueError(f"expected a layer with an input quantizer of its own as input_of of {name}")
+    return layers
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """The floating-point type of a name, such as bfloat16; AttributeError, TypeError or ValueError if there is none."""
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"expected a type such as bfloat16, got {name!r}")
@@ -155,4 +164,4 @@ def _convert(denoiser: nn.Module, dtypes: dict[str, str]) -> None:
     for name, tensor in _tensors(denoiser):
         beginnings = [beginning for beginning in dtypes if name.startswith(beginning)]
         if beginnings and tensor.is_floating_point():
-            tensor.data = tensor.data.to(_dtype_of(dtypes[max(beginnings, key=len)]))
+            tensor.data = tensor.data.to(dtype_of(dtypes[max(beginnings, key=len)]))

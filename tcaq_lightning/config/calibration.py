@@ -89,7 +89,7 @@ class CalibrationConfig(Section):
             self.mismatch_trajectories,
         )
         require_count(self.batch_size, "calibration.batch_size", most=2**20)
-        for name in ("observed_samples", "probe_samples", "bias_samples", "judged_samples"):
+        for name in ("observed_samples", "probe_samples", "probe_queries", "bias_samples", "judged_samples"):
             require_count(getattr(self, name), f"calibration.{name}")
         self.memory_budget.check()
         self.sampler.check("calibration.sampler")

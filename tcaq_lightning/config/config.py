@@ -21,6 +21,7 @@ from tcaq_lightning.config.reconstruction import ReconstructionConfig
 from tcaq_lightning.config.sensitivity import SensitivityConfig
 from tcaq_lightning.config.tcr import TCRConfig
 from tcaq_lightning.config.trainer import TrainerConfig
+from tcaq_lightning.config.values import check_types
 
 SMALLEST_JUDGED = 32
 """Samples of a pass through a unit that hardly any device is faster with more of."""
@@ -72,6 +73,7 @@ class Config(Section):
 
     def check(self) -> None:
         """Check that all values can be worked with."""
+        check_types(self, "")
         require_text(self.run_dir, "run_dir")
         require_text(self.cache_dir, "cache_dir")
         self.run_dir = self._named(self.run_dir)

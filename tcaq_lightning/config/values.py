@@ -76,18 +76,22 @@ def check_types(made: Any, key: str) -> None:
     """Check that the fields of a dataclass that was made in Python have their types.
 
     Args:
-        made: the dataclass; those within it are checked when they are made.
-        key: what stands before its fields' names in messages.
+        made: the dataclass, with those within it; those in lists are checked when they are made.
+        key: what stands before its fields' names in messages; empty for the whole configuration.
 
     Raises:
         UserError: a field has not.
     """
     kind: Any = type(made)
     for field in keys_of(kind):
-        value = getattr(made, field.name)
+        value, whole = getattr(made, field.name), f"{key}.{field.name}" if key else field.name
         nested = value if isinstance(value, (list, tuple)) else [value]
-        if not any(dataclasses.is_dataclass(part) for part in nested):
-            convert(value, field.hint, f"{key}.{field.name}")
+        if field.section is not None and value is not None and not isinstance(value, field.section):
+            raise UserError(f"{whole} must be a {field.section.__name__}, got {_shortened(_text(value))}")
+        if field.section is not None and value is not None:
+            check_types(value, whole)
+        elif not any(dataclasses.is_dataclass(part) for part in nested):
+            convert(value, field.hint, whole)
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ READERS: dict[str, Callable[[Path, Subject], object]] = {
     "tag": as_file(
         "a.yaml", lambda path: parse_config(["--config", str(path)]), b"!!python/object/apply:os.mkdir [harm]"
     ),
-    "prompts": as_file("a.txt", lambda path: read_prompts(path, "conditioning.prompts")),
+    "prompts": as_file("a.txt", lambda path: read_prompts(path, "conditioning.prompts"), PICKLE + b"\xff"),
     "endless config": lambda _, __: parse_config(["--config", "/dev/zero"]),
     "endless prompts": lambda _, __: read_prompts(Path("/dev/zero"), "conditioning.prompts"),
     "endless manifest": lambda _, __: read_manifest(Path("/dev/zero")),
