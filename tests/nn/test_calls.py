@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SanaLinearAttnProcessor2_0
 from diffusers.models.embeddings import HunyuanDiTAttentionPool
 from torch import Tensor, nn
 
 from tcaq_lightning.config import LayerRule, QuantizationConfig
 from tcaq_lightning.errors import UserError
-from tcaq_lightning.nn.attention import quantized_processor
+from tcaq_lightning.nn.attention import keep_quantized, quantized_processor
 from tcaq_lightning.nn.attention.calls import LinearCalls, OpenCalls, QuantCalls, interception
 from tcaq_lightning.nn.parts import quantizers
 from tcaq_lightning.nn.prepare import foresee_calls, quantize
@@ -248,6 +248,17 @@ def test_an_attention_that_reads_its_layers_weights_runs_them_instead() -> None:
     seen = observed(holder)
     holder(x, 0)
     assert len(seen) == 8  # four layers and four operands
+
+
+def test_an_artifacts_attention_takes_its_own_processor_again_and_no_other() -> None:
+    torch.manual_seed(0)
+    layer: Any = Attention(query_dim=8, heads=2, dim_head=4, processor=SanaLinearAttnProcessor2_0())
+    holder, _ = quantized(layer)
+    keep_quantized(holder)
+    layer.set_processor(SanaLinearAttnProcessor2_0())
+    with pytest.raises(UserError):
+        layer.set_processor(AttnProcessor2_0())
+    assert isinstance(quantized_processor(layer), QuantCalls)
 
 
 def test_which_attentions_are_known() -> None:

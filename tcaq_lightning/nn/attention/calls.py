@@ -58,6 +58,10 @@ class QuantCalls(QuantAttnProcessor):
         """Its spec with the bits and the number of calls that it has now."""
         return replace(super().describe(), calls=1 + len(self.further))
 
+    def stands_for(self, attn: Any, processor: Any) -> bool:
+        """Whether a processor is of the class that was there: its calls are found in the same way."""
+        return type(processor).__name__ == self.spec.processor
+
     def of_call(self, number: int) -> QuantCalls:
         """The quantizers of one call.
 
