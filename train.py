@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 
 from callbacks import (
     ActivationStatistics,
     DistributionFitting,
+    EventLog,
     LearningCurves,
     Progress,
     RunLog,
@@ -89,7 +89,7 @@ def train(config: Config, run: Run, console: Console, dry_run: bool) -> None:
 
     # calibrate: observe, initialize and reconstruct unit after unit, round after round
     logged = config.logging.tensorboard and is_main()
-    writer = SummaryWriter(str(run.directory / "tensorboard")) if logged else None
+    writer = EventLog(run.directory / "tensorboard") if logged else None
     with watching(model, trajectories, console, writer) as callbacks:
         calibrated = calibrate(model, trajectories, run, callbacks)
     if calibrated is None:
@@ -113,7 +113,7 @@ def train(config: Config, run: Run, console: Console, dry_run: bool) -> None:
 
 @contextmanager
 def watching(
-    model: OpenedModel, trajectories: Trajectories, console: Console, writer: SummaryWriter | None
+    model: OpenedModel, trajectories: Trajectories, console: Console, writer: EventLog | None
 ) -> Iterator[list[pl.Callback]]:
     """Show progress within; gives the callbacks, those that log only where there is a writer."""
     config = model.config

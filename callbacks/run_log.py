@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from callbacks.event_log import EventLog
 from callbacks.image_grid import ImageGrid
 from tcaq_lightning.calibration.callback import CalibrationCallback
 from tcaq_lightning.calibration.visit import Visit
@@ -35,6 +36,10 @@ class RunLog(CalibrationCallback):
         self.reference = reference
         self.grid_images = grid_images
 
+    def on_unit_initialized(self, *_: Any) -> None:
+        """Bring what was logged of the unit to disk: a unit that is finished is not logged again."""
+        self.writer.flush()
+
     def on_unit_end(self, visit: Visit, record: dict[str, Any]) -> None:
         """Log the held-out errors and the shares of undecided and flipped weights."""
         self.writer.add_scalar(f"held_out/{visit.tag}", record["before"], 0)
@@ -45,12 +50,21 @@ class RunLog(CalibrationCallback):
 
     def on_round_end(self, round_index: int, record: dict[str, Any], samples: Trajectories) -> None:
         """Log the mismatch by timestep and a grid of images from the same noise."""
-        for step, value in zip(whole_steps(record["timesteps"]), record["mismatch"], strict=True):
+        for step, value in ascending(record["timesteps"], record["mismatch"]):
             self.writer.add_scalar(f"mismatch/round{round_index}", value, step)
         self.writer.add_scalar("mismatch/mean", record["mean_mismatch"], round_index)
         grid = ImageGrid(self.writer, self.grid_images)
         grid.show("held_out_images", to_images(self.reference), to_images(samples.finals), round_index)
         self.writer.flush()
+
+
+def ascending(timesteps: Sequence[float], values: Sequence[Any]) -> list[tuple[int, Any]]:
+    """(whole timestep, value) in the order in which TensorBoard draws them.
+
+    >>> ascending([500.0, 0.0], [0.1, 0.2])
+    [(0, 0.2), (500, 0.1)]
+    """
+    return sorted(zip(whole_steps(timesteps), values, strict=True), key=lambda pair: pair[0])
 
 
 def whole_steps(timesteps: Sequence[float]) -> list[int]:
@@ -63,7 +77,7 @@ def whole_steps(timesteps: Sequence[float]) -> list[int]:
     return [round(unit * t) for t in timesteps]
 
 
-def log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any], metrics: Evaluation) -> None:
+def log_results(writer: EventLog, config: Config, summary: Mapping[str, Any], metrics: Evaluation) -> None:
     """Write the final metrics with the run's hyperparameters, and the image grid.
 
     Args:
@@ -76,13 +90,13 @@ def log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any
         _log_results(writer, config, summary, metrics)
 
 
-def _log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, Any], metrics: Evaluation) -> None:
+def _log_results(writer: EventLog, config: Config, summary: Mapping[str, Any], metrics: Evaluation) -> None:
     full, quantized = metrics.full_samples, metrics.quantized_samples
     if full is not None and quantized is not None:
         grid = ImageGrid(writer, config.logging.grid_images)
         grid.show("images", to_images(full), to_images(quantized), 0)
     noise, images = summary["noise_error"], summary["same_noise"]
-    for step, value in zip(whole_steps(noise["timesteps"]), noise["relative"], strict=True):
+    for step, value in ascending(noise["timesteps"], noise["relative"]):
         writer.add_scalar("noise_error/by_timestep", value, step)
     values = {"noise_error": noise["summary"]}
     values |= {f"image_{name}": images[name] for name in IMAGE_FIGURES}
@@ -90,7 +104,7 @@ def _log_results(writer: SummaryWriter, config: Config, summary: Mapping[str, An
         values |= row_of(name, record).values
     hparams = {k: v for k, v in _flat(config.to_dict()).items() if isinstance(v, (bool, int, float, str))}
     finite = {f"final/{k}": v for k, v in values.items() if v is not None}
-    writer.add_hparams(hparams, finite, run_name=".")
+    writer.add_outcome(hparams, finite)
     writer.close()
 
 

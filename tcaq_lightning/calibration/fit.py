@@ -17,6 +17,7 @@ from tcaq_lightning.calibration.early_stop import EarlyStop, rounded_hard
 from tcaq_lightning.calibration.reconstruction import BlockReconstruction, Phase
 from tcaq_lightning.calibration.restore import warn_of_damage
 from tcaq_lightning.calibration.run_files import RunFile
+from tcaq_lightning.calibration.stage_clock import Spent, StageClock
 from tcaq_lightning.calibration.state import Setup
 from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.calibration.unit_errors import unit_errors, weighted_sum
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = {
     "place": {},
+    "spent": {"seconds": Named(NUMBER), "executions": Named(NUMBER)},
     "ranks": NUMBER,
     "global_step": NUMBER,
     "epoch": NUMBER,
@@ -72,6 +74,7 @@ def fit_unit(
     prepared: PreparedUnit,
     phase: Phase,
     iterations: int,
+    clock: StageClock,
     callbacks: Sequence[pl.Callback] = (),
 ) -> float:
     """Fit a unit in one phase, resumed from its checkpoint if there is one.
@@ -82,6 +85,7 @@ def fit_unit(
         prepared: the unit and its samples.
         phase: which phase.
         iterations: its optimisation steps.
+        clock: counts what learning takes; a checkpoint keeps it, and a resumed fit goes on from there.
         callbacks: Lightning callbacks of the fit.
 
     Returns:
@@ -89,9 +93,11 @@ def fit_unit(
     """
     config, unit = setup.config, prepared.unit
     file = setup.files.checkpoint(visit, phase)
-    if phase == "r" and _resume_point(setup.files.checkpoint(visit, "v"), unit):
+    if phase == "r" and _resume_point(setup.files.checkpoint(visit, "v"), unit) is not None:
         return 0.0  # the V phase has begun, and its checkpoint holds what this phase learned
-    resumed = _resume_point(file, unit)
+    spent = _resume_point(file, unit)
+    if spent is not None:
+        clock.go_on_from(spent)
     module = BlockReconstruction(
         unit,
         prepared.data,
@@ -107,7 +113,7 @@ def fit_unit(
     if not module.learns:
         module.finish()
         return 0.0
-    own: list[pl.Callback] = [UnitCheckpoint(file.path, config.trainer.checkpoint_every, file.place)]
+    own: list[pl.Callback] = [UnitCheckpoint(file.path, config.trainer.checkpoint_every, file.place, clock.learning)]
     if (patience := config.reconstruction.patience) is not None:
         stop = EarlyStop(
             lambda: held_out_error(setup, prepared), iterations, patience, config.reconstruction.held_out_checks
@@ -116,8 +122,8 @@ def fit_unit(
     trainer = make_trainer(
         config.trainer, [*callbacks, *own], None, iterations, config.logging.every_n_steps, setup.device
     )
-    with deterministic(setup.device), _blaming(file, module if resumed else None):
-        trainer.fit(module, ckpt_path=str(file.path) if resumed else None, weights_only=True)
+    with deterministic(setup.device), _blaming(file, None if spent is None else module):
+        trainer.fit(module, ckpt_path=None if spent is None else str(file.path), weights_only=True)
     undecided = module.undecided() if phase == "v" else 0.0
     module.finish()
     return undecided
@@ -147,16 +153,20 @@ def held_out_error(setup: Setup, prepared: PreparedUnit) -> float:
     return weighted_sum(errors.squares, prepared.data.weights)
 
 
-def _resume_point(file: RunFile, unit: nn.Module) -> bool:
-    """Whether a fit can resume from a checkpoint; if so, the unit gets the state in which that fit began."""
-    state = on_main(lambda: checkpointed_state(file, unit))
-    if state is None:
-        return False
+def _resume_point(file: RunFile, unit: nn.Module) -> Spent | None:
+    """What was spent up to a checkpoint that a fit can resume from; the unit then gets the state in which it began.
+
+    None if there is no such checkpoint.
+    """
+    found = on_main(lambda: checkpointed_state(file, unit))
+    if found is None:
+        return None
+    state, spent = found
     restore_quantization_state(unit, state)
-    return True
+    return spent
 
 
-def checkpointed_state(file: RunFile, unit: nn.Module) -> dict[str, Tensor] | None:
+def checkpointed_state(file: RunFile, unit: nn.Module) -> tuple[dict[str, Tensor], Spent] | None:
     """Read a unit's quantization state from a checkpoint; a checkpoint that no fit can resume from is removed.
 
     Args:
@@ -180,7 +190,7 @@ def checkpointed_state(file: RunFile, unit: nn.Module) -> dict[str, Tensor] | No
         state = {k: state[k] for k in quantization_state(unit)}
         check_quantization_state(unit, state)
         if (ranks := checkpoint["ranks"]) == world_size():
-            return state
+            return state, checkpoint["spent"]
         log.warning("%s is of a run on %d processes, not on %d; the unit is begun again", path, ranks, world_size())
     except (DamagedFileError, KeyError, ValueError, TypeError, AttributeError) as error:
         warn_of_damage(path, error)

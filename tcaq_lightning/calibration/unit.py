@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import cast
 
 import pytorch_lightning as pl
@@ -20,6 +18,7 @@ from tcaq_lightning.calibration.observation import UnitObservation, observing
 from tcaq_lightning.calibration.probes import probe_indices
 from tcaq_lightning.calibration.reconstruction import Phase
 from tcaq_lightning.calibration.shards import Shard
+from tcaq_lightning.calibration.stage_clock import StageClock
 from tcaq_lightning.calibration.state import Record, Setup
 from tcaq_lightning.calibration.unit_data import UnitData
 from tcaq_lightning.calibration.unit_errors import unit_errors, weighted_sum
@@ -29,7 +28,7 @@ from tcaq_lightning.nn.parts import quant_layers, quantizers
 from tcaq_lightning.nn.state import quantization_state, restore_quantization_state
 from tcaq_lightning.runtime.distributed.collectives import on_main
 from tcaq_lightning.runtime.lightning import make_trainer
-from tcaq_lightning.runtime.memory import freed_memory_reused, release_freed_memory
+from tcaq_lightning.runtime.memory import freed_memory_reused
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def _learn(
     for (round_index, phase), iterations in config.phase_iterations().items():
         if round_index == visit.round_index:
             with clock(f"learn_{phase}"), freed_memory_reused(True):
-                undecided = fit_unit(setup, visit, prepared, cast("Phase", phase), iterations, callbacks)
+                undecided = fit_unit(setup, visit, prepared, cast("Phase", phase), iterations, clock, callbacks)
     with clock("gate"):
         _correct_bias(setup, prepared, shard)
         error = held_out_error(setup, prepared)
@@ -177,25 +176,3 @@ def some(samples: Tensor, count: int) -> Tensor:
     tensor([0, 3, 6, 9])
     """
     return samples[:: max(1, len(samples) // count)]
-
-
-class StageClock:
-    """Seconds by stage, and on how many samples a unit ran in each.
-
-    Args:
-        data: the unit's samples, which count its runs.
-    """
-
-    def __init__(self, data: UnitData) -> None:
-        self.data = data
-        self.seconds: dict[str, float] = {}
-        self.executions: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time and the runs inside the context to a stage."""
-        started, executed = time.perf_counter(), self.data.executed
-        yield
-        release_freed_memory()  # else what one stage has freed lies beside what the next one takes
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-        self.executions[stage] = self.executions.get(stage, 0) + self.data.executed - executed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,21 @@ class UnitCheckpoint(pl.Callback):
         path: of the file.
         every: optimisation steps.
         place: JSON-ready, what the checkpoint is of; it is kept in it.
+        spent: gives what was spent so far, JSON-ready; it is kept too.
     """
 
-    def __init__(self, path: Path, every: int, place: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, every: int, place: Mapping[str, Any], spent: Callable[[], dict[str, Any]] = dict
+    ) -> None:
         self.path = path
         self.every = every
         self.place = place
+        self.spent = spent
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note what the checkpoint is of."""
+        """Note what the checkpoint is of, and what it took."""
         checkpoint["place"] = dict(self.place)
+        checkpoint["spent"] = self.spent()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         """Save after a step that completes a stretch, but not after the last one: the unit file follows at once."""

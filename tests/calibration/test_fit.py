@@ -17,6 +17,7 @@ from tcaq_lightning.runtime.files import CheckedCheckpointIO
 
 LIGHTNINGS = {
     "global_step": 4,
+    "spent": {"seconds": {}, "executions": {"learn_v": 16}},
     "epoch": 0,
     "pytorch-lightning_version": "2.6.0",
     "optimizer_states": [{"state": {}, "param_groups": [{}]}],
@@ -41,7 +42,8 @@ def test_a_checkpoint_of_another_full_precision_model_is_not_gone_on_from(make_u
     )
     found = checkpointed_state(file, unit)
     assert found is not None
-    assert torch.equal(found["conv1.weight_quantizer.v"], unit.conv1.learned_weight.logits)
+    assert torch.equal(found[0]["conv1.weight_quantizer.v"], unit.conv1.learned_weight.logits)
+    assert found[1]["executions"] == {"learn_v": 16}
     other = copy.deepcopy(unit)
     with torch.no_grad():
         other.conv1.learned_weight.weight.mul_(1.5)

@@ -56,7 +56,6 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     metrics = json.loads((run_dir / "metrics.json").read_text())
     for record in [metrics, *metrics["units"], *metrics["rounds"]]:
         del record["seconds"]
-        record.pop("executions", None)  # of the command that finished the unit
     del metrics["stages"], metrics["peak_memory"]
     values["metrics.json"] = metrics
     for file in sorted([*run_dir.glob("rounds/**/*.safetensors"), *run_dir.glob("calibration/*")]):
