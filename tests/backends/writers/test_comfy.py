@@ -177,7 +177,9 @@ def test_integers_by_row_run_as_comfy_kitchens_tensors(tmp_path: Path) -> None:
     torch.testing.assert_close(F.linear(x, weight, found[1]["bias"]), layer(x), rtol=1e-5, atol=1e-5)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "nvfp4" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_the_command_writes_every_layout(
     kind: str, artifact_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

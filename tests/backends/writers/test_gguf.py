@@ -37,7 +37,9 @@ def decoded(file: Path) -> dict[str, NDArray[np.float32]]:
     return found
 
 
-@pytest.mark.parametrize("name", FILE_TYPES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("q5_1", "q4_0") else pytest.param(name, marks=pytest.mark.slow) for name in FILE_TYPES]
+)
 def test_a_reader_finds_the_weights_of_our_simulation_to_the_bit(
     name: str, artifact_of: Callable[..., Path], tmp_path: Path
 ) -> None:
