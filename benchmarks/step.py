@@ -31,6 +31,7 @@ from tcaq_lightning.calibration import unit as unit_calibration
 from tcaq_lightning.calibration.fit import PreparedUnit, fit_unit
 from tcaq_lightning.calibration.losses import block_error
 from tcaq_lightning.calibration.reconstruction import Phase
+from tcaq_lightning.calibration.stage_clock import StageClock
 from tcaq_lightning.calibration.state import Setup
 from tcaq_lightning.calibration.unit_data import Batch
 from tcaq_lightning.calibration.visit import Visit
@@ -106,6 +107,7 @@ class Comparison:
         prepared: PreparedUnit,
         phase: Phase,
         iterations: int,
+        clock: StageClock,
         callbacks: Sequence[pl.Callback] = (),
     ) -> float:
         times, undecided, train = StepTimes(), 0.0, prepared.train
@@ -117,7 +119,7 @@ class Comparison:
         for _ in range(self.repetitions):
             limit += plain.seconds(iterations)
             restore_quantization_state(prepared.unit, before)
-            undecided = self.fit_unit(setup, visit, prepared, phase, iterations, [*callbacks, times])
+            undecided = self.fit_unit(setup, visit, prepared, phase, iterations, clock, [*callbacks, times])
             ours += times.seconds
         self.every, self.counted = setup.config.reconstruction.input_steps_every, iterations - 1
         return undecided

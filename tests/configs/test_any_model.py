@@ -108,6 +108,6 @@ def test_plan(model: str, open_once: Callable[[str], Any], tmp_path: Path) -> No
 )
 def test_run(bits: str, model: str, open_once: Callable[[str], Any], tmp_path: Path) -> None:
     quantized: Any = quantize(copy.deepcopy(open_once(model)), config_of(bits, model, tmp_path / "run"))
-    assert type(find_denoiser(quantized)[1]) is type(find_denoiser(open_once(model))[1])
+    assert isinstance(find_denoiser(quantized)[1], type(find_denoiser(open_once(model))[1]))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < metrics["noise_error"]["summary"] < 2
