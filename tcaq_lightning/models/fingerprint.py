@@ -50,7 +50,8 @@ def component_hash(component: Any) -> str:
         return _digest([kind, _settings(component)])
     if hasattr(component, "save_pretrained"):
         return _digest([kind, _saved(component)])
-    return _digest([kind, repr(component)])
+    plain = isinstance(component, (bool, int, float, str, list, tuple, dict))
+    return _digest([kind, component] if plain else [kind])  # of other objects nothing but the class is known
 
 
 def _settings(component: Any) -> dict[str, Any]:

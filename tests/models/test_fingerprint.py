@@ -55,3 +55,12 @@ def test_tokenizers_hash_by_what_they_would_save(tmp_path: Path) -> None:
     assert component_hash(one) == component_hash(two)
     two.add_tokens(["<garment>"])
     assert component_hash(one) != component_hash(two)
+
+
+def test_an_object_of_no_library_hashes_by_its_class() -> None:
+    """Its `repr` would tell where it lies in memory, which differs in each process."""
+
+    class Helper: ...
+
+    assert component_hash(Helper()) == component_hash(Helper())
+    assert component_hash(True) != component_hash(False)
