@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and started again until they are done, against one that nobody disturbs.
+"""Runs that signals end at random moments, started again until they are done, against one that nobody disturbs.
 
 python -m benchmarks.kills --runs 20
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,11 @@ from typing import Any
 
 from benchmarks.common import ROOT, Settings, arguments, calibration, model_path, run
 from tcaq_lightning.errors import UserError
+from tcaq_lightning.runtime.exit_codes import EXIT_INTERRUPTED, EXIT_TERMINATED
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+"""What ends runs, one after the other."""
+ENDED_BY_SIGNAL = (-signal.SIGKILL, EXIT_TERMINATED, EXIT_INTERRUPTED)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -23,8 +29,10 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def attempt(settings: Settings, kill_after: float | None = None) -> tuple[bool, float]:
-    """Run train.py until it ends, or for so many seconds after its first line, when SIGKILL ends it.
+def attempt(
+    settings: Settings, kill_after: float | None = None, number: signal.Signals = signal.SIGKILL
+) -> tuple[bool, float]:
+    """Run train.py until it ends, or for so many seconds after its first line, when a signal ends it.
 
     Returns:
         Whether it ended by itself, and the seconds from its first line to its end.
@@ -44,9 +52,10 @@ def attempt(settings: Settings, kill_after: float | None = None) -> tuple[bool, 
     try:
         _, errors = process.communicate(timeout=kill_after)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return False, time.perf_counter() - started
+        process.send_signal(number)
+        _, errors = process.communicate()
+        if process.returncode in ENDED_BY_SIGNAL:
+            return False, time.perf_counter() - started
     if process.returncode:
         raise UserError(f"train.py ended with {process.returncode} after {first.strip()!r}: {errors.strip()[-600:]}")
     return True, time.perf_counter() - started
@@ -60,6 +69,7 @@ def kills(
     iterations: int = 40,
     sampler_steps: int = 4,
     devices: int = 1,
+    compile_kernels: bool | None = None,
 ) -> dict[str, Any]:
     """Count the killed runs that end in the undisturbed run's artifact, byte by byte.
 
@@ -71,6 +81,7 @@ def kills(
         iterations: optimisation steps of a unit.
         sampler_steps: samples of a trajectory.
         devices: number of ranks.
+        compile_kernels: whether kernels are compiled; None as the config has it.
     """
     rng = random.Random(seed)
     identical = delivered = 0
@@ -85,20 +96,24 @@ def kills(
         }
         if devices > 1:
             settings["trainer.devices"] = devices
+        if compile_kernels is not None:
+            settings["reconstruction.compile_kernels"] = compile_kernels
         _, seconds = attempt(settings)
         expected = contents(undisturbed / "quantized")
         for number in range(runs):
             killed = settings | {"run_dir": directory / f"run-{number}"}
             count = 0
             while count < kills_each:
-                ended, took = attempt(killed, kill_after=rng.uniform(0, seconds))
+                ended, took = attempt(
+                    killed, kill_after=rng.uniform(0, seconds), number=SIGNALS[delivered % len(SIGNALS)]
+                )
                 count += not ended
+                delivered += not ended
                 if ended and count:
                     break
                 if ended:  # before it could be killed: once more, on a machine that is faster than it seemed
                     seconds = min(seconds, took)
                     shutil.rmtree(directory / f"run-{number}")
-            delivered += count
             attempt(killed)
             identical += contents(directory / f"run-{number}" / "quantized") == expected
     return {"model": model, "runs": runs, "identical": identical, "kills": delivered, "undisturbed_seconds": seconds}
