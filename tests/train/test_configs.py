@@ -25,10 +25,12 @@ BETWEEN = (
     "w4a4",
     "peers",
     "2_brecq",
-    "3_corrections",
-    "4_timestep_groups",
-    "5_tcr",
-    "6_daq",
+    "3_headroom",
+    "4_sensitivity",
+    "5_corrections",
+    "6_timestep_groups",
+    "7_tcr",
+    "8_daq",
 )
 """Configs that lie between others, in what they switch on or in bits."""
 
