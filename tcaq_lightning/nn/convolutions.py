@@ -9,38 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tcaq_lightning.nn.layers import LAYERS, QuantLayer
-
-
-class QuantConvolution(QuantLayer):
-    """A quantized convolution, whatever the number of its axes.
-
-    Attributes:
-        function: of torch, that computes it.
-    """
-
-    channel_dim = 1
-    function: ClassVar[Callable[..., Tensor]]
-
-    def __init__(self, source: Any, *args: Any) -> None:
-        super().__init__(*args)
-        self.dtype = source.weight.dtype
-        self.stride, self.padding, self.dilation = source.stride, source.padding, source.dilation
-        self.groups, self.padding_mode = source.groups, source.padding_mode
-        self.in_channels, self.kernel_size = source.in_channels, source.kernel_size
-        self._pad = source._reversed_padding_repeated_twice
-
-    @staticmethod
-    def is_pointwise(source: Any) -> bool:
-        """A kernel of one value without padding."""
-        return all(size == 1 for size in source.kernel_size) and not any(source._reversed_padding_repeated_twice)
-
-    def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with a given weight."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
-        return type(self).function(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+from tcaq_lightning.nn.layers import LAYERS, QuantConvolution, QuantLayer
 
 
 class QuantConv1d(QuantConvolution, nn.Conv1d):  # type: ignore[misc, override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -288,24 +288,27 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
 
-class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc, override]
-    """Quantized `nn.Conv2d`."""
+class QuantConvolution(QuantLayer):
+    """A quantized convolution, whatever the number of its axes.
+
+    Attributes:
+        function: of torch, that computes it.
+    """
 
     channel_dim = 1
-    integer_output = True
+    function: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, source: nn.Conv2d, *args: Any) -> None:
+    def __init__(self, source: Any, *args: Any) -> None:
         super().__init__(*args)
         self.dtype = source.weight.dtype
         self.stride, self.padding, self.dilation = source.stride, source.padding, source.dilation
         self.groups, self.padding_mode = source.groups, source.padding_mode
-        self.in_channels = source.in_channels
-        self.kernel_size = source.kernel_size
+        self.in_channels, self.kernel_size = source.in_channels, source.kernel_size
         self._pad = source._reversed_padding_repeated_twice
 
     @staticmethod
     def is_pointwise(source: Any) -> bool:
-        """A 1 x 1 kernel without padding."""
+        """A kernel of one value without padding."""
         return all(size == 1 for size in source.kernel_size) and not any(source._reversed_padding_repeated_twice)
 
     def operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -313,7 +316,14 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc, override]
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._pad, mode=self.padding_mode), 0
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return type(self).function(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class QuantConv2d(QuantConvolution, nn.Conv2d):  # type: ignore[misc, override]
+    """Quantized `nn.Conv2d`."""
+
+    integer_output = True
+    function = staticmethod(F.conv2d)
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc, override]
