@@ -104,8 +104,8 @@ class Run:
         if changed:
             key = changed[0]
             raise UserError(
-                f"{key} is {_lookup(self.config.to_dict(), key)!r} but {self.directory} was made with "
-                f"{_lookup(earlier, key)!r}; use another run_dir or the same value"
+                f"{key} is {lookup(self.config.to_dict(), key)!r} but {self.directory} was made with "
+                f"{lookup(earlier, key)!r}; use another run_dir or the same value"
             )
         return manifest
 
@@ -272,8 +272,9 @@ def _may_change(key: str) -> bool:
     return any(f"{key}.".startswith(f"{other}.") for other in UNRELATED_TO_RESULT)
 
 
-def _lookup(config: dict[str, Any], key: str) -> Any:
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of nested settings; None where there is none."""
     value: Any = config
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        value = value.get(part) if isinstance(value, Mapping) else None
     return value

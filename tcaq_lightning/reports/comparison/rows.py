@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tcaq_lightning.calibration.run_dir import lookup
 from tcaq_lightning.errors import UserError
 from tcaq_lightning.evaluation.scores import row_of
 from tcaq_lightning.reports.comparison.paired import Paired, compare_paired, mean_interval
@@ -136,7 +137,7 @@ def compare_rows(rows: Sequence[Row]) -> list[Compared]:
 
 def _check_alike(first: Row, row: Row) -> None:
     for key in ALIKE:
-        expected, got = (_value(each.run.manifest["config"], key) for each in (first, row))
+        expected, got = (lookup(each.run.manifest["config"], key) for each in (first, row))
         if expected != got:
             raise UserError(
                 f"{row.run.directory}: {key} is {got!r}, but {expected!r} in {first.run.directory}; only runs of one "
@@ -182,9 +183,3 @@ def _differing(own: Any, first: Any, prefix: str = "") -> Iterator[tuple[str, An
             yield from _differing(value, other, f"{name}.")
         else:
             yield name, value
-
-
-def _value(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
